@@ -1,0 +1,1 @@
+"""Adapters to what shards or drives training: each module knows one host."""

@@ -1,0 +1,201 @@
+"""Pools of equal-order factors, kept packed: absorb statistics, recompute inverse roots, give inverse roots.
+
+A factor is one side's preconditioner of a block. A pool keeps many of them in tensors whose first dimension counts
+factors, and computes them in batches; it knows neither parameters nor ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from . import eigenbasis, quantization
+from .options import PreconditionerOptions
+
+Index = slice | Tensor  # which factors of a pool: a run of neighbours (a view, no copy) or their positions
+
+# Elements of the (factors, n, n) matrices that one statistics or root step has in hand, some eight times over.
+REFRESH_ELEMENTS = 2**22
+
+_STATISTICS, _ROOT = 0, 1  # the two counts of failures in a row
+
+
+def factor_layout(order: int, options: PreconditionerOptions) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Name, shape and type of every tensor that one factor keeps: the one place that decides what is stored.
+
+    ``eigenvalues`` and ``basis`` (rows are eigenvectors), or the matrix itself, as ``statistics`` in float32 or as a
+    float32 diagonal and low-precision off-diagonal; the same for the inverse ``root``; ``failures`` counts statistics
+    and root steps that failed in a row.
+    """
+    packed: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        "codes": ((order, quantization.packed_width(order, options.bits)), torch.uint8),
+        "scales": ((order, quantization.block_count(order, options.quant_block_size)), torch.float32),
+    }
+
+    def stored(name: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        if not options.is_quantized(order):
+            return {name: ((order, order), torch.float32)}
+        return {f"{name}.diagonal": ((order,), torch.float32), **{f"{name}.{key}": packed[key] for key in packed}}
+
+    if options.is_quantized(order) and options.quantize == "eigenbasis":
+        layout = {"eigenvalues": ((order,), torch.float32), **{f"basis.{key}": packed[key] for key in packed}}
+    else:
+        layout = stored("statistics")
+    return {**layout, **stored("root"), "failures": ((2,), torch.int32)}
+
+
+def factor_bytes(order: int, options: PreconditionerOptions) -> int:
+    """Bytes that one factor keeps."""
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in factor_layout(order, options).values())
+
+
+class FactorPool:
+    """``count`` factors of one ``order``, with the same options, on one device.
+
+    Fresh factors are those of the paper: statistics matrix_eps I, inverse root I.
+    """
+
+    def __init__(self, order: int, count: int, options: PreconditionerOptions, device: torch.device) -> None:
+        self.order = order
+        self.count = count
+        self.options = options
+        self.device = device
+        self.refresh_dtype: torch.dtype = getattr(torch, options.refresh_dtype)
+        self.tensors = {
+            name: torch.zeros((count, *shape), dtype=dtype, device=device)
+            for name, (shape, dtype) in factor_layout(order, options).items()
+        }
+        identity = torch.eye(order, device=device).unsqueeze(0)
+        self._initialise("root", identity)
+        if "eigenvalues" in self.tensors:
+            self.tensors["eigenvalues"].fill_(options.matrix_eps)
+            self._initialise("basis", identity)
+        else:
+            self._initialise("statistics", options.matrix_eps * identity)
+
+    def _initialise(self, name: str, matrix: Tensor) -> None:
+        for key, value in self._encode(name, matrix).items():
+            self.tensors[key].copy_(value.expand_as(self.tensors[key]))
+
+    # -- what is stored ------------------------------------------------------------------------------------------------
+
+    def _encode(self, name: str, matrices: Tensor) -> dict[str, Tensor]:
+        """The stored form of ``matrices`` (k, n, n): rows as they are, or a diagonal and quantised rows, or rows."""
+        if name in self.tensors:
+            return {name: matrices.to(torch.float32)}
+        encoded = {}
+        if f"{name}.diagonal" in self.tensors:
+            matrices = matrices.to(torch.float32, copy=True)
+            diagonal = matrices.diagonal(dim1=-2, dim2=-1)
+            encoded[f"{name}.diagonal"] = diagonal.clone()
+            diagonal.zero_()
+        encoded[f"{name}.codes"], encoded[f"{name}.scales"] = quantization.quantize(
+            matrices, codebook=self.options.codebook, bits=self.options.bits, block=self.options.quant_block_size
+        )
+        return encoded
+
+    def _decode(self, name: str, where: Index) -> Tensor:
+        """The matrices (k, n, n), float32, that were encoded under ``name``."""
+        if name in self.tensors:
+            return self.tensors[name][where]
+        matrices = quantization.dequantize(
+            self.tensors[f"{name}.codes"][where],
+            self.tensors[f"{name}.scales"][where],
+            self.order,
+            codebook=self.options.codebook,
+            bits=self.options.bits,
+            block=self.options.quant_block_size,
+        )
+        if f"{name}.diagonal" in self.tensors:
+            matrices.diagonal(dim1=-2, dim2=-1).copy_(self.tensors[f"{name}.diagonal"][where])
+        return matrices
+
+    def _commit(self, where: Index, new: dict[str, Tensor], kind: int) -> None:
+        """Store ``new`` for the factors whose numbers are finite; the others keep what they had, and are counted."""
+        finite = torch.stack([_finite(value) for value in new.values() if value.is_floating_point()]).all(0)
+        for name, value in new.items():
+            old = self.tensors[name]
+            kept = finite.view(-1, *[1] * (value.ndim - 1))
+            old[where] = torch.where(kept, value, old[where])
+        failures = self.tensors["failures"][:, kind]
+        failures[where] = torch.where(finite, 0, failures[where] + 1)
+
+    # -- the algorithm -------------------------------------------------------------------------------------------------
+
+    def absorb(self, where: Tensor, gradients: Tensor) -> None:
+        """Statistics step: absorb G G^T of each of ``gradients`` (k, n, any) into the factors ``where``."""
+        beta = self.options.shampoo_beta
+        for chunk, gradient in zip(self._chunks(where), gradients.split(self._chunk_size()), strict=True):
+            gradient = gradient.to(self.refresh_dtype)
+            statistic = gradient @ gradient.mT
+            if "eigenvalues" in self.tensors:
+                values, basis = self._eigenbasis(chunk, self.options.rectify_steps[0])
+                values, basis = eigenbasis.refresh(values, basis, statistic, beta)
+                new = {"eigenvalues": values.to(torch.float32), **self._encode("basis", basis.mT)}
+            else:
+                old = self._decode("statistics", chunk).to(self.refresh_dtype)
+                new = self._encode("statistics", beta * old + (1 - beta) * statistic)
+            self._commit(chunk, new, _STATISTICS)
+
+    def invert(self, where: Tensor) -> None:
+        """Root step: recompute the inverse fourth roots of the factors ``where``."""
+        eps = self.options.matrix_eps
+        for chunk in self._chunks(where):
+            if "eigenvalues" in self.tensors:
+                root = eigenbasis.inverse_root(*self._eigenbasis(chunk, self.options.rectify_steps[1]), eps)
+            else:
+                root = eigenbasis.inverse_root_of(self._decode("statistics", chunk).to(self.refresh_dtype), eps)
+            self._commit(chunk, self._encode("root", root), _ROOT)
+
+    def root(self, where: Index) -> Tensor:
+        """The inverse roots (k, n, n), float32, of the factors ``where``. Not to be written to."""
+        return self._decode("root", where)
+
+    def _eigenbasis(self, where: Index, rectify_steps: int) -> tuple[Tensor, Tensor]:
+        basis = self._decode("basis", where).to(self.refresh_dtype).mT
+        return self.tensors["eigenvalues"][where].to(self.refresh_dtype), eigenbasis.rectify(basis, rectify_steps)
+
+    def _chunk_size(self) -> int:
+        return max(1, REFRESH_ELEMENTS // self.order**2) if batching_allowed(self.device) else 1
+
+    def _chunks(self, where: Tensor) -> Iterator[Tensor]:
+        return iter(where.split(self._chunk_size()))
+
+    # -- bytes ---------------------------------------------------------------------------------------------------------
+
+    def to_bytes(self, index: int) -> Tensor:
+        """One factor's tensors, one after the other, as uint8 (factor_bytes,)."""
+        return torch.cat([tensor[index].flatten().view(torch.uint8) for tensor in self.tensors.values()])
+
+    def from_bytes(self, index: int, data: Tensor) -> None:
+        """Restore what :meth:`to_bytes` gave."""
+        start = 0
+        for tensor in self.tensors.values():
+            size = tensor[index].numel() * tensor.element_size()
+            # Cloned: a float32 view needs an aligned start.
+            tensor[index] = data[start : start + size].clone().view(tensor.dtype).view_as(tensor[index])
+            start += size
+
+    def worst_failures(self) -> Tensor:
+        """The most failures in a row of any factor: one number on the device."""
+        return self.tensors["failures"].max()
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
+
+
+def batching_allowed(device: torch.device) -> bool:
+    """Whether matrices may be computed in batches without that changing their numbers.
+
+    On the CPU they always may. An accelerator's libraries choose their kernels by the batch size, so there, when torch
+    is asked for deterministic algorithms, every matrix is computed alone.
+    """
+    return device.type == "cpu" or not torch.are_deterministic_algorithms_enabled()
+
+
+def _finite(values: Tensor) -> Tensor:
+    return values.isfinite().flatten(1).all(1)

@@ -1,0 +1,64 @@
+"""Which parameters are matrices and how they are cut into blocks: integers only, the same on every rank."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class Block(NamedTuple):
+    """A rectangle of a parameter matrix: ``matrix[row : row + rows, column : column + columns]``."""
+
+    row: int
+    column: int
+    rows: int
+    columns: int
+
+    @property
+    def slices(self) -> tuple[slice, slice]:
+        return slice(self.row, self.row + self.rows), slice(self.column, self.column + self.columns)
+
+
+def matrix_shape(shape: Sequence[int]) -> tuple[int, int] | None:
+    """The (m, n) view of a parameter of global ``shape``, or None if it has no matrix view (rank below 2, or empty).
+
+    Dimensions of size 1 are dropped and the rest is flattened to (first, product of the others).
+
+    >>> matrix_shape((64, 3, 7, 7)), matrix_shape((1, 197, 768)), matrix_shape((1, 768))
+    ((64, 147), (197, 768), None)
+    """
+    dims = [int(size) for size in shape if size != 1]
+    if len(dims) < 2 or 0 in dims:
+        return None
+    return dims[0], math.prod(dims[1:])
+
+
+def split_dimension(size: int, limit: int, split: str) -> list[int]:
+    """Cut ``size`` into parts of at most ``limit``.
+
+    ``"even"``: as few parts as possible, whose sizes differ by at most 1, the larger first. ``"remainder"``: parts of
+    ``limit`` and what remains, as in the paper.
+
+    >>> split_dimension(1536, 1200, "even"), split_dimension(1536, 1200, "remainder")
+    ([768, 768], [1200, 336])
+    """
+    parts = -(-size // limit)
+    if split == "even":
+        small, larger_parts = divmod(size, parts)
+        return [small + 1] * larger_parts + [small] * (parts - larger_parts)
+    return [min(limit, size - start) for start in range(0, size, limit)]
+
+
+def cut_blocks(matrix: tuple[int, int], limit: int, split: str) -> list[Block]:
+    """The blocks of a parameter matrix, row by row."""
+    row_sizes, column_sizes = (split_dimension(size, limit, split) for size in matrix)
+    blocks = []
+    row = 0
+    for rows in row_sizes:
+        column = 0
+        for columns in column_sizes:
+            blocks.append(Block(row, column, rows, columns))
+            column += columns
+        row += rows
+    return blocks

@@ -1,0 +1,189 @@
+"""The options of the preconditioner and of the base optimizer, checked when they are given."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+import torch
+
+from .quantization import CODE_BOOKS
+
+Bits = Literal[3, 4, 8, 32]
+Quantize = Literal["eigenbasis", "preconditioner"]
+CodeBook = Literal["linear2", "dynamic_tree"]
+RefreshDtype = Literal["float64", "float32"]
+Split = Literal["even", "remainder"]
+GraftingScope = Literal["parameter", "block", "none"]
+
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "bits": (3, 4, 8, 32),
+    "quantize": ("eigenbasis", "preconditioner"),
+    "codebook": tuple(CODE_BOOKS),
+    "refresh_dtype": ("float64", "float32"),
+    "split": ("even", "remainder"),
+    "grafting": ("parameter", "block", "none"),
+}
+_LOWEST_INTEGER = {
+    "quant_block_size": 1,
+    "min_quant_numel": 0,
+    "statistics_interval": 1,
+    "root_interval": 1,
+    "max_preconditioner_dim": 1,
+    "max_failures": 1,
+}
+
+
+@dataclass(frozen=True)
+class PreconditionerOptions:
+    """Everything that a parameter group may say of its preconditioner. :class:`Shampoo4` describes each field."""
+
+    precondition: bool = True
+    bits: Bits = 4
+    quantize: Quantize = "eigenbasis"
+    codebook: CodeBook = "linear2"
+    quant_block_size: int = 64
+    min_quant_numel: int = 4096
+    shampoo_beta: float = 0.95
+    matrix_eps: float = 1e-6
+    statistics_interval: int = 100
+    root_interval: int = 500
+    rectify_steps: tuple[int, int] = (1, 4)
+    refresh_dtype: RefreshDtype = "float64"
+    max_preconditioner_dim: int = 1024
+    split: Split = "even"
+    grafting: GraftingScope = "parameter"
+    max_failures: int = 10
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.precondition, bool):
+            raise ValueError(f"precondition must be True or False, got {self.precondition!r}")
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or value not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+        for name, lowest in _LOWEST_INTEGER.items():
+            _check_integer(name, getattr(self, name), lowest)
+        if not (_is_number(self.shampoo_beta) and 0.0 <= self.shampoo_beta < 1.0):
+            raise ValueError(f"shampoo_beta must be in [0, 1), got {self.shampoo_beta!r}")
+        if not (_is_number(self.matrix_eps) and 0.0 < self.matrix_eps < math.inf):
+            raise ValueError(f"matrix_eps must be a positive number, got {self.matrix_eps!r}")
+        steps = self.rectify_steps
+        if not (isinstance(steps, (tuple, list)) and len(steps) == 2):
+            raise ValueError(f"rectify_steps must be two integers, for a statistics and a root step, got {steps!r}")
+        for count in steps:
+            _check_integer("rectify_steps", count, 0)
+        object.__setattr__(self, "rectify_steps", tuple(steps))  # a JSON file or a checkpoint may bring a list
+
+    @classmethod
+    def of_group(cls, group: Mapping[str, Any]) -> PreconditionerOptions:
+        """The options that stand in a parameter group."""
+        steps = group["rectify_steps"]
+        return _cached(*(tuple(steps) if name == "rectify_steps" else group[name] for name in OPTION_NAMES))
+
+    def as_group(self) -> dict[str, Any]:
+        """These options as plain values, to stand in a parameter group."""
+        return asdict(self)
+
+    def shaping_bytes(self) -> dict[str, Any]:
+        """The options that decide how the stored bytes look: equal ones can read each other's states."""
+        if not self.precondition:
+            return {"precondition": False}
+        names = ["precondition", "bits", "max_preconditioner_dim", "split"]
+        if self.bits != 32:
+            names += ["quantize", "codebook", "quant_block_size", "min_quant_numel"]
+        return {name: getattr(self, name) for name in names}
+
+    def is_quantized(self, order: int) -> bool:
+        """Whether a factor of this order is kept in low precision: decided by its order alone, never by a shard."""
+        return self.bits != 32 and order * order >= self.min_quant_numel
+
+
+OPTION_NAMES = tuple(field.name for field in fields(PreconditionerOptions))
+_cached = functools.lru_cache(maxsize=256)(PreconditionerOptions)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _check_integer(name: str, value: Any, lowest: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
+        raise ValueError(f"{name} must be an integer of at least {lowest}, got {value!r}")
+
+
+_BASES: dict[str, type[torch.optim.Optimizer]] = {
+    "adamw": torch.optim.AdamW,
+    "sgd": torch.optim.SGD,
+    "adagrad": torch.optim.Adagrad,
+}
+_NOT_ELEMENTWISE = ("LBFGS", "Muon", "Adafactor", "SparseAdam")
+
+
+def base_class(base: str | type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
+    """The optimizer class that ``base`` names. Raises ValueError or TypeError, naming what would be accepted."""
+    if isinstance(base, str):
+        if base not in _BASES:
+            names = ", ".join(map(repr, _BASES))
+            raise ValueError(f"base must be one of {names} or a torch optimizer class, got {base!r}")
+        return _BASES[base]
+    if not (isinstance(base, type) and issubclass(base, torch.optim.Optimizer)):
+        raise TypeError(f"base must be a name or a subclass of torch.optim.Optimizer (not an instance), got {base!r}")
+    if base.__module__.startswith("torch.optim") and base.__name__ in _NOT_ELEMENTWISE:
+        raise ValueError(
+            f"base={base.__name__} is not an elementwise rule on dense gradients, so it cannot take the direction "
+            "of a sharded parameter; use 'adamw', 'sgd', 'adagrad' or another elementwise optimizer class"
+        )
+    return base
+
+
+def base_arguments(
+    rule: type[torch.optim.Optimizer], lr: Any, weight_decay: float, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The keyword arguments for ``rule``: learning rate, weight decay and ``options``.
+
+    Raises TypeError for an option that neither the preconditioner nor ``rule`` knows.
+    """
+    parameters = inspect.signature(rule).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    known = [name for name in parameters if name not in ("params", "lr", "weight_decay")]
+    for name in options:
+        if name not in known and not takes_any:
+            raise TypeError(
+                f"Shampoo4 got an unknown option {name!r}: it is neither an option of the preconditioner nor of "
+                f"{rule.__name__}{_hint(name, [*OPTION_NAMES, *known, 'lr', 'weight_decay'])}"
+            )
+    if options.get("differentiable"):
+        raise ValueError("differentiable=True is not supported: gradients are preconditioned outside autograd")
+    arguments = {"lr": lr, **options}
+    if "weight_decay" in parameters or takes_any:
+        arguments["weight_decay"] = weight_decay
+    elif weight_decay != 0.0:
+        raise TypeError(f"weight_decay={weight_decay!r} was given, but {rule.__name__} has no weight_decay")
+    return arguments
+
+
+def check_group(group: Mapping[str, Any], index: int, known: Iterable[str]) -> None:
+    """Check a parameter group's options; an unknown key that looks like a misspelt option raises TypeError.
+
+    Other unknown keys pass, as in torch: schedulers and training scripts keep notes of their own in groups.
+    """
+    known = set(known) | {"params", "param_names"}
+    for key in group.keys() - known:
+        hint = _hint(key, known, cutoff=0.85)
+        if hint:
+            raise TypeError(f"unknown option {key!r} in param group {index}{hint}")
+    try:
+        PreconditionerOptions.of_group(group)
+    except ValueError as error:
+        raise ValueError(f"param group {index}: {error}") from None
+
+
+def _hint(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
+    return f"; did you mean {matches[0]!r}?" if matches else ""

@@ -1,0 +1,98 @@
+"""What a state_dict holds beside the base optimizer's states, and its checks before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .layout import matrix_shape
+from .options import PreconditionerOptions
+from .preconditioner import Matrix
+
+FORMAT_VERSION = 1
+VERSION_KEY = "preconditioner_format"  # in each parameter group
+STATE_KEY = "preconditioner"  # in state_dict()["state"][i]: one uint8 vector for each preconditioned parameter
+
+
+@dataclass
+class PackedState:
+    """A parameter's preconditioner as bytes, and the options that shaped them."""
+
+    options: PreconditionerOptions
+    data: Tensor  # uint8 (Matrix.packed_bytes,)
+
+    def check(self, matrix: Matrix) -> None:
+        """Raise ValueError, naming the parameter, unless the bytes are those of ``matrix``."""
+        difference = shaping_difference(self.options, matrix.options)
+        if difference:
+            raise ValueError(f"the stored preconditioner of {matrix.name} has {difference}")
+        if self.data.dtype != torch.uint8 or self.data.shape != (matrix.packed_bytes,):
+            raise ValueError(
+                f"the stored preconditioner of {matrix.name} does not belong to a matrix of shape {matrix.shape}: "
+                f"{matrix.packed_bytes} bytes were expected, not {self.data.numel()} elements of {self.data.dtype}"
+            )
+
+
+def shaping_difference(stored: PreconditionerOptions, wanted: PreconditionerOptions) -> str:
+    """The options whose different values make stored bytes unreadable, in words; empty if there are none."""
+    old, new = stored.shaping_bytes(), wanted.shaping_bytes()
+    names = [name for name in {**old, **new} if name in old and name in new and old[name] != new[name]]
+    return ", ".join(f"{name}={old[name]!r} where this optimizer has {name}={new[name]!r}" for name in names)
+
+
+def join(plain: dict[str, Any], packed: Sequence[Tensor | None]) -> dict[str, Any]:
+    """A base optimizer's state_dict with ``packed`` preconditioners, given in the order of the groups' parameters."""
+    state = dict(plain["state"])
+    for key, data in zip(_keys(plain), packed, strict=True):
+        if data is not None:
+            state[key] = {**state.get(key, {}), STATE_KEY: data}
+    return {**plain, "state": state}
+
+
+def separate(state_dict: dict[str, Any]) -> tuple[dict[str, Any], list[Tensor | None]]:
+    """Undo :func:`join`."""
+    plain = {
+        key: {name: value for name, value in entry.items() if name != STATE_KEY}
+        for key, entry in state_dict["state"].items()
+    }
+    packed = [state_dict["state"].get(key, {}).get(STATE_KEY) for key in _keys(state_dict)]
+    return {**state_dict, "state": {key: entry for key, entry in plain.items() if entry}}, packed
+
+
+def check_loadable(
+    state_dict: dict[str, Any], groups: Sequence[dict[str, Any]], parameters: Sequence[tuple[str, Tensor]]
+) -> None:
+    """Raise ValueError, with the option and both values or the parameter's name, unless ``state_dict`` fits."""
+    saved_groups = state_dict["param_groups"]
+    saved_sizes = [len(group["params"]) for group in saved_groups]
+    sizes = [len(group["params"]) for group in groups]
+    if saved_sizes != sizes:
+        raise ValueError(f"the state_dict has param groups of {saved_sizes} parameters, this optimizer of {sizes}")
+    for index, (saved, group) in enumerate(zip(saved_groups, groups, strict=True)):
+        version = saved.get(VERSION_KEY)
+        if version is None:
+            raise ValueError(f"param group {index} of the state_dict was not written by Shampoo4")
+        if version != FORMAT_VERSION:
+            raise ValueError(f"the state_dict has format {version}, this version of Shampoo4 reads {FORMAT_VERSION}")
+        difference = shaping_difference(PreconditionerOptions.of_group(saved), PreconditionerOptions.of_group(group))
+        if difference:
+            raise ValueError(f"param group {index} of the state_dict has {difference}")
+
+    plain, packed = separate(state_dict)
+    options = [PreconditionerOptions.of_group(group) for group in saved_groups for _ in group["params"]]
+    for key, data, option, (name, parameter) in zip(_keys(plain), packed, options, parameters, strict=True):
+        shape = matrix_shape(parameter.shape) if option.precondition else None
+        if shape and data is not None:
+            PackedState(option, data).check(Matrix(name, shape, option, parameter.device))
+        elif shape and key in plain["state"]:
+            raise ValueError(f"the state_dict has a state of {name}, but no preconditioner")
+        elif data is not None:
+            raise ValueError(f"the state_dict has a preconditioner of {name}, which is not preconditioned here")
+
+
+def _keys(state_dict: dict[str, Any]) -> list[Any]:
+    return [key for group in state_dict["param_groups"] for key in group["params"]]
