@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from . import eigenbasis, quantization
+from . import eigenbasis, linalg, quantization
 from .options import PreconditionerOptions
 
 Index = slice | Tensor  # which factors of a pool: a run of neighbours (a view, no copy) or their positions
@@ -130,7 +130,7 @@ class FactorPool:
         beta = self.options.shampoo_beta
         for chunk, gradient in zip(self._chunks(where), gradients.split(self._chunk_size()), strict=True):
             gradient = gradient.to(self.refresh_dtype)
-            statistic = gradient @ gradient.mT
+            statistic = linalg.matmul(gradient, gradient.mT)
             if "eigenvalues" in self.tensors:
                 values, basis = self._eigenbasis(chunk, self.options.rectify_steps[0])
                 values, basis = eigenbasis.refresh(values, basis, statistic, beta)
@@ -159,7 +159,7 @@ class FactorPool:
         return self.tensors["eigenvalues"][where].to(self.refresh_dtype), eigenbasis.rectify(basis, rectify_steps)
 
     def _chunk_size(self) -> int:
-        return max(1, REFRESH_ELEMENTS // self.order**2) if batching_allowed(self.device) else 1
+        return max(1, REFRESH_ELEMENTS // self.order**2)
 
     def _chunks(self, where: Tensor) -> Iterator[Tensor]:
         return iter(where.split(self._chunk_size()))
@@ -186,15 +186,6 @@ class FactorPool:
     @property
     def nbytes(self) -> int:
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
-
-
-def batching_allowed(device: torch.device) -> bool:
-    """Whether matrices may be computed in batches without that changing their numbers.
-
-    On the CPU they always may. An accelerator's libraries choose their kernels by the batch size, so there, when torch
-    is asked for deterministic algorithms, every matrix is computed alone.
-    """
-    return device.type == "cpu" or not torch.are_deterministic_algorithms_enabled()
 
 
 def _finite(values: Tensor) -> Tensor:

@@ -83,8 +83,11 @@ class PreconditionerOptions:
     @classmethod
     def of_group(cls, group: Mapping[str, Any]) -> PreconditionerOptions:
         """The options that stand in a parameter group."""
-        steps = group["rectify_steps"]
-        return _cached(*(tuple(steps) if name == "rectify_steps" else group[name] for name in OPTION_NAMES))
+        values: list[Any] = [tuple(v) if isinstance(v, list) else v for v in (group[name] for name in OPTION_NAMES)]
+        try:
+            return _cached(*values)
+        except TypeError:  # a value that cannot be hashed cannot be right either: let the checks say so
+            return cls(*values)
 
     def as_group(self) -> dict[str, Any]:
         """These options as plain values, to stand in a parameter group."""

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .factors import FactorPool, Index, batching_allowed, factor_bytes
+from .factors import FactorPool, Index, factor_bytes
 from .layout import Block, cut_blocks
+from .linalg import matmul
 from .options import PreconditionerOptions
 
 # Elements of a batch's gradients, directions and dequantised roots together: bounds the memory in flight of a step.
@@ -119,8 +120,8 @@ class BlockBatch:
     def precondition(self, chosen: Sequence[int], gradients: Tensor) -> Tensor:
         """Directions L^(-1/4) G R^(-1/4) of the ``chosen`` members, before grafting: (k, rows, columns)."""
         left, right = self._runs(chosen)
-        preconditioned = torch.bmm(self.left.root(left).to(gradients.dtype), gradients)
-        return torch.bmm(preconditioned, self.right.root(right).to(gradients.dtype))
+        left_root, right_root = (self.left.root(left).to(gradients.dtype), self.right.root(right).to(gradients.dtype))
+        return matmul(matmul(left_root, gradients), right_root)
 
     def _positions(self, chosen: Sequence[int]) -> tuple[Tensor, Tensor]:
         positions = index_tensor(chosen, self.left.device)
@@ -186,8 +187,6 @@ class Preconditioner:
             self._places[index, block] = (left, left_start + offset), (right, right_start + offset)
         rows, columns = left.order, right.order
         size = max(1, BATCH_ELEMENTS // (rows * rows + columns * columns + 2 * rows * columns))
-        if not batching_allowed(left.device):
-            size = 1
         for start in range(0, len(members), size):
             chunk = members[start : start + size]
             self.batches.append(BlockBatch(chunk, left, left_start + start, right, right_start + start))

@@ -85,7 +85,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         return codes.to(torch.uint8)
     if bits == 4:
         low, high = pad(codes, (0, length % 2)).unflatten(-1, (-1, 2)).unbind(-1)
-        return (low | high << 4).to(torch.uint8)
+        pairs: Tensor = low | high << 4
+        return pairs.to(torch.uint8)
     eight = pad(codes, (0, -length % 8)).unflatten(-1, (-1, 8)).long()
     word = (eight << torch.arange(0, 24, 3, device=codes.device)).sum(-1)
     three_bytes = torch.stack([word & 255, word >> 8 & 255, word >> 16], dim=-1).to(torch.uint8)
@@ -118,7 +119,7 @@ def quantize(values: Tensor, *, codebook: str, bits: int, block: int) -> tuple[T
     """
     length = values.shape[-1]
     tables = _tables(codebook, bits, values.device)
-    blocks = pad(values.to(torch.float32), (0, -length % block)).unflatten(-1, (-1, block))
+    blocks = pad(values.to(torch.float32), (0, -length % block)).contiguous().unflatten(-1, (-1, block))
     scales = blocks.abs().amax(-1)
     unit = blocks / torch.where(scales > 0, scales, 1.0).unsqueeze(-1)
     codes = torch.bucketize(unit, tables.thresholds, out_int32=True)
@@ -126,10 +127,10 @@ def quantize(values: Tensor, *, codebook: str, bits: int, block: int) -> tuple[T
 
 
 def dequantize(codes: Tensor, scales: Tensor, length: int, *, codebook: str, bits: int, block: int) -> Tensor:
-    """Values of :func:`quantize`'s codes and scales, float32 (..., length); rows may be padded in memory."""
+    """Values of :func:`quantize`'s codes and scales, float32 (..., length)."""
     words = _words(codes, bits)
     looked_up = _tables(codebook, bits, codes.device).words.index_select(0, words.flatten()).view(torch.float32)
-    values = looked_up.view(*codes.shape[:-1], -1)[..., :length]
+    values = looked_up.view(*codes.shape[:-1], -1)[..., :length].contiguous()
     whole = length // block
     if whole:
         values[..., : whole * block].unflatten(-1, (whole, block)).mul_(scales[..., :whole, None])

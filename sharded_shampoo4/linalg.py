@@ -1,0 +1,66 @@
+"""Products and factorisations of batches of matrices whose numbers do not depend on the batch.
+
+A block must get the same numbers whether it is computed alone or beside others, or ranks that share the work
+differently would train different models. Libraries do not promise that. MKL chooses its kernels by memory alignment,
+which the place in a batch decides where a matrix does not fill whole cache lines, and by how a batch divides over
+threads; CUDA's choose by batch size. So matrices go into one call where that is known to be neutral, and one by one
+where it is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+_CACHE_LINE = 64  # bytes; torch aligns fresh CPU memory to it
+
+
+def matmul(left: Tensor, right: Tensor) -> Tensor:
+    """(B, m, k) times (B, k, n)."""
+    result_shape = (left.shape[1], right.shape[2])
+    if left.device.type == "cpu":
+        neutral = torch.get_num_threads() == 1 and all(
+            _fills_cache_lines(shape, left.dtype) for shape in (left.shape[1:], right.shape[1:], result_shape)
+        )
+    else:
+        neutral = not torch.are_deterministic_algorithms_enabled()
+    if neutral:
+        return torch.bmm(left, right)
+    return torch.stack([torch.mm(_aligned(a), _aligned(b)) for a, b in zip(left, right, strict=True)])
+
+
+def qr(matrices: Tensor) -> Tensor:
+    """The orthogonal factors of (B, n, n) matrices; NaN where LAPACK fails."""
+    return _factorise(lambda batch: (torch.linalg.qr(batch)[0],), matrices)[0]
+
+
+def eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (B, n) and eigenvectors (B, n, n) of symmetric matrices; NaN where LAPACK fails."""
+    vectors, values = _factorise(lambda batch: torch.linalg.eigh(batch)[::-1], matrices)
+    return values, vectors
+
+
+def _factorise(method: Callable[[Tensor], tuple[Tensor, ...]], matrices: Tensor) -> tuple[Tensor, ...]:
+    """``method`` on a batch, or on one matrix after another, where a batch is not neutral or fails."""
+    if matrices.device.type == "cpu":
+        neutral = _fills_cache_lines(matrices.shape[1:], matrices.dtype)
+    else:
+        neutral = not torch.are_deterministic_algorithms_enabled()
+    if neutral or len(matrices) == 1:
+        try:
+            return tuple(part.contiguous() for part in method(matrices))  # as torch.cat below lays them out
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            if len(matrices) == 1:
+                return matrices * torch.nan, matrices[:, 0] * torch.nan
+    singly = [_factorise(method, matrix) for matrix in matrices.split(1)]
+    return tuple(torch.cat(parts) for parts in zip(*singly, strict=False))  # a failed QR brings a part too many
+
+
+def _fills_cache_lines(shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+    return torch.Size(shape).numel() * dtype.itemsize % _CACHE_LINE == 0
+
+
+def _aligned(matrix: Tensor) -> Tensor:
+    return matrix.clone() if matrix.device.type == "cpu" and matrix.data_ptr() % _CACHE_LINE else matrix

@@ -1,0 +1,53 @@
+"""Helpers of test_launch.py: run the training script as a user would, and write tiny data sets."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+LAUNCH = ROOT / "launch"
+sys.path.insert(0, str(LAUNCH))  # where `python launch/train_vit.py` puts it
+
+TIMES = ("images_per_second", "step_seconds", "peak_memory_bytes")  # what may differ between equal runs
+
+
+def train(output_dir: Path, *flags: object) -> subprocess.CompletedProcess[str]:
+    """Run train_vit.py in a process of its own, offline; its result, whatever the exit status."""
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
+    }
+    command = [sys.executable, str(LAUNCH / "train_vit.py"), "--output_dir", str(output_dir), *map(str, flags)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def results(output_dir: Path) -> dict[str, Any]:
+    """all_results.json of a finished run."""
+    return json.loads((output_dir / "all_results.json").read_text())
+
+
+def metrics(output_dir: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl without the timings."""
+    lines = map(json.loads, (output_dir / "metrics.jsonl").read_text().splitlines())
+    return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
+
+
+def losses(output_dir: Path) -> list[float]:
+    """The training losses of metrics.jsonl, in order."""
+    return [line["loss"] for line in metrics(output_dir) if "loss" in line]
+
+
+def write_idx(path: Path, array: np.ndarray) -> None:
+    """An idx file of bytes, gzipped where the name says so."""
+    data = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes() + array.tobytes()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)

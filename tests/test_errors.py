@@ -1,0 +1,216 @@
+"""Mistakes are told at once, with the option, the value and the parameter."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from sharded_shampoo4 import Shampoo4, estimate_memory
+
+
+def matrix(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.randn(*(shape or (8, 6))))
+
+
+IMPOSSIBLE: list[tuple[dict[str, Any], str]] = [
+    ({"bits": 5}, "bits must be one of 3, 4, 8, 32, got 5"),
+    ({"bits": True}, "bits must be one of"),
+    ({"bits": 4.5}, "bits must be one of"),
+    ({"quantize": "eigen"}, "quantize must be one of 'eigenbasis', 'preconditioner', got 'eigen'"),
+    ({"codebook": "linear"}, "codebook must be one of 'linear2', 'dynamic_tree'"),
+    ({"quant_block_size": 0}, "quant_block_size must be an integer of at least 1, got 0"),
+    ({"min_quant_numel": -1}, "min_quant_numel must be"),
+    ({"shampoo_beta": 1.0}, r"shampoo_beta must be in \[0, 1\), got 1.0"),
+    ({"matrix_eps": 0.0}, "matrix_eps must be a positive number, got 0.0"),
+    ({"matrix_eps": float("nan")}, "matrix_eps"),
+    ({"statistics_interval": 0}, "statistics_interval must be an integer of at least 1, got 0"),
+    ({"root_interval": 2.5}, "root_interval"),
+    ({"rectify_steps": 3}, "rectify_steps must be two integers"),
+    ({"bits": {}}, "bits must be one of"),
+    ({"rectify_steps": (1, -4)}, "rectify_steps must be an integer of at least 0, got -4"),
+    ({"refresh_dtype": "float16"}, "refresh_dtype must be one of 'float64', 'float32', got 'float16'"),
+    ({"max_preconditioner_dim": 0}, "max_preconditioner_dim"),
+    ({"split": "odd"}, "split must be one of 'even', 'remainder'"),
+    ({"grafting": None}, "grafting must be one of"),
+    ({"max_failures": 0}, "max_failures"),
+    ({"precondition": "yes"}, "precondition must be True or False, got 'yes'"),
+    ({"base": "adam8"}, "base must be one of 'adamw', 'sgd', 'adagrad' or a torch optimizer class, got 'adam8'"),
+    ({"base": torch.optim.LBFGS}, "base=LBFGS is not an elementwise rule"),
+    ({"base": torch.optim.Muon}, "base=Muon is not an elementwise rule"),
+    ({"differentiable": True}, "differentiable"),
+    ({"lr": -1.0}, "Invalid learning rate"),
+    ({"betas": (1.5, 0.9)}, "Invalid beta"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), IMPOSSIBLE, ids=str)
+def test_impossible_values(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Shampoo4([matrix()], **options)
+    if "lr" not in options:
+        with pytest.raises(ValueError, match=message):
+            estimate_memory({"w": (8, 6)}, **options)
+    if next(iter(options)) not in ("base", "lr", "betas", "differentiable"):
+        with pytest.raises(ValueError, match=f"param group 1: {message}"):
+            Shampoo4([{"params": [matrix()]}, {"params": [matrix()], **options}])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"betaz": (0.9, 0.99)}, "unknown option 'betaz'.*of AdamW; did you mean 'betas'"),
+        ({"root_intervall": 3}, "did you mean 'root_interval'"),
+        ({"base": "sgd", "betas": (0.9, 0.99)}, "unknown option 'betas'.*of SGD"),
+        ({"base": 3}, "base must be a name or a subclass of torch.optim.Optimizer"),
+        ({"base": torch.optim.Rprop, "weight_decay": 0.1}, "weight_decay=0.1 was given, but Rprop has no weight_decay"),
+    ],
+    ids=str,
+)
+def test_unknown_options(options: dict[str, Any], message: str) -> None:
+    for make in (lambda: Shampoo4([matrix()], **options), lambda: estimate_memory({"w": (8, 6)}, **options)):
+        with pytest.raises(TypeError, match=message):
+            make()
+
+
+def test_a_misspelt_option_in_a_group_and_notes_of_others() -> None:
+    with pytest.raises(TypeError, match="unknown option 'statistic_interval' in param group 0; did you mean"):
+        Shampoo4([{"params": [matrix()], "statistic_interval": 5}])
+    optimizer = Shampoo4([{"params": [matrix()], "name": "head", "initial_lr": 0.1}])
+    with pytest.raises(TypeError, match="in param group 1"):
+        optimizer.add_param_group({"params": [matrix()], "graftin": "none"})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_parameters_that_are_not_tensors() -> None:
+    with pytest.raises(TypeError, match="Tensor"):
+        Shampoo4([3.0])
+    with pytest.raises(ValueError, match="empty parameter list"):
+        Shampoo4([])
+
+
+def test_gradients_that_cannot_be_preconditioned() -> None:
+    embedding = nn.Embedding(10, 4, sparse=True)
+    optimizer = Shampoo4(embedding.named_parameters())
+    embedding(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(TypeError, match=r"gradient of weight is sparse \(torch.sparse_coo\)"):
+        optimizer.step()
+    parameter = nn.Parameter(torch.randn(4, 4, dtype=torch.complex64))
+    parameter.grad = torch.randn(4, 4, dtype=torch.complex64)
+    with pytest.raises(TypeError, match=r"gradient of parameter 0 of group 0 is of type torch.complex64"):
+        Shampoo4([parameter]).step()
+
+
+def stepped(parameter: nn.Parameter, **options: Any) -> Shampoo4:
+    optimizer = Shampoo4([("layer.weight", parameter)], statistics_interval=1, root_interval=1, **options)
+    parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("bits", 8),
+        ("codebook", "dynamic_tree"),
+        ("quant_block_size", 32),
+        ("min_quant_numel", 0),
+        ("split", "remainder"),
+        ("quantize", "preconditioner"),
+        ("max_preconditioner_dim", 50),
+        ("precondition", False),
+    ],
+)
+def test_options_that_shape_bytes_must_match(name: str, value: object) -> None:
+    """In a checkpoint, and when a group's option is changed after the first step."""
+    saved = stepped(matrix(70, 65)).state_dict()
+    other = Shampoo4([matrix(70, 65)], **{name: value})
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(ValueError, match=f"{name}=.* where this optimizer has {name}={value!r}"):
+        other.load_state_dict(saved)
+    assert other.state_dict() == before
+
+    if name != "precondition":
+        parameter = matrix(70, 65)
+        optimizer = stepped(parameter)
+        optimizer.param_groups[0][name] = value
+        with pytest.raises(ValueError, match=f"preconditioner of layer.weight has {name}="):
+            optimizer.step()
+
+
+def test_checkpoints_that_do_not_fit() -> None:
+    saved = stepped(matrix(70, 65)).state_dict()
+    with pytest.raises(ValueError, match=r"param groups of \[1\] parameters, this optimizer of \[2\]"):
+        Shampoo4([matrix(70, 65), matrix()]).load_state_dict(saved)
+    with pytest.raises(
+        ValueError, match=r"preconditioner of layer.weight does not belong to a matrix of shape \(70, 66\)"
+    ):
+        Shampoo4([("layer.weight", matrix(70, 66))]).load_state_dict(saved)
+    parameter = matrix(70, 65)
+    plain = torch.optim.AdamW([parameter])
+    with pytest.raises(ValueError, match="was not written by Shampoo4"):
+        Shampoo4([parameter]).load_state_dict(plain.state_dict())
+    lost = copy.deepcopy(saved)
+    del lost["state"][0]["preconditioner"]
+    with pytest.raises(ValueError, match=r"has a state of .*, but no preconditioner"):
+        Shampoo4([parameter]).load_state_dict(lost)
+    cast = copy.deepcopy(saved)
+    cast["state"][0]["preconditioner"] = cast["state"][0]["preconditioner"].float()
+    with pytest.raises(ValueError, match=r"elements of torch.float32"):
+        Shampoo4([parameter]).load_state_dict(cast)
+    newer = copy.deepcopy(saved)
+    newer["param_groups"][0]["preconditioner_format"] = 99
+    with pytest.raises(ValueError, match="has format 99, this version of Shampoo4 reads 1"):
+        Shampoo4([parameter]).load_state_dict(newer)
+
+
+def test_failures_keep_the_old_factors_then_raise() -> None:
+    parameter, healthy = matrix(70, 65), matrix(70, 65)
+    optimizer = Shampoo4(
+        [("sick", parameter), ("healthy", healthy)], base="sgd", statistics_interval=1, root_interval=1, max_failures=3
+    )
+
+    def step(poison: bool) -> None:
+        for p in (parameter, healthy):
+            p.grad = torch.randn_like(p)
+        if poison:
+            parameter.grad[3, 4] = torch.nan
+        optimizer.step()
+
+    step(False)
+    pools = optimizer._bound.preconditioner.pools
+    before = [{name: tensor[0].clone() for name, tensor in pool.tensors.items()} for pool in pools]
+    step(True)
+    step(True)
+    for pool, old in zip(pools, before, strict=True):
+        assert pool.tensors["failures"].tolist() == [[2, 0], [0, 0]]
+        changed = {name for name in old if not torch.equal(old[name], pool.tensors[name][0])}
+        assert changed <= {"failures", "root.codes", "root.scales", "root.diagonal"}, changed
+        assert all(tensor.isfinite().all() for tensor in pool.tensors.values())
+    assert healthy.isfinite().all()
+    step(False)
+    assert all((pool.tensors["failures"] == 0).all() for pool in pools)
+    step(True)
+    step(True)
+    with pytest.raises(
+        RuntimeError, match=r"left preconditioner of sick, block at row 0, column 0 .* failed .* 3 times"
+    ):
+        step(True)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e-20, 1e-10, 1e10, 1e18])
+@pytest.mark.parametrize("bits", [4, 32])
+def test_extreme_gradients_stay_finite(scale: float, bits: int) -> None:
+    parameter = matrix(70, 10)
+    optimizer = Shampoo4([parameter], base="sgd", lr=0.0, statistics_interval=1, root_interval=2, bits=bits)
+    for _ in range(30):
+        gradient = scale * torch.randn(70, 10)
+        parameter.grad = gradient.clone()
+        optimizer.step()
+        assert parameter.grad.isfinite().all()
+        if scale > 1e-10:
+            assert torch.isclose(parameter.grad.double().norm(), gradient.double().norm(), rtol=1e-5)
+    assert all((pool.tensors["failures"] == 0).all() for pool in optimizer._bound.preconditioner.pools)
