@@ -1,0 +1,339 @@
+"""Train a vision transformer with 4-bit Shampoo, or with an optimizer to compare it with.
+
+    python launch/train_vit.py                                   # scikit-learn's digits, nothing to download
+    python launch/train_vit.py --dataset_name fashion-mnist --optimizer adamw --output_dir runs/adamw
+
+The same file serves one process and many (``accelerate launch launch/train_vit.py ...``): what happens is decided by
+the flags and the step count, which all processes share, and never by what one of them sees. README.md tells the flags.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import torch.nn.functional as F
+import transformers
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import gather_object, set_seed
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import get_scheduler
+from vit_args import parse_args
+from vit_augment import BatchTransform
+from vit_checkpoint import Checkpoints, LossBook, Progress
+from vit_data import Plan, make_loaders, mixed_seed, natural_channels, normalisation, prepare_images
+from vit_model import build_config, build_model, image_side
+from vit_optim import build_optimizer, estimated_bytes, state_bytes
+from vit_report import MetricsLog, data_name, peak_memory_bytes, plot_curves, print_tables
+from vit_sources import load_image_data
+
+logger = get_logger("train_vit")
+
+
+class Run:
+    """One training: everything that is built before it, the loop, and what is left behind."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.output_dir = Path(args.output_dir)
+        self.started = time.perf_counter()
+        self.accelerator = make_accelerator(args)
+        set_seed(args.seed)  # the model starts alike on every process
+
+        with self.accelerator.main_process_first():  # the others read what the first one has downloaded
+            data = load_image_data(args)
+        config = build_config(args, data.label_names, args.num_channels or natural_channels(data))
+        size, channels = image_side(config), config.num_channels
+        cache_bytes = args.cache_images_gb * 1e9
+        train_images = prepare_images(data.train, data, size, channels, cache_bytes)
+        mean, std = normalisation(args, train_images, channels)
+        self.transform = BatchTransform(
+            mean,
+            std,
+            image_size=size,
+            num_labels=len(data.label_names),
+            augment=args.augment,
+            crop_padding=args.crop_padding,
+            mixup=args.mixup,
+        ).to(self.accelerator.device)
+        eval_images = prepare_images(data.validation, data, size, channels, cache_bytes)
+        train_loader, eval_loader, self.sampler = make_loaders(args, train_images, eval_images)
+        self.plan = Plan.make(args, len(train_images), self.accelerator.num_processes)
+        self.images = (len(train_images), len(eval_images))
+
+        model = build_model(args, config)
+        self.shapes = [(name, parameter.shape) for name, parameter in model.named_parameters()]
+        self.inner_optimizer = build_optimizer(args, model)
+        self.model, self.optimizer, self.train_loader, self.eval_loader = self.accelerator.prepare(
+            model, self.inner_optimizer, train_loader, eval_loader
+        )
+        # Not prepared: Accelerate would step it once per process and so run through the schedule too fast.
+        self.scheduler = get_scheduler(
+            args.lr_scheduler_type,
+            self.inner_optimizer,
+            num_warmup_steps=warmup_steps(args, self.plan.total_steps),
+            num_training_steps=self.plan.total_steps,
+        )
+
+        self.progress = Progress()
+        self.losses = LossBook(args.gradient_accumulation_steps)
+        self.accelerator.register_for_checkpointing(self.scheduler, self.progress)
+        options = {**vars(args), "step_images": self.plan.step_images, "epoch_steps": self.plan.epoch_steps}
+        self.checkpoints = Checkpoints(self.accelerator, self.output_dir, args.checkpoints_total_limit, options)
+        self.log: MetricsLog | None = None
+
+    def train(self) -> None:
+        """Train to the last step, evaluating after every epoch."""
+        self._begin()
+        plan, progress = self.plan, self.progress
+        bar = tqdm(
+            total=plan.total_steps,
+            initial=progress.step,
+            disable=not self.accelerator.is_local_main_process,
+            desc="training",
+        )
+        self.lap_started, self.lap_step = time.perf_counter(), progress.step
+        for epoch in range(progress.step // plan.epoch_steps, plan.epochs):
+            first_step, last_step = epoch * plan.epoch_steps, plan.last_step(epoch)
+            if progress.step >= last_step:  # resumed a run that had ended
+                break
+            if progress.step == first_step:
+                progress.epoch_losses = []
+            # Places in the epoch's order: a resumed epoch goes on where it stopped, the last one ends with the run.
+            self.sampler.start(epoch, *((step - first_step) * plan.step_images for step in (progress.step, last_step)))
+            self.model.train()
+            self.transform.train()
+            for number, batch in enumerate(self.train_loader):
+                self._micro_batch(batch, number)
+                if not self.accelerator.sync_gradients:
+                    continue
+                bar.update()
+                if progress.step < last_step:  # the epoch's last step waits for the evaluation
+                    self._save_if_due()
+            if progress.step != last_step:
+                raise RuntimeError(f"epoch {epoch} ended at step {progress.step} instead of {last_step}")
+            with self._off_the_clock():
+                self.evaluate()
+            self._save_if_due(epoch_ends=True)
+        bar.close()
+
+    def _micro_batch(self, batch: dict[str, Tensor], number: int) -> None:
+        """Forward and backward on one batch; with the last batch of a step, the step."""
+        accelerator = self.accelerator
+        # Every random number of a batch (augmentation, dropout) follows from the seed, the step and the process. So a
+        # resumed run draws the same ones, and no generator's state has to be carried over.
+        part = number % self.args.gradient_accumulation_steps
+        torch.manual_seed(mixed_seed(self.args.seed, self.progress.step, part, accelerator.process_index))
+        images, targets = self.transform(batch)
+        with accelerator.accumulate(self.model):
+            logits = self.model(pixel_values=images).logits.float()
+            loss = F.cross_entropy(logits, targets, label_smoothing=self.args.label_smoothing)
+            accelerator.backward(loss)
+            self.losses.add(loss)
+            norm = None
+            if accelerator.sync_gradients and self.args.max_grad_norm > 0:
+                norm = accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        if accelerator.sync_gradients:
+            self._after_step(norm)
+
+    def _after_step(self, norm: Tensor | float | None) -> None:
+        rate = self.scheduler.get_last_lr()[0]  # with which the step was made
+        if not self.optimizer.step_was_skipped:  # fp16 skips steps whose gradients overflow
+            self.scheduler.step()
+        self.progress.step += 1
+        if self.progress.step % self.args.logging_steps == 0 or self.progress.step == self.plan.total_steps:
+            self._log_step(rate, norm)
+
+    def _log_step(self, rate: float, norm: Tensor | float | None) -> None:
+        progress = self.progress
+        self.losses.collect(self.accelerator, progress)
+        if isinstance(norm, Tensor):
+            norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
+        seconds = time.perf_counter() - self.lap_started
+        steps = progress.step - self.lap_step
+        recent = progress.unlogged_losses
+        self._write(
+            {
+                "loss": math.fsum(recent) / len(recent),
+                "learning_rate": rate,
+                "grad_norm": norm,
+                "images_per_second": steps * self.plan.step_images / seconds,
+                "step_seconds": seconds / steps,
+                "peak_memory_bytes": peak_memory_bytes(self.accelerator.device),
+                "optimizer_state_bytes": sum(state_bytes(self.inner_optimizer).values()),
+            }
+        )
+        progress.unlogged_losses = []
+        self.lap_started, self.lap_step = time.perf_counter(), progress.step
+
+    @torch.no_grad()
+    def evaluate(self) -> None:
+        """Accuracy and loss on the evaluation images, each of them counted once on however many processes."""
+        self.losses.collect(self.accelerator, self.progress)
+        self.model.eval()
+        self.transform.eval()
+        correct, total_loss, count = 0, 0.0, 0
+        for batch in self.eval_loader:
+            images, labels = self.transform(batch)
+            logits = self.model(pixel_values=images).logits.float()
+            judged = (logits.argmax(-1) == labels, F.cross_entropy(logits, labels, reduction="none"))
+            hits, losses = self.accelerator.gather_for_metrics(judged)
+            correct += int(hits.sum())
+            total_loss += float(losses.cpu().double().sum())
+            count += len(losses)
+        accuracy = correct / count
+        self.progress.evaluation = {"eval_accuracy": accuracy, "eval_loss": total_loss / count}
+        self.progress.best_accuracy = max(self.progress.best_accuracy, accuracy)
+        self._write(self.progress.evaluation)
+
+    def finish(self) -> None:
+        """Store the model and the results, draw the curves, print the tables."""
+        self._save_model()
+        held = gather_object([state_bytes(self.inner_optimizer)])
+        if self.accelerator.is_main_process:
+            results = self._results(held)
+            (self.output_dir / "all_results.json").write_text(json.dumps(results, indent=2) + "\n")
+            assert self.log is not None
+            picture = self.output_dir / "curves.png"
+            options = results["options"]
+            title = f"{options['model'] or 'model'} on {data_name(options)}, {options['optimizer']}"
+            plot_curves(self.log.read(), picture, title)
+            print_tables(results)
+            for name, path in (("results", "all_results.json"), ("curves", "curves.png"), ("model", "model")):
+                print(f"{name:8}{self.output_dir / path}")
+        self.accelerator.wait_for_everyone()  # for the main process, which was busy with the above
+        # A DDP model that outlives its process group takes the group down with it under Python's lock, for which gloo's
+        # threads may be waiting: the process then never ends. So the model goes first.
+        self.model, self.optimizer = self.accelerator.free_memory(self.model, self.optimizer)
+        self.accelerator.end_training()
+
+    def _begin(self) -> None:
+        """Resume if asked, open the logs, and say what is going to happen."""
+        args, plan, accelerator = self.args, self.plan, self.accelerator
+        if accelerator.is_main_process:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+        self.checkpoints.begin(args.resume_from_checkpoint, args.overwrite_output_dir)
+        if accelerator.is_main_process:
+            self.log = MetricsLog(self.output_dir / "metrics.jsonl", resumed_at=self.progress.step)
+        if args.with_tracking:
+            plain = {k: v for k, v in vars(args).items() if isinstance(v, (int, float, str, bool))}
+            accelerator.init_trackers("tensorboard", plain)
+        logger.info("***** Running training *****")
+        for name, value in (
+            ("images to train on, to evaluate on", self.images),
+            ("epochs", plan.epochs),
+            ("images per process and batch", args.per_device_train_batch_size),
+            ("batches per step", args.gradient_accumulation_steps),
+            ("processes", accelerator.num_processes),
+            ("images per step", plan.step_images),
+            ("steps", plan.total_steps),
+            ("steps done", self.progress.step),
+        ):
+            logger.info(f"  {name}: {value}")
+        self.seconds_before = self.progress.seconds
+
+    def _save_if_due(self, epoch_ends: bool = False) -> None:
+        every = self.args.checkpointing_steps
+        if every is None or not (epoch_ends if every == "epoch" else self.progress.step % every == 0):
+            return
+        with self._off_the_clock():
+            self.losses.collect(self.accelerator, self.progress)  # after this, a broken run raises and saves nothing
+            self.progress.seconds = self._seconds()
+            self.checkpoints.save(self.progress.step)
+
+    def _save_model(self) -> None:
+        """The model as transformers loads it, with the normalisation that it was trained under."""
+        state = self.accelerator.get_state_dict(self.model)  # every process takes part
+        folder = self.output_dir / "model"
+        self.accelerator.unwrap_model(self.model).save_pretrained(
+            folder,
+            is_main_process=self.accelerator.is_main_process,
+            save_function=self.accelerator.save,
+            state_dict=state,
+        )
+        if self.accelerator.is_main_process:
+            (folder / "preprocessor_config.json").write_text(json.dumps(self.transform.as_processor(), indent=2) + "\n")
+
+    def _results(self, held: list[dict[str, int]]) -> dict[str, Any]:
+        progress = self.progress
+        return {
+            "train_loss": math.fsum(progress.epoch_losses) / len(progress.epoch_losses),
+            **progress.evaluation,
+            "best_eval_accuracy": progress.best_accuracy,
+            "steps": progress.step,
+            "epochs": round(progress.step / self.plan.epoch_steps, 3),
+            "total_seconds": self._seconds(),
+            "parameters": sum(shape.numel() for _, shape in self.shapes),
+            "train_images": self.images[0],
+            "eval_images": self.images[1],
+            "processes": self.accelerator.num_processes,
+            "peak_memory_bytes": peak_memory_bytes(self.accelerator.device),
+            "state_bytes": {key: max(rank[key] for rank in held) for key in ("preconditioner", "base")},
+            "state_bytes_per_process": held,
+            "estimated_state_bytes": estimated_bytes(self.args, self.shapes),
+            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+            "options": vars(self.args),
+        }
+
+    def _write(self, values: dict[str, Any]) -> None:
+        """A line for the log and the tracker."""
+        step = self.progress.step
+        if self.log is not None:
+            self.log.write({"step": step, "epoch": round(step / self.plan.epoch_steps, 4), **values})
+        if self.args.with_tracking:
+            self.accelerator.log({k: v for k, v in values.items() if v is not None}, step=step)
+
+    def _seconds(self) -> float:
+        return self.seconds_before + time.perf_counter() - self.started
+
+    @contextmanager
+    def _off_the_clock(self) -> Iterator[None]:
+        """Keep what happens inside out of the time per step."""
+        begun = time.perf_counter()
+        yield
+        self.lap_started += time.perf_counter() - begun
+
+
+def make_accelerator(args: argparse.Namespace) -> Accelerator:
+    """The accelerator, and log messages from the main process only."""
+    accelerator = Accelerator(
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        mixed_precision=args.mixed_precision,
+        log_with=args.report_to if args.with_tracking else None,
+        project_dir=args.output_dir,
+    )
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("train_vit").setLevel(logging.INFO)
+    if not accelerator.is_local_main_process:
+        transformers.utils.logging.set_verbosity_error()
+        datasets.disable_progress_bars()
+    return accelerator
+
+
+def warmup_steps(args: argparse.Namespace, total_steps: int) -> int:
+    """Steps in which the learning rate rises: given, or a share of the run."""
+    return args.num_warmup_steps if args.num_warmup_steps is not None else math.ceil(args.warmup_ratio * total_steps)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train as the command line says."""
+    run = Run(parse_args(argv))
+    run.train()
+    run.finish()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""From a batch of uint8 images to what the model is fed: augmentation and normalisation on the batch's device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+AUGMENTATIONS = ("none", "flip", "flip-crop", "resized-crop")
+
+
+class BatchTransform(nn.Module):
+    """Turns ``pixel_values`` (B, C, H, W) in uint8 and ``labels`` (B,) into float images and targets.
+
+    Random numbers come from torch's global generator, so whoever seeds that decides them.
+
+    Args:
+        mean: per channel, of images in 0..1.
+        std: per channel.
+        image_size: side of the images.
+        num_labels: number of classes, the width of mixed targets.
+        augment: one of ``AUGMENTATIONS``; applied in training mode only.
+        crop_padding: zeros around the image before a random crop of the original size.
+        mixup: the alpha of Beta(alpha, alpha), from which each image's share is drawn; 0 is off.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        mean: Sequence[float],
+        std: Sequence[float],
+        *,
+        image_size: int,
+        num_labels: int,
+        augment: str = "none",
+        crop_padding: int = 4,
+        mixup: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if len(mean) != len(std) or min(std) <= 0:
+            raise ValueError(f"mean and std need one value per channel, std above 0; got {list(mean)} and {list(std)}")
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
+        self.image_size = image_size
+        self.num_labels = num_labels
+        self.mixup = mixup
+        self.augmentation = _augmentation(augment, image_size, crop_padding)
+
+    @torch.no_grad()
+    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Images, and targets: class indices, or with mixup in training one share per class."""
+        images = batch["pixel_values"].float() / 255
+        labels = batch["labels"]
+        if self.training:
+            images = self.augmentation(images)
+        images = (images - self.mean) / self.std
+        if self.training and self.mixup > 0:
+            return mix(images, labels, self.num_labels, self.mixup)
+        return images, labels
+
+    def as_processor(self) -> dict[str, object]:
+        """Size and normalisation in the form of a model's ``preprocessor_config.json``."""
+        return {
+            "image_processor_type": "ViTImageProcessor",
+            "do_resize": True,
+            "size": {"height": self.image_size, "width": self.image_size},
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": self.mean.flatten().tolist(),
+            "image_std": self.std.flatten().tolist(),
+        }
+
+
+def mix(images: Tensor, labels: Tensor, num_labels: int, alpha: float) -> tuple[Tensor, Tensor]:
+    """Mixup (Zhang et al. 2018): each image and its target blended with another's, the shares drawn per image."""
+    count = len(images)
+    # Drawn on the CPU, as kornia does, so that the same seed mixes alike on every device.
+    shares = torch.distributions.Beta(alpha, alpha).sample((count,)).to(images)
+    partner = torch.randperm(count).to(images.device)
+    targets = F.one_hot(labels, num_labels).to(images)
+    return (
+        torch.lerp(images[partner], images, shares.view(-1, 1, 1, 1)),
+        torch.lerp(targets[partner], targets, shares.view(-1, 1)),
+    )
+
+
+def _augmentation(name: str, image_size: int, crop_padding: int) -> nn.Module:
+    if name not in AUGMENTATIONS:
+        raise ValueError(f"augment must be one of {', '.join(AUGMENTATIONS)}, got {name!r}")
+    if name == "none":
+        return nn.Identity()
+    import kornia.augmentation as K  # takes seconds to import, so only where it is used
+
+    size = (image_size, image_size)
+    layers: list[nn.Module] = [K.RandomHorizontalFlip(p=0.5)]
+    if name == "flip-crop":
+        layers.append(K.RandomCrop(size, padding=crop_padding))
+    elif name == "resized-crop":
+        layers.append(K.RandomResizedCrop(size, scale=(0.3, 1.0)))
+    return nn.Sequential(*layers)

@@ -1,0 +1,193 @@
+"""What a run must remember: its progress, and checkpoints that count only once they are complete."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import broadcast_object_list
+from torch import Tensor
+
+logger = get_logger("train_vit")
+
+MARKER = "complete.json"  # written last: a checkpoint without it is half of one
+_IDENTITY = ("seed", "optimizer", "step_images", "epoch_steps")  # a run that differs in these cannot go on
+_HARMLESS = (  # options that change no number of the training
+    "output_dir",
+    "overwrite_output_dir",
+    "checkpointing_steps",
+    "checkpoints_total_limit",
+    "resume_from_checkpoint",
+    "logging_steps",
+    "with_tracking",
+    "report_to",
+    "per_device_eval_batch_size",
+    "dataloader_num_workers",
+    "cache_images_gb",
+)
+
+
+@dataclass
+class Progress:
+    """How far a run is. Registered with Accelerate, so it is saved and loaded with the rest."""
+
+    step: int = 0  # optimizer steps done
+    seconds: float = 0.0
+    epoch_losses: list[float] = field(default_factory=list)  # of the current epoch's steps
+    unlogged_losses: list[float] = field(default_factory=list)  # of the steps since the last line of the log
+    evaluation: dict[str, float] = field(default_factory=dict)  # the newest one
+    best_accuracy: float = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it, as plain values."""
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what ``state_dict`` gave."""
+        vars(self).update(state)
+
+
+class LossBook:
+    """Losses stay on the device until someone looks, so that no step waits for them."""
+
+    def __init__(self, micro_batches: int) -> None:
+        self.micro_batches = micro_batches
+        self._pending: list[Tensor] = []
+
+    def add(self, loss: Tensor) -> None:
+        """Note the loss of one micro-batch of this process."""
+        self._pending.append(loss.detach())
+
+    def collect(self, accelerator: Accelerator, progress: Progress) -> None:
+        """Move the losses of the steps since the last call into ``progress``. Every process must call this together.
+
+        Raises:
+            FloatingPointError: on every process alike, for a loss that is not finite; it names the step.
+        """
+        if not self._pending:
+            return
+        losses = accelerator.gather(torch.stack(self._pending).float()).cpu().double()
+        self._pending.clear()
+        steps = losses.view(accelerator.num_processes, -1, self.micro_batches).mean((0, 2)).tolist()
+        first_step = progress.step - len(steps) + 1
+        for step, loss in enumerate(steps, first_step):
+            if not math.isfinite(loss):
+                raise FloatingPointError(
+                    f"the training loss of step {step} is {loss}. Lower --learning_rate, raise "
+                    "--num_warmup_steps or lower --max_grad_norm; checkpoints before this step are sound"
+                )
+        progress.epoch_losses += steps
+        progress.unlogged_losses += steps
+
+
+class Checkpoints:
+    """Folders ``checkpoint-STEP`` in a run's output folder."""
+
+    def __init__(self, accelerator: Accelerator, output_dir: Path, limit: int | None, options: dict[str, Any]) -> None:
+        self.accelerator = accelerator
+        self.output_dir = output_dir
+        self.limit = limit
+        self.options = options
+
+    def save(self, step: int) -> None:
+        """Save the run after ``step``, then remove the oldest checkpoints over the limit."""
+        folder = self.output_dir / f"checkpoint-{step}"
+        if self.accelerator.is_main_process and folder.exists():
+            shutil.rmtree(folder)  # left by a run that was cut off, or by one that went on from before this step
+        self.accelerator.wait_for_everyone()
+        self.accelerator.save_state(str(folder))
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            _write_in_one_go(folder / MARKER, json.dumps({"step": step, "options": self.options}, indent=1))
+            self._prune()
+        self.accelerator.wait_for_everyone()
+
+    def begin(self, source: str | None, overwrite: bool) -> None:
+        """Resume from ``source``, a path or ``"latest"``; or start anew, which an older run's checkpoints forbid.
+
+        The main process decides for all: what each of them sees of the file system may differ for a while.
+
+        Args:
+            source: None starts anew; so does ``"latest"`` where there is nothing to resume from.
+            overwrite: remove an older run's checkpoints when starting anew.
+        """
+        decision: list[str | None] = [None, None]  # the folder to load, or what is wrong
+        if self.accelerator.is_main_process:
+            try:
+                if source is None:
+                    self._make_room(overwrite)
+                elif (folder := self._choose(source)) is not None:
+                    decision[0] = str(folder)
+            except (OSError, ValueError) as error:
+                decision[1] = str(error)
+        folder_name, problem = broadcast_object_list(decision)
+        if problem:
+            raise ValueError(problem)
+        if folder_name:
+            self.accelerator.load_state(folder_name)
+            logger.info(f"Resumed from {folder_name}")
+
+    def _make_room(self, overwrite: bool) -> None:
+        for _, folder in self._folders():
+            if not overwrite:
+                raise ValueError(
+                    f"--output_dir {self.output_dir} holds checkpoints of a run: give --resume_from_checkpoint latest "
+                    "to go on with it, --overwrite_output_dir to start anew, or another folder"
+                )
+            shutil.rmtree(folder)
+
+    def _folders(self) -> list[tuple[int, Path]]:
+        """Step and folder of all checkpoints, complete or not, in the order of the steps."""
+        named = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in self.output_dir.glob("*"))
+        return sorted((int(match[1]), path) for match, path in named if match)
+
+    def _choose(self, source: str) -> Path | None:
+        if source != "latest":
+            folder = Path(source)
+            if not (folder / MARKER).exists():
+                raise ValueError(f"--resume_from_checkpoint {folder} is no complete checkpoint: it has no {MARKER}")
+            self._check(folder)
+            return folder
+        for _, folder in reversed(self._folders()):
+            if (folder / MARKER).exists():
+                self._check(folder)
+                return folder
+            logger.warning(f"{folder} was never finished (no {MARKER}) and is passed over")
+        logger.info("No checkpoint to resume from: starting at step 0")
+        return None
+
+    def _check(self, folder: Path) -> None:
+        """Refuse a checkpoint of another run, and warn of options that have changed since."""
+        saved = json.loads((folder / MARKER).read_text())["options"]
+        now = json.loads(json.dumps(self.options))
+        changed = [name for name in now if name in saved and saved[name] != now[name] and name not in _HARMLESS]
+        text = ", ".join(f"{name} was {saved[name]}, is {now[name]}" for name in changed)
+        if any(name in _IDENTITY for name in changed):
+            raise ValueError(f"{folder} cannot be continued by this run: {text}")
+        if changed:
+            logger.warning(f"Options changed since {folder.name} (learning rate and decay stay as saved): {text}")
+
+    def _prune(self) -> None:
+        if self.limit is None:
+            return
+        folders = self._folders()
+        complete = [folder for _, folder in folders if (folder / MARKER).exists()]
+        keep = set(complete[-self.limit :])
+        for _, folder in folders:
+            if folder not in keep:
+                shutil.rmtree(folder)
+
+
+def _write_in_one_go(path: Path, text: str) -> None:
+    """Write beside, then rename: whoever finds the file finds all of it."""
+    draft = path.with_suffix(".tmp")
+    draft.write_text(text)
+    draft.replace(path)

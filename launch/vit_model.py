@@ -1,0 +1,138 @@
+"""The models: published ViT and Swin sizes by name, each size open to change."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForImageClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+    SwinConfig,
+    ViTConfig,
+)
+
+
+def _vit(hidden: int, layers: int, heads: int, mlp: int, image: int = 224, patch: int = 16) -> dict[str, Any]:
+    return {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": mlp,
+        "image_size": image,
+        "patch_size": patch,
+    }
+
+
+def _swin(embed: int, depths: tuple[int, ...], heads: tuple[int, ...], drop_path: float) -> dict[str, Any]:
+    return {
+        "embed_dim": embed,
+        "depths": depths,
+        "num_heads": heads,
+        "window_size": 7,
+        "drop_path_rate": drop_path,
+        "image_size": 224,
+        "patch_size": 4,
+    }
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "vit-digits": _vit(64, 4, 4, 128, image=8, patch=2),
+    "vit-fashion": _vit(128, 4, 4, 256, image=28, patch=7),
+    "vit-tiny": _vit(192, 12, 3, 768),
+    "vit-small": _vit(384, 12, 6, 1536),
+    "vit-base": _vit(768, 12, 12, 3072),
+    "vit-large": _vit(1024, 24, 16, 4096),
+    "vit-huge": _vit(1280, 32, 16, 5120, patch=14),
+    "swin-tiny": _swin(96, (2, 2, 6, 2), (3, 6, 12, 24), 0.2),
+    "swin-small": _swin(96, (2, 2, 18, 2), (3, 6, 12, 24), 0.3),
+    "swin-base": _swin(128, (2, 2, 18, 2), (4, 8, 16, 32), 0.5),
+}
+
+_RATES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate")
+_COMMON = ("image_size", "patch_size", "num_channels", "hidden_dropout_prob", "attention_probs_dropout_prob")
+_BY_FAMILY = {
+    "vit": (*_COMMON, "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
+    "swin": (*_COMMON, "embed_dim", "depths", "num_heads", "window_size", "mlp_ratio", "drop_path_rate"),
+}
+_SIZE_FLAGS = tuple(dict.fromkeys(name for names in _BY_FAMILY.values() for name in names))
+
+
+def build_config(args: argparse.Namespace, label_names: list[str], channels: int) -> PretrainedConfig:
+    """The model's configuration: a preset, a file or a pretrained model's, changed by the size flags.
+
+    Args:
+        args: the command line.
+        label_names: the classes, in the order of their indices.
+        channels: channels of the data, used where neither a flag nor a pretrained model says otherwise.
+    """
+    given = {name: getattr(args, name) for name in _SIZE_FLAGS if getattr(args, name) is not None}
+    labels: dict[str, Any] = {
+        "id2label": dict(enumerate(label_names)),
+        "label2id": {name: i for i, name in enumerate(label_names)},
+    }
+    config: PretrainedConfig
+    if args.model is not None:
+        family = args.model.split("-")[0]
+        _reject(given, _BY_FAMILY[family], f"--model {args.model}")
+        sizes = {**PRESETS[args.model], "num_channels": channels, **given}
+        config = SwinConfig(**sizes, **labels) if family == "swin" else ViTConfig(**sizes, **labels)
+    elif args.model_name_or_path:
+        _reject(given, _RATES, "the weights of --model_name_or_path")
+        config = AutoConfig.from_pretrained(args.model_name_or_path, **given, **labels)
+    else:
+        config = AutoConfig.from_pretrained(args.config_name, **labels)
+        _reject(given, _BY_FAMILY.get(config.model_type, _COMMON), f"the {config.model_type} of --config_name")
+        if "num_channels" not in given and config.num_channels != channels:
+            given["num_channels"] = channels
+        # Rebuilt rather than patched: some sizes follow from others, as Swin's hidden size from its depths.
+        config = type(config)(**{**config.to_dict(), **given})
+    _check_config(config)
+    return config
+
+
+def build_model(args: argparse.Namespace, config: PretrainedConfig) -> PreTrainedModel:
+    """A model for image classification, fresh or with pretrained weights (and a new head where classes differ)."""
+    if args.model_name_or_path:
+        model = AutoModelForImageClassification.from_pretrained(
+            args.model_name_or_path, config=config, ignore_mismatched_sizes=True
+        )
+    else:
+        model = AutoModelForImageClassification.from_config(config)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    return model
+
+
+def image_side(config: PretrainedConfig) -> int:
+    """The side of the square images that the model takes."""
+    size = config.image_size
+    return size if isinstance(size, int) else size[0]
+
+
+def decays(model: nn.Module) -> set[str]:
+    """Names of the parameters that are usually decayed: the weights of linear and convolution layers."""
+    layers = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    return {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, layers)}
+
+
+def _reject(given: dict[str, Any], allowed: tuple[str, ...], owner: str) -> None:
+    wrong = sorted(set(given) - set(allowed))
+    if wrong:
+        raise ValueError(f"{', '.join('--' + name for name in wrong)} cannot be set for {owner}")
+
+
+def _check_config(config: PretrainedConfig) -> None:
+    side, patch = image_side(config), config.patch_size
+    patch = patch if isinstance(patch, int) else patch[0]
+    if side < patch:
+        raise ValueError(f"--image_size {side} is smaller than --patch_size {patch}")
+    if config.model_type == "vit" and config.hidden_size % config.num_attention_heads:
+        raise ValueError(
+            f"--hidden_size {config.hidden_size} is no multiple of --num_attention_heads {config.num_attention_heads}"
+        )
+    if config.model_type == "swin" and len(config.depths) != len(config.num_heads):
+        raise ValueError(f"--depths {list(config.depths)} and --num_heads {list(config.num_heads)} differ in length")

@@ -1,0 +1,162 @@
+"""What a run leaves behind: a log of numbers, a file of results, a table and a picture."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_BLUE, _RED, _GREY = "#2a6fbb", "#c8452d", "#5f6b76"
+
+
+class MetricsLog:
+    """``metrics.jsonl``: one JSON object per line. Only the main process should hold one."""
+
+    def __init__(self, path: Path, resumed_at: int) -> None:
+        """Keep the lines up to step ``resumed_at`` (0: none): what comes after them will be written again."""
+        self.path = path
+        kept = [line for line in read_lines(path) if line["step"] <= resumed_at] if resumed_at else []
+        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+
+    def write(self, values: dict[str, Any]) -> None:
+        """Append a line at once, so that it can be followed and survives the process."""
+        with self.path.open("a") as file:
+            file.write(json.dumps({name: _finite(value) for name, value in values.items()}) + "\n")
+
+    def read(self) -> list[dict[str, Any]]:
+        """All lines."""
+        return read_lines(self.path)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """All lines of a log; a last one that was cut off is left out."""
+    lines = []
+    for text in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value  # JSON has no infinity
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory held so far: by tensors on a GPU, by the whole process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def readable_bytes(count: float) -> str:
+    """Such as 1.25 MB, in powers of 1000."""
+    units = ("B", "kB", "MB", "GB", "TB")
+    power = min(int(math.log(max(count, 1), 1000)), len(units) - 1)
+    return f"{count / 1000**power:.{2 if power else 0}f} {units[power]}"
+
+
+def print_tables(results: dict[str, Any]) -> None:
+    """The run at a glance, and what its optimizer keeps beside what others would."""
+    from rich.console import Console
+    from rich.table import Table
+
+    options = results["options"]
+    summary = Table(title=f"{options['optimizer']} on {data_name(options)}", show_header=False, title_style="bold")
+    summary.add_column(style="cyan")
+    summary.add_column(justify="right")
+    for name, value in (
+        ("evaluation accuracy", f"{results['eval_accuracy']:.2%}  (best {results['best_eval_accuracy']:.2%})"),
+        ("evaluation loss", f"{results['eval_loss']:.4f}"),
+        ("training loss, last epoch", f"{results['train_loss']:.4f}"),
+        ("steps, epochs", f"{results['steps']:,} in {results['epochs']:g}"),
+        ("time", f"{results['total_seconds']:.1f} s"),
+        ("parameters", f"{results['parameters']:,}"),
+        ("peak memory", readable_bytes(results["peak_memory_bytes"])),
+    ):
+        summary.add_row(name, value)
+
+    memory = Table(title="optimizer state", title_style="bold")
+    memory.add_column("", style="cyan")
+    for column in ("preconditioner", "base", "total"):
+        memory.add_column(column, justify="right")
+    rows = {"this run, measured": results["state_bytes"]}
+    names = {"adamw": "AdamW alone", "shampoo32": "32-bit Shampoo"}
+    rows |= {f"{names[key]}, computed": held for key, held in results["estimated_state_bytes"].items()}
+    for name, held in rows.items():
+        memory.add_row(name, *(readable_bytes(held[key]) for key in ("preconditioner", "base")), _total(held))
+    console = Console()
+    console.print(summary, memory)
+
+
+def _total(held: dict[str, int]) -> str:
+    return readable_bytes(held["preconditioner"] + held["base"])
+
+
+def data_name(options: dict[str, Any]) -> str:
+    """A short name of the data set of a run."""
+    source = options["dataset_name"] or options["dataset_path"] or options["train_dir"]
+    return Path(source).name if Path(source).is_dir() else source
+
+
+def plot_curves(lines: list[dict[str, Any]], path: Path, title: str) -> None:
+    """Training and evaluation loss, evaluation accuracy and learning rate over the steps, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    train = [line for line in lines if "loss" in line]
+    evals = [line for line in lines if "eval_loss" in line]
+    settings: dict[Any, Any] = {
+        "font.size": 11,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.alpha": 0.25,
+        "axes.titlesize": 12,
+    }
+    with plt.rc_context(settings):
+        figure, (loss, accuracy, rate) = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
+        _draw(loss, train, "loss", "training", _BLUE, marker="")
+        _draw(loss, evals, "eval_loss", "evaluation", _RED)
+        loss.set_title("loss")
+        losses = [line["loss"] for line in train] + [line["eval_loss"] for line in evals]
+        if losses and min(losses) > 0 and max(losses) > 20 * min(losses):
+            loss.set_yscale("log")  # else the end of a good run is a flat line
+        loss.legend(frameon=False)
+        _draw(accuracy, evals, "eval_accuracy", "", _RED)
+        if evals:
+            last = evals[-1]
+            accuracy.annotate(
+                f"{last['eval_accuracy']:.2%}",
+                (last["step"], last["eval_accuracy"]),
+                textcoords="offset points",
+                xytext=(-4, -18),
+                ha="right",
+                color=_RED,
+            )
+        accuracy.set_title("evaluation accuracy")
+        accuracy.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0, decimals=None))
+        _draw(rate, train, "learning_rate", "", _GREY, marker="")
+        rate.set_title("learning rate")
+        rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
+        for axes in (loss, accuracy, rate):
+            axes.set_xlabel("step")
+            axes.set_xlim(left=0)
+        figure.suptitle(title, fontweight="bold")
+        figure.savefig(path, dpi=130)
+        plt.close(figure)
+
+
+def _draw(axes: Any, lines: list[dict[str, Any]], key: str, label: str, color: str, marker: str = "o") -> None:
+    points = [(line["step"], line[key]) for line in lines if line[key] is not None]
+    if points:
+        axes.plot(*zip(*points, strict=True), label=label, color=color, linewidth=1.8, marker=marker, markersize=4)
