@@ -8,7 +8,7 @@ PIP_FLAGS ?=
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 
-export OMP_NUM_THREADS ?= 2
+export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM = false
 
 .PHONY: train test lint bench clean

@@ -110,8 +110,9 @@ def draw(runs: Runs, path: Path) -> None:
     base, own = ([value[key] / 1e6 for value in held.values()] for key in ("base", "preconditioner"))
     bars.barh(labels, base, color="#b9c2cb", label="base optimizer")
     bars.barh(labels, own, left=base, color=[_NAMES[name][1] for name in held])
+    bars.legend(frameon=False, loc="lower right")
     bars.invert_yaxis()
-    bars.set(xlabel="MB of optimizer state (grey: the base optimizer's)")
+    bars.set(xlabel="MB of optimizer state")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

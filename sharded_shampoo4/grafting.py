@@ -2,46 +2,72 @@
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from .plan import Owned, Plan
 from .preconditioner import Matrix, index_tensor
+from .ranks import Ranks
 
 
 class Grafting:
-    """Gives directions the norms of their gradients, parameter by parameter (Algorithm 4, step 4)."""
+    """One step's norms, and what follows from them (Algorithm 4, step 4).
 
-    def __init__(self) -> None:
-        self._squares: dict[torch.device, list[Tensor]] = {}  # of gradients and directions, a row for each block
-        self._matrices: dict[torch.device, list[int]] = {}  # that the rows belong to
+    Every block's squared norms are kept apart until all ranks have theirs, and then added up in the order of the
+    blocks: the sums do not depend on who owns what.
+    """
 
-    def note(self, members: list[int], matrices: list[Matrix], gradients: Tensor, directions: Tensor) -> None:
-        """Graft ``directions`` (k, m, n) of blocks of the matrices ``members`` at once, or remember their norms."""
-        grafting = matrices[members[0]].options.grafting
-        if grafting == "none":
+    def __init__(self, plan: Plan, matrices: Sequence[Matrix]) -> None:
+        self._matrices = matrices
+        self._block_index = {owned: index for index, owned in enumerate(plan.blocks)}
+        self._matrix_of_block = [owned.matrix for owned in plan.blocks]
+        self._squares: Tensor | None = None  # (blocks, 2): of gradients and of directions
+
+    def begin(self) -> None:
+        """Start a step."""
+        self._squares = None
+
+    def note(self, members: Sequence[Owned], gradients: Tensor, directions: Tensor) -> None:
+        """Graft ``directions`` (k, m, n) of blocks with equal options at once, or remember their norms."""
+        scope = self._matrices[members[0].matrix].options.grafting
+        if scope == "none":
             return
         norms = torch.stack([block_norms(gradients), block_norms(directions)], dim=1)
-        if grafting == "block":
+        if scope == "block":
             directions.mul_(_ratio(norms).to(directions.dtype).view(-1, 1, 1))
             return
-        self._squares.setdefault(directions.device, []).append(norms.square())
-        self._matrices.setdefault(directions.device, []).extend(members)
+        squares = self._all_squares()
+        indices = index_tensor([self._block_index[owned] for owned in members], squares.device)
+        squares.index_copy_(0, indices, norms.square().to(squares.device))
 
-    def apply(self, gradients: list[Tensor | None]) -> None:
-        """Scale the directions that now stand in ``gradients``."""
-        for device, squares in self._squares.items():
-            members = self._matrices[device]
-            sums = torch.zeros(len(gradients), 2, dtype=torch.float64, device=device)
-            sums.index_add_(0, index_tensor(members, device), torch.cat(squares))
-            ratios = _ratio(sums.sqrt()).to(torch.float32).unbind()
-            for index in dict.fromkeys(members):
-                gradient = cast(Tensor, gradients[index])
-                if gradient.dtype in (torch.float32, torch.float64):
-                    gradient.mul_(ratios[index])
-                else:  # a ratio rounded to the gradient's type would change the norm
-                    gradient.copy_(gradient.float() * ratios[index])
+    def apply(self, shards: Sequence[Tensor], directed: Sequence[bool], ranks: Ranks) -> None:
+        """Scale the directions that now stand in this rank's ``shards``."""
+        grafted = [
+            index
+            for index, (matrix, is_directed) in enumerate(zip(self._matrices, directed, strict=True))
+            if is_directed and matrix.options.grafting == "parameter"
+        ]
+        if not grafted:
+            return
+        squares = self._all_squares()
+        ranks.sum(squares)
+        sums = torch.zeros(len(self._matrices), 2, dtype=torch.float64, device=squares.device)
+        sums.index_add_(0, index_tensor(self._matrix_of_block, squares.device), squares)
+        ratios = _ratio(sums.sqrt()).to(torch.float32).unbind()
+        for index in grafted:
+            shard, ratio = shards[index], ratios[index].to(shards[index].device)
+            if shard.dtype in (torch.float32, torch.float64):
+                shard.mul_(ratio)
+            else:  # a ratio rounded to the gradient's type would change the norm
+                shard.copy_(shard.float() * ratio)
+
+    def _all_squares(self) -> Tensor:
+        if self._squares is None:
+            device = self._matrices[0].device
+            self._squares = torch.zeros(len(self._block_index), 2, dtype=torch.float64, device=device)
+        return self._squares
 
 
 def _ratio(norms: Tensor) -> Tensor:

@@ -62,3 +62,30 @@ def cut_blocks(matrix: tuple[int, int], limit: int, split: str) -> list[Block]:
             column += columns
         row += rows
     return blocks
+
+
+def interval_pieces(block: Block, width: int, start: int, stop: int) -> list[Block]:
+    """The part of ``block`` that lies in the elements ``start`` to ``stop`` of its matrix, flattened row by row.
+
+    ``width`` is the number of columns of the matrix. Returns at most three rectangles, in the order of their elements:
+    a part of a first row, whole rows of the block, a part of a last row.
+
+    >>> interval_pieces(Block(0, 0, 3, 4), width=6, start=2, stop=14)
+    [Block(row=0, column=2, rows=1, columns=2), Block(row=1, column=0, rows=1, columns=4), \
+Block(row=2, column=0, rows=1, columns=2)]
+    """
+    left, right = block.column, block.column + block.columns
+    first_whole = max(block.row, -((left - start) // width))
+    end_whole = min(block.row + block.rows, (stop - right) // width + 1)
+    if start >= stop:
+        return []
+
+    def part(row: int) -> list[Block]:
+        begin, end = max(left, start - row * width), min(right, stop - row * width)
+        inside = block.row <= row < block.row + block.rows and begin < end
+        return [Block(row, begin, 1, end - begin)] if inside else []
+
+    if first_whole < end_whole:
+        whole = Block(first_whole, left, end_whole - first_whole, block.columns)
+        return [*part(first_whole - 1), whole, *part(end_whole)]
+    return [piece for row in sorted({first_whole - 1, end_whole}) for piece in part(row)]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .integrations.fsdp import local_tensor
 from .layout import matrix_shape
 from .options import OPTION_NAMES, PreconditionerOptions, base_arguments, base_class
 from .preconditioner import Matrix
@@ -89,11 +90,11 @@ def _base_costs(rule: type[torch.optim.Optimizer], arguments: Mapping[str, Any],
 
 
 def tensor_bytes(states: Iterable[Any]) -> int:
-    """Bytes of all tensors in (nested) containers."""
+    """Bytes of all tensors in (nested) containers, those of this rank where they are sharded."""
     total = 0
     for value in states:
         if isinstance(value, Tensor):
-            total += value.numel() * value.element_size()
+            total += local_tensor(value).numel() * value.element_size()
         elif isinstance(value, Mapping):
             total += tensor_bytes(value.values())
         elif isinstance(value, (list, tuple)):

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, cast
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from . import packing
-from .grafting import Grafting
+from .binding import Binding, Candidate
+from .integrations import fsdp as hosts
 from .layout import matrix_shape
 from .memory import describe_parameter, format_bytes, table, tensor_bytes
 from .options import (
@@ -27,23 +27,9 @@ from .options import (
     base_class,
     check_group,
 )
-from .preconditioner import Matrix, Preconditioner
-
-
-@dataclass
-class _Bound:
-    """The parameters that are preconditioned now, in the order of the groups, and their factors."""
-
-    parameters: list[Tensor]
-    preconditioner: Preconditioner
-
-    def fits(self, parameters: list[Tensor], matrices: list[Matrix]) -> bool:
-        """Whether these are the same parameters with the same shapes, options and devices."""
-        return (
-            len(parameters) == len(self.parameters)
-            and all(new is old for new, old in zip(parameters, self.parameters, strict=True))
-            and all(new.like(old) for new, old in zip(matrices, self.preconditioner.matrices, strict=True))
-        )
+from .plan import Shard
+from .preconditioner import Matrix
+from .ranks import Ranks
 
 
 class Shampoo4(Optimizer):
@@ -135,8 +121,11 @@ class Shampoo4(Optimizer):
         # The base sees a stand-in only: hosts replace parameters after construction, so nothing is kept of them yet.
         self._base = rule([torch.nn.Parameter(torch.zeros(1))], **self._base_arguments)
         self._base_makes_state_early = bool(self._base.state)
-        self._bound: _Bound | None = None
-        self._unbound: dict[Tensor, packing.PackedState] = {}  # of parameters that are not bound (yet)
+        self._binding: Binding | None = None
+        self._ranks: Ranks | None = None
+        self._locations: dict[Tensor, hosts.Location] = {}  # of parameters that cannot tell where they live
+        self._unbound: dict[Tensor, packing.PackedState] = {}  # factors of parameters that are not bound (yet)
+        self._consolidated: dict[Tensor, Tensor] = {}  # all factors, until the next step
         defaults = {"lr": lr, "weight_decay": weight_decay, **self._base.defaults, **options.as_group()}
         super().__init__(params, {**defaults, packing.VERSION_KEY: packing.FORMAT_VERSION})
 
@@ -181,40 +170,14 @@ class Shampoo4(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for name, parameter, _ in self._parameters():
-            _check_gradient(name, parameter.grad)
-        bound = self._bind()
-        if self._is_dry_step(bound):
+        binding = self._bind()
+        self._consolidated = {}
+        if self._is_dry_step(binding):
             self._make_base_states_only()
         else:
-            self._precondition(bound)
+            binding.precondition()
             self._base_step()
         return loss
-
-    def _precondition(self, bound: _Bound) -> None:
-        """Overwrite the gradients of the preconditioned parameters by their directions."""
-        preconditioner = bound.preconditioner
-        matrices = preconditioner.matrices
-        gradients = [_gradient_matrix(p, m) for p, m in zip(bound.parameters, matrices, strict=True)]
-        active = [matrix for matrix, gradient in zip(matrices, gradients, strict=True) if gradient is not None]
-        for matrix in active:
-            matrix.advance()
-
-        grafting = Grafting()
-        for batch in preconditioner.batches:
-            chosen = [i for i, (k, _) in enumerate(batch.members) if gradients[k] is not None and matrices[k].busy]
-            if not chosen:
-                continue
-            members = [batch.members[i] for i in chosen]
-            pieces = [cast(Tensor, gradients[k])[block.slices] for k, block in members]
-            blocks = torch.stack(pieces).to(matrices[members[0][0]].dtype)
-            directions = preconditioner.directions(batch, chosen, blocks)
-            if directions is not blocks:
-                grafting.note([k for k, _ in members], matrices, blocks, directions)
-                torch._foreach_copy_(pieces, list(directions.unbind()))
-        if any(matrix.statistics_due or matrix.root_due for matrix in active):
-            preconditioner.check_failures()
-        grafting.apply(gradients)
 
     def _base_step(self) -> None:
         """The base optimizer's own step, on our groups and states."""
@@ -232,12 +195,13 @@ class Shampoo4(Optimizer):
                     arguments = {name: group.get(name, value) for name, value in self._base_arguments.items()}
                     self.state[parameter] = type(self._base)([parameter], **arguments).state[parameter]
 
-    def _is_dry_step(self, bound: _Bound) -> bool:
+    def _is_dry_step(self, binding: Binding) -> bool:
         """Whether this is a framework's step with zero gradients, made so that the optimizer creates its states."""
-        matrices = bound.preconditioner.matrices
-        if not matrices or any(matrix.step for matrix in matrices) or any(self.state.values()):
+        if not binding.matrices or any(matrix.step for matrix in binding.matrices):
             return False
-        return not any(p.grad.any() for _, p, _ in self._parameters() if p.grad is not None)
+        gradients = [hosts.local_tensor(p.grad) for _, p, _ in self._parameters() if p.grad is not None]
+        in_earnest = any(self.state.values()) or any(bool(gradient.any()) for gradient in gradients)
+        return not binding.ranks.any([in_earnest])[0]
 
     def _make_base_states_only(self) -> None:
         """A base step that changes no parameter and leaves the base's own step counts at zero."""
@@ -264,51 +228,83 @@ class Shampoo4(Optimizer):
             for index, parameter in enumerate(group["params"]):
                 yield names[index] if names else f"parameter {index} of group {group_index}", parameter, options
 
-    def _candidates(self) -> tuple[list[Tensor], list[Matrix]]:
+    def _matrices(self) -> tuple[list[Tensor], list[Matrix]]:
         """The parameters to precondition and their fresh matrices, in the order of the groups."""
         parameters, matrices = [], []
         for name, parameter, options in self._parameters():
-            shape = matrix_shape(parameter.shape)
+            location = self._locations.get(parameter)
+            shape = matrix_shape(location.shape if location else parameter.shape)
             if shape and options.precondition and (parameter.requires_grad or parameter.grad is not None):
                 dtype = torch.promote_types(parameter.dtype, torch.float32)
                 parameters.append(parameter)
                 matrices.append(Matrix(name, shape, options, parameter.device, dtype))
         return parameters, matrices
 
-    def _bind(self) -> _Bound:
-        """The factors of the parameters as they are now; made anew, with their contents, when those have changed."""
-        parameters, matrices = self._candidates()
-        bound = self._bound
-        if bound is not None and bound.fits(parameters, matrices):
-            return bound
-        self._unbind()
-        packed = [self._unbound.get(parameter) for parameter in parameters]
-        for matrix, entry in zip(matrices, packed, strict=True):
-            if entry is not None:
-                entry.check(matrix)
+    def _bind(self) -> Binding:
+        """Check this step's gradients, and give the binding of the parameters as they are now; collective."""
+        error: Exception | None = None
+        parameters: list[Tensor] = []
+        matrices: list[Matrix] = []
+        try:
+            for name, parameter, _ in self._parameters():
+                _check_gradient(name, parameter.grad)
+            parameters, matrices = self._matrices()
+            if self._ranks is None:
+                self._ranks = Ranks(hosts.process_group([p for _, p, _ in self._parameters()]))
+        except (TypeError, ValueError) as found:
+            error = found
+        ranks = self._ranks
+        if ranks is None:  # without them there is nobody to tell
+            assert error is not None
+            raise error
+        stale = self._binding is None or not self._binding.fits(parameters, matrices)
+        changed = self._binding is not None and not stale and self._binding.presence_changed()
+        failed, any_stale, any_changed = ranks.any([error is not None, stale, changed])
+        if failed:
+            ranks.raise_together(error)
+        if any_stale:
+            self._rebind(ranks, parameters, matrices)
+        assert self._binding is not None
+        if any_stale or any_changed:
+            self._binding.agree_on_presence()
+        return self._binding
+
+    def _rebind(self, ranks: Ranks, parameters: list[Tensor], matrices: list[Matrix]) -> None:
+        """Bind parameters that have changed, and carry their factors over."""
+        error: Exception | None = None
+        candidates: list[Candidate] = []
+        old = self._binding
+        places = {parameter: index for index, parameter in enumerate(old.parameters)} if old else {}
+        try:
+            for parameter, matrix in zip(parameters, matrices, strict=True):
+                if parameter in self._unbound:
+                    self._unbound[parameter].check(matrix)
+                elif old and parameter in places:
+                    packing.check_same_bytes(old.matrices[places[parameter]], matrix)
+                location = hosts.locate(matrix.name, parameter, self._locations)
+                candidates.append(Candidate(parameter, matrix, Shard(location.start, location.stop, location.replica)))
+        except ValueError as found:
+            error = found
+        ranks.raise_together(error)
         if not matrices and any(options.precondition for _, _, options in self._parameters()):
-            warnings.warn("Shampoo4 has no matrix to precondition: only the base optimizer is at work", stacklevel=3)
-        self._bound = _Bound(parameters, Preconditioner(matrices))
-        for index, entry in enumerate(packed):
-            if entry is not None:
-                self._bound.preconditioner.from_bytes(index, entry.data)
-                del self._unbound[parameters[index]]
-        return self._bound
+            warnings.warn("Shampoo4 has no matrix to precondition: only the base optimizer is at work", stacklevel=4)
+        binding = Binding(ranks, candidates)
+        kept = set(parameters)
+        for parameter, place in places.items():
+            if parameter not in kept:
+                assert old is not None
+                self._unbound[parameter] = packing.PackedState(old.matrices[place].options, old.pack(place))
+        for index, parameter in enumerate(parameters):
+            if parameter in self._unbound:
+                binding.unpack(index, self._unbound.pop(parameter).full())
+            elif old is not None and parameter in places:
+                binding.unpack(index, old.pack(places[parameter]))
+        self._binding = binding
 
-    def _unbind(self) -> None:
-        """Pack the factors away until parameters are bound again."""
-        self._unbound.update(self._packed())
-        self._bound = None
-
-    def _packed(self) -> dict[Tensor, packing.PackedState]:
-        """Every preconditioner there is, packed."""
-        packed = dict(self._unbound)
-        if self._bound is not None:
-            preconditioner = self._bound.preconditioner
-            for index, parameter in enumerate(self._bound.parameters):
-                options = preconditioner.matrices[index].options
-                packed[parameter] = packing.PackedState(options, preconditioner.to_bytes(index))
-        return packed
+    def _bind_locations(self, locations: Mapping[Tensor, hosts.Location]) -> None:
+        """Be told where parameters live that cannot tell it themselves (FSDP1)."""
+        self._locations = dict(locations)
+        self._ranks = None
 
     # -- states --------------------------------------------------------------------------------------------------------
 
@@ -319,8 +315,37 @@ class Shampoo4(Optimizer):
         loads with ``torch.load(weights_only=True)``.
         """
         packed = self._packed()
-        data = [packed[parameter].data if parameter in packed else None for _, parameter, _ in self._parameters()]
+        data = [packed.get(parameter) for _, parameter, _ in self._parameters()]
         return packing.join(super().state_dict(), data)
+
+    @torch.no_grad()
+    def consolidate_state_dict(self) -> None:
+        """Gather all factors on every rank, on the host, so that :meth:`state_dict` can be called on any of them.
+
+        Collective. Needed before ``state_dict()`` where ranks hold whole parameters or flat ones (DDP, FSDP1): programs
+        call it on one rank only there. Valid until the next step.
+        """
+        binding = self._binding
+        if binding is not None and binding.ranks.size > 1:
+            self._consolidated = {p: binding.pack(index).cpu() for index, p in enumerate(binding.parameters)}
+
+    @torch.no_grad()
+    def _packed(self) -> dict[Tensor, Tensor]:
+        """Every preconditioner there is, as bytes; under FSDP2 and HSDP sharded as parameters are, and collective."""
+        packed = {parameter: entry.data for parameter, entry in self._unbound.items()}
+        binding = self._binding
+        if binding is None:
+            return packed
+        if binding.ranks.size > 1 and not any(map(hosts.is_dtensor, binding.parameters)):
+            if not self._consolidated and binding.parameters:
+                raise RuntimeError(
+                    "the factors of Shampoo4 are spread over ranks: call optimizer.consolidate_state_dict() on every "
+                    "rank before state_dict()"
+                )
+            return {**packed, **self._consolidated}
+        for index, parameter in enumerate(binding.parameters):
+            packed[parameter] = hosts.shard_vector(binding.pack(index), parameter)
+        return packed
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -334,7 +359,7 @@ class Shampoo4(Optimizer):
         plain, packed = packing.separate(state_dict)
         super().load_state_dict(plain)
         self._base.__setstate__({"state": self.state, "param_groups": self.param_groups})
-        self._bound = None
+        self._binding, self._consolidated = None, {}
         self._unbound = {
             parameter: packing.PackedState(options, data.detach().clone())
             for (_, parameter, options), data in zip(self._parameters(), packed, strict=True)
@@ -342,16 +367,21 @@ class Shampoo4(Optimizer):
         }
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_base", "_base_arguments", "_base_makes_state_early", "_bound", "_unbound")
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+        if self._binding is not None and self._binding.ranks.size > 1:
+            raise RuntimeError("a Shampoo4 that is spread over ranks cannot be copied or pickled: use state_dict()")
+        own = {name: getattr(self, name) for name in ("_base", "_base_arguments", "_base_makes_state_early")}
+        options = {parameter: options for _, parameter, options in self._parameters()}
+        packed = {p: packing.PackedState(options[p], data) for p, data in self._packed().items()}
+        fresh: dict[str, Any] = {"_binding": None, "_ranks": None, "_locations": {}, "_consolidated": {}}
+        return {**super().__getstate__(), **own, **fresh, "_unbound": packed}
 
     # -- reports -------------------------------------------------------------------------------------------------------
 
     def state_bytes(self) -> dict[str, int]:
         """Bytes of the states on this rank, measured: ``{"preconditioner": int, "base": int}``."""
         preconditioner = sum(entry.data.numel() for entry in self._unbound.values())
-        if self._bound is not None:
-            preconditioner += self._bound.preconditioner.nbytes
+        if self._binding is not None:
+            preconditioner += self._binding.preconditioner.nbytes
         return {"preconditioner": preconditioner, "base": tensor_bytes(self.state.values())}
 
     def describe(self) -> str:
@@ -360,15 +390,6 @@ class Shampoo4(Optimizer):
         described = [describe_parameter(*parameter) for parameter in self._parameters()]
         total = ("all", "", "", "", "", format_bytes(sum(size for _, size in described)))
         return table([header, *(row for row, _ in described), total])
-
-
-def _gradient_matrix(parameter: Tensor, matrix: Matrix) -> Tensor | None:
-    """A view of the parameter's gradient as its matrix, or None if it has no gradient."""
-    if parameter.grad is None:
-        return None
-    if not parameter.grad.is_contiguous():  # say, channels_last: the matrix could not be a view
-        parameter.grad = parameter.grad.contiguous()
-    return parameter.grad.view(matrix.shape)
 
 
 def _check_gradient(name: str, gradient: Tensor | None) -> None:

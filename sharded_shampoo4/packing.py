@@ -23,7 +23,12 @@ class PackedState:
     """A parameter's preconditioner as bytes, and the options that shaped them."""
 
     options: PreconditionerOptions
-    data: Tensor  # uint8 (Matrix.packed_bytes,)
+    data: Tensor  # uint8 (Matrix.packed_bytes,), whole or a DTensor
+
+    def full(self) -> Tensor:
+        """The whole of the bytes on every rank; collective if they are sharded."""
+        whole: Tensor = self.data.full_tensor() if hasattr(self.data, "full_tensor") else self.data
+        return whole
 
     def check(self, matrix: Matrix) -> None:
         """Raise ValueError, naming the parameter, unless the bytes are those of ``matrix``."""
@@ -35,6 +40,15 @@ class PackedState:
                 f"the stored preconditioner of {matrix.name} does not belong to a matrix of shape {matrix.shape}: "
                 f"{matrix.packed_bytes} bytes were expected, not {self.data.numel()} elements of {self.data.dtype}"
             )
+
+
+def check_same_bytes(old: Matrix, new: Matrix) -> None:
+    """Raise ValueError, naming the parameter, unless the factors of ``old`` can serve ``new``."""
+    difference = shaping_difference(old.options, new.options)
+    if difference:
+        raise ValueError(f"the stored preconditioner of {new.name} has {difference}")
+    if old.shape != new.shape:
+        raise ValueError(f"the shape of {new.name} was {old.shape} and is now {new.shape}")
 
 
 def shaping_difference(stored: PreconditionerOptions, wanted: PreconditionerOptions) -> str:

@@ -17,20 +17,12 @@ from .factors import FactorPool, Index, factor_bytes
 from .layout import Block, cut_blocks
 from .linalg import matmul
 from .options import PreconditionerOptions
+from .plan import Owned
 
-# Elements of a batch's gradients, directions and dequantised roots together: bounds the memory in flight of a step.
-BATCH_ELEMENTS = 2**24
-
-_HEADER = struct.Struct("<qq")  # steps taken, whether a root step has come: precedes a matrix's factors in its bytes
+_HEADER = struct.Struct("<qq")  # steps taken, whether a root step has come
 
 Place = tuple[FactorPool, int]  # where a factor is kept
-_Alike = tuple[PreconditionerOptions, torch.device, torch.dtype, int, int]  # what blocks of one batch share
-
-
-def read_header(data: Tensor) -> tuple[int, bool]:
-    """Steps taken and whether a root step has come, of :meth:`Preconditioner.to_bytes`'s result."""
-    step, rooted = _HEADER.unpack(bytes(data[: _HEADER.size].tolist()))
-    return step, bool(rooted)
+_PoolKey = tuple[PreconditionerOptions, torch.device, int]
 
 
 @dataclass(eq=False)
@@ -79,23 +71,43 @@ class Matrix:
     @property
     def nbytes(self) -> int:
         """Bytes of all factors of this matrix."""
-        return sum(
-            factor_bytes(block.rows, self.options) + factor_bytes(block.columns, self.options) for block in self.blocks
-        )
+        return sum(map(self.block_bytes, self.blocks))
+
+    def block_bytes(self, block: Block) -> int:
+        """Bytes of one block's factors."""
+        return factor_bytes(block.rows, self.options) + factor_bytes(block.columns, self.options)
 
     @property
     def packed_bytes(self) -> int:
-        """Length of :meth:`Preconditioner.to_bytes`'s result."""
+        """Length of the vector that saves a matrix's preconditioner: a header, then block by block its factors."""
         return _HEADER.size + self.nbytes
+
+    @property
+    def header(self) -> Tensor:
+        """How far the preconditioner has come, as the first bytes of that vector."""
+        return torch.frombuffer(bytearray(_HEADER.pack(self.step, self.rooted)), dtype=torch.uint8)
+
+    @header.setter
+    def header(self, data: Tensor) -> None:
+        step, rooted = _HEADER.unpack(bytes(data[: _HEADER.size].tolist()))
+        self.step, self.rooted = step, bool(rooted)
+
+    def packed_ranges(self) -> Iterator[tuple[Block, slice]]:
+        """Every block, and where its factors stand in that vector."""
+        start = _HEADER.size
+        for block in self.blocks:
+            stop = start + self.block_bytes(block)
+            yield block, slice(start, stop)
+            start = stop
 
 
 class BlockBatch:
     """Equal-shaped blocks whose left factors are neighbours in one pool and right factors in another (or the same)."""
 
     def __init__(
-        self, members: list[tuple[int, Block]], left: FactorPool, left_start: int, right: FactorPool, right_start: int
+        self, members: list[Owned], left: FactorPool, left_start: int, right: FactorPool, right_start: int
     ) -> None:
-        self.members = members  # index of the matrix, block
+        self.members = members
         self.left, self.left_start = left, left_start
         self.right, self.right_start = right, right_start
 
@@ -148,48 +160,29 @@ def _index_tensor(positions: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 class Preconditioner:
-    """The factors of all blocks of ``matrices``, in pools of equal order and batches of equal shape."""
+    """This rank's factors: those of the blocks in its ``batches``, in pools of equal order."""
 
-    def __init__(self, matrices: Sequence[Matrix]) -> None:
+    def __init__(self, matrices: Sequence[Matrix], batches: Sequence[Sequence[Owned]]) -> None:
         self.matrices = list(matrices)
-        self.pools: list[FactorPool] = []
         self.batches: list[BlockBatch] = []
-        self._places: dict[tuple[int, Block], tuple[Place, Place]] = {}  # of a matrix's block: left and right factor
-        self._build()
-
-    def _build(self) -> None:
-        alike: dict[_Alike, list[tuple[int, Block]]] = {}
-        for index, matrix in enumerate(self.matrices):
-            for block in matrix.blocks:
-                key = (matrix.options, matrix.device, matrix.dtype, block.rows, block.columns)
-                alike.setdefault(key, []).append((index, block))
-
-        sizes: dict[tuple[PreconditionerOptions, torch.device, int], int] = {}
-        starts: dict[_Alike, list[int]] = {}
-        for key, members in alike.items():
-            starts[key] = []
-            for order in key[3:]:
-                pool = (key[0], key[1], order)
-                starts[key].append(sizes.get(pool, 0))
-                sizes[pool] = starts[key][-1] + len(members)
+        self._places: dict[Owned, tuple[Place, Place]] = {}  # of a block: its left and its right factor
+        sizes: dict[_PoolKey, int] = {}
+        starts: list[tuple[tuple[_PoolKey, int], tuple[_PoolKey, int]]] = []
+        for members in batches:
+            matrix, block = self.matrices[members[0].matrix], members[0].block
+            sides = []
+            for order in (block.rows, block.columns):
+                key = (matrix.options, matrix.device, order)
+                sides.append((key, sizes.get(key, 0)))
+                sizes[key] = sides[-1][1] + len(members)
+            starts.append((sides[0], sides[1]))
 
         pools = {key: FactorPool(key[2], count, key[0], key[1]) for key, count in sizes.items()}
         self.pools = list(pools.values())
-        for key, members in alike.items():
-            options, device, _, rows, columns = key
-            left, right = pools[options, device, rows], pools[options, device, columns]
-            self._add_batches(members, left, starts[key][0], right, starts[key][1])
-
-    def _add_batches(
-        self, members: list[tuple[int, Block]], left: FactorPool, left_start: int, right: FactorPool, right_start: int
-    ) -> None:
-        for offset, (index, block) in enumerate(members):
-            self._places[index, block] = (left, left_start + offset), (right, right_start + offset)
-        rows, columns = left.order, right.order
-        size = max(1, BATCH_ELEMENTS // (rows * rows + columns * columns + 2 * rows * columns))
-        for start in range(0, len(members), size):
-            chunk = members[start : start + size]
-            self.batches.append(BlockBatch(chunk, left, left_start + start, right, right_start + start))
+        for members, ((left, left_start), (right, right_start)) in zip(batches, starts, strict=True):
+            self.batches.append(BlockBatch(list(members), pools[left], left_start, pools[right], right_start))
+            for offset, owned in enumerate(members):
+                self._places[owned] = (pools[left], left_start + offset), (pools[right], right_start + offset)
 
     def directions(self, batch: BlockBatch, chosen: Sequence[int], gradients: Tensor) -> Tensor:
         """Let the ``chosen`` members of ``batch`` take their step with ``gradients`` (k, rows, columns).
@@ -208,46 +201,35 @@ class Preconditioner:
             return gradients
         return batch.precondition(chosen, gradients)
 
-    def check_failures(self) -> None:
-        """Raise RuntimeError if a factor's statistics or roots have failed ``max_failures`` times in a row.
+    def failure(self) -> RuntimeError | None:
+        """What to say if a factor's statistics or roots have failed ``max_failures`` times in a row.
 
-        Reads the counts from the device, so it is called after statistics and root steps only.
+        Reads the counts from the device, so it is for statistics and root steps only.
         """
         if not any(pool.worst_failures() >= pool.options.max_failures for pool in self.pools):
-            return
+            return None
         for (index, block), sides in self._places.items():
             for side, (pool, at) in zip(("left", "right"), sides, strict=True):
                 failures = int(pool.tensors["failures"][at].max())
                 if failures >= pool.options.max_failures:
-                    raise RuntimeError(
+                    return RuntimeError(
                         f"the {side} preconditioner of {self.matrices[index].name}, block at row {block.row}, column "
                         f"{block.column} ({block.rows} x {block.columns}), failed to update {failures} times in a row "
                         f"(max_failures={pool.options.max_failures}): its gradients or statistics are not finite; "
                         "lower the learning rate, clip gradients or raise matrix_eps"
                     )
+        return None
 
-    def to_bytes(self, index: int) -> Tensor:
-        """Everything there is to know of one matrix's preconditioner, as uint8 (packed_bytes,): its place in time, then
-        the factors of its blocks in order, left before right."""
-        matrix = self.matrices[index]
-        header = torch.frombuffer(bytearray(_HEADER.pack(matrix.step, matrix.rooted)), dtype=torch.uint8)
-        factors = [pool.to_bytes(at) for pool, at in self._factors_of(index)]
-        return torch.cat([header.to(matrix.device), *factors])
+    def to_bytes(self, owned: Owned) -> Tensor:
+        """The left and the right factor of a block of this rank, as uint8."""
+        return torch.cat([pool.to_bytes(at) for pool, at in self._places[owned]])
 
-    def from_bytes(self, index: int, data: Tensor) -> None:
-        """Restore what :meth:`to_bytes` gave for a matrix of the same shape and options."""
-        matrix = self.matrices[index]
-        data = data.to(matrix.device)
-        matrix.step, matrix.rooted = read_header(data)
-        start = _HEADER.size
-        for pool, at in self._factors_of(index):
-            size = factor_bytes(pool.order, pool.options)
-            pool.from_bytes(at, data[start : start + size])
-            start += size
-
-    def _factors_of(self, index: int) -> Iterator[Place]:
-        for block in self.matrices[index].blocks:
-            yield from self._places[index, block]
+    def from_bytes(self, owned: Owned, data: Tensor) -> None:
+        """Restore what :meth:`to_bytes` gave for a block of the same shape and options."""
+        (left, left_at), (right, right_at) = self._places[owned]
+        size = factor_bytes(left.order, left.options)
+        left.from_bytes(left_at, data[:size])
+        right.from_bytes(right_at, data[size:])
 
     @property
     def nbytes(self) -> int:

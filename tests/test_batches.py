@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_against_reference import Directions, replayed
 
-from sharded_shampoo4 import factors, preconditioner
+from sharded_shampoo4 import factors, plan
 
 
 @pytest.fixture(params=[1, 2], ids=["1 thread", "2 threads"])
@@ -42,15 +42,15 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = Directions(shapes, **options)
     expected = [whole.step(step) for step in gradients]
     monkeypatch.setattr(factors, "REFRESH_ELEMENTS", 1)
-    monkeypatch.setattr(preconditioner, "BATCH_ELEMENTS", 1)
+    monkeypatch.setattr(plan, "BATCH_ELEMENTS", 1)
     cut = Directions(shapes, **options)
     for step, directions in zip(gradients, expected, strict=True):
         assert all(map(torch.equal, cut.step(step), directions))
-    assert len(cut.optimizer._bound.preconditioner.batches) > len(whole.optimizer._bound.preconditioner.batches)
+    assert len(cut.optimizer._binding.preconditioner.batches) > len(whole.optimizer._binding.preconditioner.batches)
 
 
 def test_equal_orders_share_a_pool() -> None:
     run = Directions([(64, 64), (64, 64), (64, 96), (96, 64)])
     run.step(replayed([(64, 64), (64, 64), (64, 96), (96, 64)], 1)[0])
-    pools = {pool.order: pool.count for pool in run.optimizer._bound.preconditioner.pools}
+    pools = {pool.order: pool.count for pool in run.optimizer._binding.preconditioner.pools}
     assert pools == {64: 6, 96: 2}

@@ -1,0 +1,289 @@
+"""Where the rows live: plain PyTorch, DDP, FSDP1, FSDP2 and HSDP.
+
+Under each of them a rank holds one contiguous interval of every flattened (row-major) parameter, possibly an empty one:
+
+=========  ===============================================  =============================================
+host       what a parameter is                              what tells its interval
+=========  ===============================================  =============================================
+none, DDP  the whole tensor on every rank                   its shape
+FSDP2      a DTensor, Shard(0): whole rows                  its mesh and placements
+HSDP       a DTensor, (Replicate(), Shard(0))               its mesh and placements
+FSDP1      a flat view of any part, even of partial rows    the wrapped model only: hence :func:`bind`
+=========  ===============================================  =============================================
+
+DDP, HSDP and FSDP1's HYBRID_SHARD and NO_SHARD keep several complete copies of a parameter: its replicas.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
+
+
+@dataclass(frozen=True)
+class Location:
+    """The contiguous interval of a flattened (row-major) parameter that this rank holds.
+
+    Attributes:
+        shape: shape of the whole parameter.
+        start: first element held.
+        stop: one past the last element held; ``start == stop == 0`` if nothing is held.
+        replica: which complete copy of the parameter this rank belongs to: 0 where there is only one, the rank where
+            every rank holds everything.
+    """
+
+    shape: torch.Size
+    start: int
+    stop: int
+    replica: int
+
+
+def locate(name: str, parameter: Tensor, bound: Mapping[Tensor, Location]) -> Location:
+    """The interval of ``parameter`` that this rank holds.
+
+    Args:
+        name: of the parameter, for messages.
+        parameter: as the optimizer has it.
+        bound: what :func:`bind` found out about FSDP1's parameters.
+
+    Raises:
+        ValueError: some rank's elements are not one interval, or there is no telling which they are. Placements are
+            refused on every rank alike, whatever its own part.
+    """
+    location = bound.get(parameter)
+    if location is None:
+        _refuse_unbound(name, parameter)
+        dtensor = _as_dtensor(parameter)
+        location = _whole(parameter.shape) if dtensor is None else _locate_dtensor(name, dtensor)
+    held = local_tensor(parameter).numel()
+    if held != location.stop - location.start:
+        raise ValueError(
+            f"{name} has {held} elements on this rank where elements {location.start} to {location.stop} of "
+            f"{tuple(location.shape)} were expected: its shards have changed"
+        )
+    return location
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """The plain tensor behind a DTensor, in the same storage; any other tensor itself."""
+    dtensor = _as_dtensor(tensor)
+    return tensor if dtensor is None else dtensor._local_tensor
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is sharded by FSDP2 or HSDP."""
+    return _as_dtensor(tensor) is not None
+
+
+def shard_vector(vector: Tensor, parameter: Tensor) -> Tensor:
+    """A ``vector`` that every rank has, as a DTensor on the mesh and with the placements of ``parameter``.
+
+    Where ``parameter`` is no DTensor, the vector itself. It is copied, so that the rest of it can be freed.
+    """
+    like = _as_dtensor(parameter)
+    if like is None:
+        return vector
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    mesh, coordinate = like.device_mesh, like.device_mesh.get_coordinate()
+    assert coordinate is not None
+    start, size = 0, len(vector)
+    placements = [Shard(0) if isinstance(placement, Shard) else Replicate() for placement in like.placements]
+    for ranks, position, placement in zip(mesh.shape, coordinate, placements, strict=True):
+        if isinstance(placement, Shard):
+            offset, size = _chunk(size, ranks, position)
+            start += offset
+    local = vector[start : start + size].clone()
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=vector.shape, stride=(1,))
+
+
+def process_group(parameters: Iterable[Tensor]) -> dist.ProcessGroup | None:
+    """The ranks that hold ``parameters`` between them, or None if this rank holds them alone.
+
+    The default group, unless the parameters are DTensors on a mesh of some of the ranks only.
+
+    Raises:
+        ValueError: the parameters' meshes have different ranks, or a mesh of two or more dimensions has only some of
+            the ranks (there is no group of just those).
+    """
+    if not dist.is_available() or not dist.is_initialized():
+        return None
+    meshes = {mesh: None for mesh in map(_mesh, parameters) if mesh is not None}
+    by_ranks = {tuple(sorted(mesh.mesh.flatten().tolist())): mesh for mesh in meshes}
+    if len(by_ranks) > 1:
+        raise ValueError(f"the parameters are on meshes of different ranks: {', '.join(map(str, meshes))}")
+    world = tuple(range(dist.get_world_size()))
+    group = dist.group.WORLD
+    for ranks, mesh in by_ranks.items():
+        if ranks != world:
+            group = _group_of(mesh)
+    return group if group is not None and group.size() > 1 else None
+
+
+def bind(optimizer: Any, model: nn.Module) -> None:
+    """Tell ``optimizer`` which part of each parameter it holds under FSDP1, whose parameters do not say so themselves.
+
+    Call it once, after ``model`` has been wrapped and the optimizer constructed.
+
+    Args:
+        optimizer: a Shampoo4, or a wrapper with such an ``optimizer`` in it.
+        model: holds the FullyShardedDataParallel modules, or is one; made with ``use_orig_params=True``.
+
+    Raises:
+        ValueError: no FSDP1 module, ``use_orig_params=False``, FSDP1 together with tensor parallelism, or sharding
+            among some of the ranks only.
+    """
+    while not hasattr(optimizer, "_bind_locations") and hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    if not hasattr(optimizer, "_bind_locations"):
+        raise TypeError(f"bind needs a Shampoo4 optimizer, not {type(optimizer).__name__}")
+    optimizer._bind_locations(_bound_locations(model))
+
+
+# -- plain tensors and DTensors ----------------------------------------------------------------------------------------
+
+
+def _as_dtensor(tensor: Tensor) -> DTensor | None:
+    """``tensor`` if it is a DTensor. Their module takes a second to import, so it is only looked up."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return tensor if module is not None and isinstance(tensor, module.DTensor) else None
+
+
+def _whole(shape: torch.Size) -> Location:
+    """The location of a parameter that every rank holds whole."""
+    several = dist.is_available() and dist.is_initialized()
+    return Location(shape, 0, shape.numel(), dist.get_rank() if several else 0)
+
+
+def _locate_dtensor(name: str, parameter: DTensor) -> Location:
+    from torch.distributed.tensor import Replicate, Shard
+
+    mesh, shape = parameter.device_mesh, parameter.shape
+    described = f"{name} of shape {tuple(shape)} has placements {tuple(parameter.placements)} on {mesh}"
+    coordinate = mesh.get_coordinate()
+    if coordinate is None:
+        raise ValueError(f"{described}, of which this rank is no part")
+    offsets = [0] * len(shape)
+    sizes, largest = list(shape), list(shape)  # of this rank's box, and of rank 0's
+    replica = 0
+    for ranks, position, placement in zip(mesh.shape, coordinate, parameter.placements, strict=True):
+        if type(placement) is Shard:  # a _StridedShard is a Shard in some versions of torch
+            dim = placement.dim
+            offset, sizes[dim] = _chunk(sizes[dim], ranks, position)
+            offsets[dim] += offset
+            largest[dim] = _chunk(largest[dim], ranks, 0)[1]
+        elif type(placement) is Replicate:
+            replica = replica * ranks + position
+        else:
+            raise ValueError(f"{described}: only Shard(0) and Replicate() are understood")
+    if not _is_interval(largest, shape):
+        raise ValueError(f"{described}: a rank's part is not one interval of it, as it is with Shard(0)")
+    start = sum(offset * math.prod(shape[dim + 1 :]) for dim, offset in enumerate(offsets))
+    numel = math.prod(sizes)
+    return _interval(shape, start, start + numel, replica)
+
+
+def _interval(shape: torch.Size, start: int, stop: int, replica: int) -> Location:
+    """A location whose empty interval is always (0, 0)."""
+    return Location(shape, start, stop, replica) if stop > start else Location(shape, 0, 0, replica)
+
+
+def _chunk(size: int, parts: int, position: int) -> tuple[int, int]:
+    """Offset and size of one part of a dimension, cut as ``torch.chunk`` does; the last parts may be empty."""
+    step = -(-size // parts)
+    offset = min(position * step, size)
+    return offset, min(step, size - offset)
+
+
+def _is_interval(sizes: Sequence[int], shape: Sequence[int]) -> bool:
+    """Whether a box of ``sizes`` is contiguous in a row-major tensor of ``shape``.
+
+    It is if, after the first dimension that is longer than 1, every dimension is whole.
+
+    >>> _is_interval((2, 5, 3), (9, 5, 3)), _is_interval((1, 2, 3), (1, 5, 3)), _is_interval((9, 2), (9, 4))
+    (True, True, False)
+    """
+    first = next((dim for dim, size in enumerate(sizes) if size > 1), len(sizes))
+    return list(sizes[first + 1 :]) == list(shape[first + 1 :])
+
+
+def _mesh(parameter: Tensor) -> DeviceMesh | None:
+    dtensor = _as_dtensor(parameter)
+    return None if dtensor is None else dtensor.device_mesh
+
+
+def _group_of(mesh: DeviceMesh) -> dist.ProcessGroup | None:
+    """The group of a mesh with at most one dimension longer than 1; None if it has a single rank."""
+    longer = [dim for dim in range(mesh.ndim) if mesh.size(dim) > 1]
+    if len(longer) > 1:
+        raise ValueError(f"{mesh} has only some of the {dist.get_world_size()} ranks, and more than one dimension")
+    return mesh.get_group(longer[0]) if longer else None
+
+
+# -- FSDP1 -------------------------------------------------------------------------------------------------------------
+
+
+def _refuse_unbound(name: str, parameter: Tensor) -> None:
+    """Raise if this is a parameter of FSDP1: it sets these attributes, and nothing else does."""
+    if getattr(parameter, "_is_flat_param", False):
+        raise ValueError(f"{name} is a flat parameter of FSDP1: wrap the model with use_orig_params=True")
+    if getattr(parameter, "_fsdp_flattened", False):
+        raise ValueError(
+            f"{name} is sharded by FSDP1, which does not tell its shape: after the model is wrapped, call "
+            "sharded_shampoo4.integrations.fsdp.bind(optimizer, model)"
+        )
+
+
+def _bound_locations(model: nn.Module) -> dict[Tensor, Location]:
+    """The locations of all parameters that FSDP1 shards in ``model``."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    units = FullyShardedDataParallel.fsdp_modules(model)
+    if not units:
+        raise ValueError("the model has no FullyShardedDataParallel (FSDP1) module: only under FSDP1 is bind needed")
+    locations: dict[Tensor, Location] = {}
+    for unit in units:
+        if unit._handle is not None:  # None: it has no parameters of its own
+            locations.update(_unit_locations(unit))
+    return locations
+
+
+def _unit_locations(unit: Any) -> Iterator[tuple[Tensor, Location]]:
+    """The parameters that one FSDP1 module shards, and their locations."""
+    flat = unit._handle.flat_param
+    if flat._params is None:
+        raise ValueError("FSDP1 was made with use_orig_params=False, which leaves no matrices to precondition")
+    replica = _unit_replica(unit)
+    fields = (flat._params, flat._fqns, flat._shapes, flat._strides, flat._param_extensions, flat._shard_param_infos)
+    for parameter, name, shape, stride, extension, shard in zip(*fields, strict=True):
+        if extension is not None:
+            raise ValueError(f"{name} is sharded by FSDP1 and by tensor parallelism: use FSDP2 (fully_shard)")
+        if not torch.empty_strided(shape, stride, device="meta").is_contiguous():
+            raise ValueError(
+                f"{name} of shape {tuple(shape)} has strides {tuple(stride)}, in whose order FSDP1 has cut it: make it "
+                "contiguous before the model is wrapped"
+            )
+        start, stop = (shard.intra_param_start_idx, shard.intra_param_end_idx + 1) if shard.in_shard else (0, 0)
+        yield parameter, _interval(torch.Size(shape), start, stop, replica)
+
+
+def _unit_replica(unit: Any) -> int:
+    """Which copy of an FSDP1 module's parameters this rank has a part of."""
+    across = getattr(unit, "_inter_node_pg", None)  # HYBRID_SHARD: the ranks that hold the same shard
+    ranks = unit.process_group.size() * (1 if across is None else across.size())
+    if ranks != dist.get_world_size():
+        raise ValueError(f"FSDP1 shards a module among {ranks} of {dist.get_world_size()} ranks: it must be all")
+    if not unit._handle.uses_sharded_strategy:
+        return dist.get_rank()
+    return 0 if across is None else int(across.rank())

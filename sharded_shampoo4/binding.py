@@ -1,0 +1,175 @@
+"""Binds an optimizer to its parameters as they are at a step: who holds what, who owns what, and this rank's factors.
+
+Nothing is bound in a constructor: hosts replace parameters, shard them and move them afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .exchange import Exchange
+from .grafting import Grafting
+from .integrations.fsdp import local_tensor
+from .plan import Owned, Plan, PlannedMatrix, Shard
+from .preconditioner import Matrix, Preconditioner
+from .ranks import Ranks
+
+
+@dataclass
+class Candidate:
+    """A parameter to precondition: itself, its matrix, and the shard of it that this rank holds."""
+
+    parameter: Tensor
+    matrix: Matrix
+    shard: Shard
+
+    def describe(self) -> tuple[str, tuple[int, int], dict[str, Any], Shard]:
+        """What the ranks must tell each other of it."""
+        return self.matrix.name, self.matrix.shape, asdict(self.matrix.options), self.shard
+
+
+class Binding:
+    """The preconditioned parameters, the plan that all ranks made of their shards, and this rank's part of the work.
+
+    The constructor is collective. Raises ValueError, on every rank alike, where ranks disagree or shards do not tile.
+    """
+
+    def __init__(self, ranks: Ranks, candidates: Sequence[Candidate]) -> None:
+        self.ranks = ranks
+        self.parameters = [candidate.parameter for candidate in candidates]
+        self.matrices = [candidate.matrix for candidate in candidates]
+        everyone = ranks.gather([candidate.describe() for candidate in candidates])
+        _check_agreement(everyone)
+        planned = [
+            PlannedMatrix(
+                matrix.name,
+                matrix.shape,
+                tuple(matrix.blocks),
+                tuple(described[index][3] for described in everyone),
+                (matrix.options, matrix.dtype, matrix.device if ranks.size == 1 else matrix.device.type),
+            )
+            for index, matrix in enumerate(self.matrices)
+        ]
+        self.plan = Plan(planned, ranks.size)
+        self.preconditioner = Preconditioner(self.matrices, self.plan.batches[ranks.rank])
+        self.grafting = Grafting(self.plan, self.matrices)
+        devices, dtypes = [m.device for m in self.matrices], [m.dtype for m in self.matrices]
+        self.exchange = Exchange(self.plan, ranks.group, devices, dtypes)
+        self._present: tuple[bool, ...] = ()  # which parameters had a gradient on any rank in the last step
+
+    def fits(self, parameters: Sequence[Tensor], matrices: Sequence[Matrix]) -> bool:
+        """Whether these are the same parameters with the same shapes, options, types and devices."""
+        return (
+            len(parameters) == len(self.parameters)
+            and all(new is old for new, old in zip(parameters, self.parameters, strict=True))
+            and all(new.like(old) for new, old in zip(matrices, self.matrices, strict=True))
+        )
+
+    # -- one step ------------------------------------------------------------------------------------------------------
+
+    def presence_changed(self) -> bool:
+        """Whether a gradient that this rank can see came or went since the last step."""
+        seen = [self._holds(index) for index in range(len(self.parameters))]
+        before = self._present or (False,) * len(seen)
+        return any(s and (p.grad is not None) != b for s, p, b in zip(seen, self.parameters, before, strict=True))
+
+    def agree_on_presence(self) -> None:
+        """Find out which parameters have a gradient on any rank; collective."""
+        held = [self._holds(index) and p.grad is not None for index, p in enumerate(self.parameters)]
+        self._present = self.ranks.any(held)
+
+    def precondition(self) -> None:
+        """Overwrite the gradients by their directions; collective."""
+        present, matrices = self._present, self.matrices
+        for matrix, has_gradient in zip(matrices, present, strict=True):
+            if has_gradient:
+                matrix.advance()
+        stepping = [matrix for matrix, has_gradient in zip(matrices, present, strict=True) if has_gradient]
+        active = tuple(has and matrix.busy for has, matrix in zip(present, matrices, strict=True))
+        directed = tuple(has and matrix.rooted for has, matrix in zip(present, matrices, strict=True))
+        shards = [self._gradient_shard(index) for index in range(len(matrices))]
+        self.grafting.begin()
+        if any(active):
+            self.exchange.run(shards, active, directed, self._directions)
+        if any(matrix.statistics_due or matrix.root_due for matrix in stepping):
+            self.ranks.raise_together(self.preconditioner.failure())
+        self.grafting.apply(shards, directed, self.ranks)
+
+    def _directions(self, number: int, chosen: list[int], gradients: Tensor) -> Tensor:
+        batch = self.preconditioner.batches[number]
+        directions = self.preconditioner.directions(batch, chosen, gradients)
+        if directions is not gradients:
+            self.grafting.note([batch.members[position] for position in chosen], gradients, directions)
+        return directions
+
+    def _holds(self, index: int) -> bool:
+        shard = self.plan.matrices[index].shards[self.ranks.rank]
+        return shard.start < shard.stop
+
+    def _gradient_shard(self, index: int) -> Tensor:
+        """A flat view of this rank's shard of a gradient; empty where there is none."""
+        parameter = self.parameters[index]
+        if not (self._present[index] and self._holds(index)):
+            return parameter.new_empty(0)
+        if parameter.grad is None:  # it has one on another rank
+            parameter.grad = torch.zeros_like(parameter)
+        if not local_tensor(parameter.grad).is_contiguous():  # say, channels_last: its matrix could not be a view
+            parameter.grad = parameter.grad.contiguous()
+        flat: Tensor = local_tensor(parameter.grad).view(-1)
+        return flat
+
+    # -- states --------------------------------------------------------------------------------------------------------
+
+    def pack(self, index: int) -> Tensor:
+        """A matrix's whole preconditioner as one uint8 vector, on every rank; collective."""
+        matrix = self.matrices[index]
+        packed = torch.empty(matrix.packed_bytes, dtype=torch.uint8, device=matrix.device)
+        header = matrix.header
+        packed[: len(header)] = header
+        ranges = [(self.plan.owner_of[Owned(index, block)], block, place) for block, place in matrix.packed_ranges()]
+        mine = [self.preconditioner.to_bytes(Owned(index, b)) for owner, b, _ in ranges if owner == self.ranks.rank]
+        sizes = [sum(s.stop - s.start for owner, _, s in ranges if owner == rank) for rank in range(self.ranks.size)]
+        parts = self.ranks.gather_bytes(torch.cat(mine) if mine else packed[:0], sizes)
+        starts = [0] * self.ranks.size
+        for owner, block, place in ranges:
+            size = matrix.block_bytes(block)
+            packed[place] = parts[owner][starts[owner] : starts[owner] + size]
+            starts[owner] += size
+        return packed
+
+    def unpack(self, index: int, packed: Tensor) -> None:
+        """Restore this rank's part of what :meth:`pack` gave, here or on any other number of ranks."""
+        matrix = self.matrices[index]
+        packed = packed.to(matrix.device)
+        matrix.header = packed
+        for block, place in matrix.packed_ranges():
+            if self.plan.owner_of[Owned(index, block)] == self.ranks.rank:
+                self.preconditioner.from_bytes(Owned(index, block), packed[place])
+
+
+def _check_agreement(everyone: list[list[tuple[str, tuple[int, int], dict[str, Any], Shard]]]) -> None:
+    """Raise ValueError unless all ranks have the same parameters with the same options."""
+    first = everyone[0]
+    for rank, other in enumerate(everyone):
+        if [name for name, *_ in other] != [name for name, *_ in first]:
+            raise ValueError(
+                f"ranks precondition different parameters: rank 0 {_few([d[0] for d in first])}, "
+                f"rank {rank} {_few([d[0] for d in other])}"
+            )
+        for (name, shape, options, _), (_, other_shape, other_options, _) in zip(first, other, strict=True):
+            if shape != other_shape:
+                raise ValueError(f"{name} has shape {shape} on rank 0 and {other_shape} on rank {rank}")
+            for option, value in options.items():
+                if other_options[option] != value:
+                    raise ValueError(
+                        f"{option} of {name} is {value!r} on rank 0 and {other_options[option]!r} on rank {rank}"
+                    )
+
+
+def _few(names: list[str]) -> str:
+    return f"{len(names)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"

@@ -1,0 +1,187 @@
+"""Carries a plan out: gradient pieces to owners, directions back, batch by batch.
+
+Both ways go through ``all_to_all_single``. While one batch is computed, the gradients of the next and the directions of
+the previous one are under way: memory in flight is that of two batches each way, whatever the size of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .layout import Block
+from .plan import Incoming, Outgoing, Plan
+
+# Given the number of one of this rank's batches, the positions in it that take part, and their gradients
+# (k, rows, columns): their directions.
+Compute = Callable[[int, list[int], Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Part:
+    """What takes part in one round: lists of pieces are indexed by the other rank."""
+
+    number: int
+    chosen: list[int]  # positions in this rank's batch
+    send_gradients: list[list[Outgoing]]
+    receive_gradients: list[list[Incoming]]  # ``position`` counts the chosen ones
+    send_directions: list[list[Incoming]]
+    receive_directions: list[list[Outgoing]]
+
+
+class Exchange:
+    """One rank's part in ``plan``, over ``group`` (None: a process by itself)."""
+
+    def __init__(
+        self, plan: Plan, group: dist.ProcessGroup | None, devices: list[torch.device], dtypes: list[torch.dtype]
+    ) -> None:
+        self.plan = plan
+        self.group = group
+        self.rank = dist.get_rank(group) if group is not None else 0
+        self.devices = devices  # of every matrix
+        self.dtypes = dtypes  # in which every matrix is computed
+        self.wire = torch.float64 if torch.float64 in dtypes else torch.float32
+        self.bytes_sent = 0  # to other ranks, so far
+        self._rounds = [plan.round(self.rank, number) for number in range(plan.rounds)]
+        self._batches = plan.batches[self.rank]
+        self._parts = lru_cache(maxsize=8)(self._select)
+
+    def run(
+        self, shards: Sequence[Tensor], active: tuple[bool, ...], directed: tuple[bool, ...], compute: Compute
+    ) -> None:
+        """Replace gradients by what ``compute`` makes of their blocks.
+
+        ``shards`` are this rank's flattened gradients of all matrices. Blocks of ``active`` matrices go to their
+        owners; those of ``directed`` ones, a subset, come back. Both must be the same on every rank.
+        """
+        parts = self._parts(active, directed)
+        gradients = self._send_gradients(parts[0], shards) if parts else None
+        arriving: _Arriving | None = None
+        for index, part in enumerate(parts):
+            following = self._send_gradients(parts[index + 1], shards) if index + 1 < len(parts) else None
+            assert gradients is not None
+            directions = self._compute(part, gradients, shards, compute)
+            if arriving is not None:
+                arriving.write()
+            arriving = self._send_directions(part, directions, shards)
+            gradients = following
+        if arriving is not None:
+            arriving.write()
+
+    def _select(self, active: tuple[bool, ...], directed: tuple[bool, ...]) -> list[Part]:
+        """The rounds in which anything takes part, on whatever rank, and what does."""
+        parts = []
+        for number, whole in enumerate(self._rounds):
+            batches = [batches[number] for batches in self.plan.batches if number < len(batches)]
+            if not any(active[owned.matrix] for batch in batches for owned in batch):
+                continue
+            mine = self._batches[number] if number < len(self._batches) else []
+            chosen = [position for position, owned in enumerate(mine) if active[owned.matrix]]
+            place = {position: index for index, position in enumerate(chosen)}
+
+            def incoming(pieces: list[Incoming], wanted: Callable[[Incoming], bool]) -> list[Incoming]:
+                return [p._replace(position=place[p.position]) for p in pieces if p.position in place and wanted(p)]  # noqa: B023
+
+            def is_directed(piece: Incoming) -> bool:
+                return directed[mine[piece.position].matrix]  # noqa: B023
+
+            parts.append(
+                Part(
+                    number,
+                    chosen,
+                    [[p for p in pieces if active[p.matrix] and p.gives_gradient] for pieces in whole.to_owner],
+                    [incoming(pieces, lambda p: p.gives_gradient) for pieces in whole.from_holder],
+                    [incoming(pieces, is_directed) for pieces in whole.from_holder],
+                    [[p for p in pieces if directed[p.matrix]] for pieces in whole.to_owner],
+                )
+            )
+        return parts
+
+    def _send_gradients(self, part: Part, shards: Sequence[Tensor]) -> _Arriving:
+        """Start the gradients' way to their owners."""
+        outgoing = [[self._view(shards, p.matrix, p.piece) for p in pieces] for pieces in part.send_gradients]
+        sizes = [sum(p.piece.rows * p.piece.columns for p in pieces) for pieces in part.receive_gradients]
+        return self._start(outgoing, sizes)
+
+    def _compute(self, part: Part, arriving: _Arriving, shards: Sequence[Tensor], compute: Compute) -> Tensor | None:
+        """Put the gradients of this rank's blocks together and have their directions computed."""
+        if not part.chosen:
+            arriving.wait()
+            return None
+        matrix, block = self._batches[part.number][part.chosen[0]]
+        shape = (len(part.chosen), block.rows, block.columns)
+        gradients = torch.empty(shape, dtype=self.dtypes[matrix], device=self.devices[matrix])
+        places = [[gradients[p.position][p.piece.slices] for p in pieces] for pieces in part.receive_gradients]
+        here = part.send_gradients[self.rank]
+        _copy(places[self.rank], [self._view(shards, p.matrix, p.piece) for p in here])
+        places[self.rank] = []
+        arriving.write(places)
+        return compute(part.number, part.chosen, gradients)
+
+    def _send_directions(self, part: Part, directions: Tensor | None, shards: Sequence[Tensor]) -> _Arriving:
+        """Start the directions' way back; those that stay here are written at once."""
+        outgoing: list[list[Tensor]] = [[] for _ in part.send_directions]
+        if directions is not None:
+            outgoing = [[directions[p.position][p.piece.slices] for p in pieces] for pieces in part.send_directions]
+        places = [[self._view(shards, p.matrix, p.piece) for p in pieces] for pieces in part.receive_directions]
+        _copy(places[self.rank], outgoing[self.rank])
+        places[self.rank] = []
+        sizes = [sum(view.numel() for view in views) for views in places]
+        arriving = self._start(outgoing, sizes)
+        arriving.places = places
+        return arriving
+
+    def _start(self, outgoing: list[list[Tensor]], sizes: list[int]) -> _Arriving:
+        """Send views to ranks, a list for each, and expect as many elements from each as ``sizes`` says."""
+        if self.group is None:
+            return _Arriving(None, [])
+        outgoing[self.rank], sizes[self.rank] = [], 0
+        sent = [sum(view.numel() for view in views) for views in outgoing]
+        device = self.devices[0]
+        flat = [view.to(self.wire).reshape(-1) for views in outgoing for view in views]
+        send = torch.cat(flat) if flat else torch.empty(0, dtype=self.wire, device=device)
+        receive = torch.empty(sum(sizes), dtype=self.wire, device=device)
+        self.bytes_sent += send.numel() * send.element_size()
+        work = dist.all_to_all_single(receive, send, sizes, sent, group=self.group, async_op=True)
+        return _Arriving(work, list(receive.split(sizes)), send)
+
+    def _view(self, shards: Sequence[Tensor], matrix: int, piece: Block) -> Tensor:
+        """A piece of a matrix in this rank's shard of it."""
+        planned, shard = self.plan.matrices[matrix], shards[matrix]
+        width = planned.shape[1]
+        offset = piece.row * width + piece.column - planned.shards[self.rank].start
+        return shard.as_strided((piece.rows, piece.columns), (width, 1), shard.storage_offset() + offset)
+
+
+class _Arriving:
+    """Elements on their way from every other rank."""
+
+    def __init__(self, work: dist.Work | None, received: list[Tensor], sent: Tensor | None = None) -> None:
+        self._work = work
+        self._received = received
+        self._sent = sent  # must live until the work is done
+        self.places: list[list[Tensor]] = []
+
+    def wait(self) -> None:
+        if self._work is not None:
+            self._work.wait()
+
+    def write(self, places: list[list[Tensor]] | None = None) -> None:
+        """Wait, and write what came from each rank to its ``places``, in order."""
+        self.wait()
+        if self._work is None:
+            return
+        for views, received in zip(self.places if places is None else places, self._received, strict=True):
+            if views:
+                parts = received.split([view.numel() for view in views])
+                _copy(views, [part.view(view.shape) for part, view in zip(parts, views, strict=True)])
+
+
+def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
+    if targets:
+        torch._foreach_copy_(targets, sources)

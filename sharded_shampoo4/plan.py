@@ -1,0 +1,220 @@
+"""Who owns what and what travels where: pure, deterministic, the same on every rank.
+
+Blocks are cut on the global parameter matrix and each has one owner, which keeps its factors and computes its
+directions. What a host decides is only which elements of a parameter each rank holds, and so which pieces of a block's
+gradient travel to the owner and which pieces of its direction travel back.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections import defaultdict
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+from .layout import Block, interval_pieces
+
+# Elements of a batch's gradients, directions and dequantised roots together: bounds the memory in flight of a step.
+BATCH_ELEMENTS = 2**24
+
+_SLACK = 1.05  # an owner may be chosen for the rows that it holds while its load stays below this much of the mean
+
+
+class Shard(NamedTuple):
+    """The elements ``start`` to ``stop`` of a flattened parameter, which a rank holds.
+
+    ``replica`` tells the complete copies of the parameter apart: all shards of one replica together tile it.
+    """
+
+    start: int
+    stop: int
+    replica: int = 0
+
+
+@dataclass(frozen=True)
+class PlannedMatrix:
+    """A parameter matrix: its blocks, the shard of each rank, and what blocks must share to stand in one batch."""
+
+    name: str
+    shape: tuple[int, int]
+    blocks: tuple[Block, ...]
+    shards: tuple[Shard, ...]
+    kind: Hashable = None
+
+    def check(self) -> None:
+        """Raise ValueError unless the shards of every replica tile the matrix."""
+        replicas: dict[int, list[Shard]] = defaultdict(list)
+        for shard in self.shards:
+            if shard.start < shard.stop:
+                replicas[shard.replica].append(shard)
+        size = self.shape[0] * self.shape[1]
+        for replica, shards in replicas.items():
+            shards.sort()
+            edges = [0, *(shard.stop for shard in shards)]
+            if [shard.start for shard in shards] != edges[:-1] or edges[-1] != size:
+                intervals = ", ".join(f"[{shard.start}, {shard.stop})" for shard in shards)
+                raise ValueError(
+                    f"the shards of {self.name} in replica {replica} do not tile its {size} elements: {intervals}"
+                )
+        if not replicas:
+            raise ValueError(f"no rank holds any element of {self.name}")
+
+
+class Owned(NamedTuple):
+    """A block: the index of its matrix, and where it lies."""
+
+    matrix: int
+    block: Block
+
+
+class Outgoing(NamedTuple):
+    """A piece of a block that this rank holds, in coordinates of the matrix; its direction comes back the same way."""
+
+    matrix: int
+    piece: Block
+    gives_gradient: bool  # or only takes the direction, being in another replica than the owner
+
+
+class Incoming(NamedTuple):
+    """A piece of the block at ``position`` in this rank's batch, in coordinates of the block, held by another rank."""
+
+    position: int
+    piece: Block
+    gives_gradient: bool
+
+
+@dataclass(frozen=True)
+class Round:
+    """One batch of every rank, and what this rank exchanges for it. Lists are indexed by the other rank.
+
+    Both ends list the pieces that they share in the same order: that of the blocks in the owner's batch.
+    """
+
+    to_owner: list[list[Outgoing]]
+    from_holder: list[list[Incoming]]
+
+
+class Plan:
+    """Owners, batches and routes for ``matrices``, which have a shard on each of ``world_size`` ranks."""
+
+    def __init__(self, matrices: Sequence[PlannedMatrix], world_size: int) -> None:
+        self.matrices = list(matrices)
+        self.world_size = world_size
+        for matrix in matrices:
+            matrix.check()
+        self.blocks = [Owned(index, block) for index, matrix in enumerate(matrices) for block in matrix.blocks]
+        self._holders = [_Holders(matrix) for matrix in matrices]
+        self.owners = self._assign_owners()
+        self.batches = [self._batches_of(rank) for rank in range(self.world_size)]
+
+    @property
+    def rounds(self) -> int:
+        """Batches of the rank that has most."""
+        return max(map(len, self.batches))
+
+    @cached_property
+    def owner_of(self) -> dict[Owned, int]:
+        return dict(zip(self.blocks, self.owners, strict=True))
+
+    def _assign_owners(self) -> list[int]:
+        """Longest processing time first, preferring a rank that holds much of the block: an owner for each block."""
+        costs = [block.rows**3 + block.columns**3 for _, block in self.blocks]
+        limit = _SLACK * sum(costs) / self.world_size
+        loads = [0] * self.world_size
+        owners = [0] * len(self.blocks)
+        for index in sorted(range(len(costs)), key=lambda i: -costs[i]):  # stable: by parameter, row, column
+            held = self._holders[self.blocks[index].matrix].elements(self.blocks[index].block)
+            near = [rank for rank in held if loads[rank] + costs[index] <= limit]
+            if near:
+                owner = min(near, key=lambda rank: (-held[rank], loads[rank], rank))
+            else:
+                owner = min(range(self.world_size), key=lambda rank: (loads[rank], -held.get(rank, 0), rank))
+            owners[index] = owner
+            loads[owner] += costs[index]
+        return owners
+
+    def _batches_of(self, rank: int) -> list[list[Owned]]:
+        """The blocks of one owner, equal kinds and shapes together, in batches of bounded size."""
+        alike: dict[Hashable, list[Owned]] = {}
+        for owned, owner in zip(self.blocks, self.owners, strict=True):
+            if owner == rank:
+                key = (self.matrices[owned.matrix].kind, owned.block.rows, owned.block.columns)
+                alike.setdefault(key, []).append(owned)
+        batches = []
+        for members in alike.values():
+            rows, columns = members[0].block.rows, members[0].block.columns
+            size = max(1, BATCH_ELEMENTS // (rows * rows + columns * columns + 2 * rows * columns))
+            batches += [members[start : start + size] for start in range(0, len(members), size)]
+        return batches
+
+    def round(self, rank: int, number: int) -> Round:
+        """What ``rank`` exchanges for everyone's batch ``number``."""
+        to_owner: list[list[Outgoing]] = [[] for _ in range(self.world_size)]
+        from_holder: list[list[Incoming]] = [[] for _ in range(self.world_size)]
+        for owner, batches in enumerate(self.batches):
+            for position, (index, block) in enumerate(batches[number] if number < len(batches) else []):
+                shards = self.matrices[index].shards
+                replica = shards[owner].replica
+                if owner == rank:
+                    for holder, piece in self._holders[index].pieces(block):
+                        inside = piece._replace(row=piece.row - block.row, column=piece.column - block.column)
+                        gives = shards[holder].replica == replica
+                        from_holder[holder].append(Incoming(position, inside, gives))
+                shard = shards[rank]
+                for piece in interval_pieces(block, self.matrices[index].shape[1], shard.start, shard.stop):
+                    to_owner[owner].append(Outgoing(index, piece, shard.replica == replica))
+        return Round(to_owner, from_holder)
+
+    def loads(self) -> list[int]:
+        """The matrix work of every rank: the cubes of its factors' orders."""
+        loads = [0] * self.world_size
+        for (_, block), owner in zip(self.blocks, self.owners, strict=True):
+            loads[owner] += block.rows**3 + block.columns**3
+        return loads
+
+    def elements_sent(self) -> list[int]:
+        """Elements that every rank sends in a step in which all blocks take part: gradients, and directions back."""
+        sent = [0] * self.world_size
+        for (index, block), owner in zip(self.blocks, self.owners, strict=True):
+            shards = self.matrices[index].shards
+            for holder, count in self._holders[index].elements(block).items():
+                if holder != owner:
+                    sent[owner] += count
+                    if shards[holder].replica == shards[owner].replica:
+                        sent[holder] += count
+        return sent
+
+
+class _Holders:
+    """Who holds which part of a matrix's blocks."""
+
+    def __init__(self, matrix: PlannedMatrix) -> None:
+        self.width = matrix.shape[1]
+        self._replicas: list[tuple[list[int], list[tuple[Shard, int]]]] = []  # starts, and shards with their ranks
+        grouped: dict[int, list[tuple[Shard, int]]] = defaultdict(list)
+        for rank, shard in enumerate(matrix.shards):
+            if shard.start < shard.stop:
+                grouped[shard.replica].append((shard, rank))
+        for entries in grouped.values():
+            entries.sort()
+            self._replicas.append(([shard.start for shard, _ in entries], entries))
+
+    def pieces(self, block: Block) -> Iterator[tuple[int, Block]]:
+        """Every rank's pieces of ``block``, rank by rank within a replica, in coordinates of the matrix."""
+        first = block.row * self.width + block.column
+        end = (block.row + block.rows - 1) * self.width + block.column + block.columns
+        for starts, entries in self._replicas:
+            for shard, rank in entries[bisect.bisect_right(starts, first) - 1 :]:
+                if shard.start >= end:
+                    break
+                for piece in interval_pieces(block, self.width, shard.start, shard.stop):
+                    yield rank, piece
+
+    def elements(self, block: Block) -> dict[int, int]:
+        """How many elements of ``block`` each rank holds; ranks without any are left out."""
+        held: dict[int, int] = defaultdict(int)
+        for rank, piece in self.pieces(block):
+            held[rank] += piece.rows * piece.columns
+        return dict(held)

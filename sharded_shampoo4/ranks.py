@@ -1,0 +1,72 @@
+"""The ranks that share the parameters, and what they tell each other on the host."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Ranks:
+    """A process group, or a process by itself (``group`` None)."""
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self.group = group
+        self.size = dist.get_world_size(group) if group is not None else 1
+        self.rank = dist.get_rank(group) if group is not None else 0
+        self._host_group = _host_group(group) if group is not None else None
+
+    def gather(self, value: Any) -> list[Any]:
+        """``value`` of every rank, on every rank."""
+        if self.group is None:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self._host_group)
+        return values
+
+    def any(self, flags: Sequence[bool]) -> tuple[bool, ...]:
+        """Flag by flag, whether any rank has it set. Waits for no accelerator."""
+        if self.group is None:
+            return tuple(flags)
+        joined = torch.tensor(flags, dtype=torch.uint8)
+        dist.all_reduce(joined, dist.ReduceOp.MAX, group=self._host_group)
+        return tuple(bool(flag) for flag in joined.tolist())
+
+    def raise_together(self, error: Exception | None) -> None:
+        """Raise on every rank what the first rank with an error has to say; nothing if none has."""
+        for rank, found in enumerate(self.gather(error)):
+            if found is not None:
+                raise found if rank == self.rank else type(found)(f"rank {rank}: {found}")
+
+    def gather_bytes(self, data: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+        """``data``, uint8 vectors of ``sizes`` bytes, of every rank."""
+        if self.group is None:
+            return [data]
+        longest = max(sizes)
+        padded = torch.zeros(longest, dtype=torch.uint8, device=data.device)
+        padded[: len(data)] = data
+        joined = torch.empty(longest * self.size, dtype=torch.uint8, device=data.device)
+        dist.all_gather_into_tensor(joined, padded, group=self.group)
+        return (
+            [part[:size] for part, size in zip(joined.split(longest), sizes, strict=True)]
+            if longest
+            else [data] * self.size
+        )
+
+    def sum(self, values: Tensor) -> None:
+        """Add up ``values`` over the ranks, in place."""
+        if self.group is not None:
+            dist.all_reduce(values, group=self.group)
+
+
+def _host_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """A group of the same ranks that can reduce tensors on the host: ``group`` itself, or a gloo group beside it."""
+    if "gloo" in str(dist.get_backend_config(group)):
+        return group
+    made: dist.ProcessGroup = dist.new_group(
+        dist.get_process_group_ranks(group), backend="gloo", use_local_synchronization=True
+    )
+    return made

@@ -1,0 +1,124 @@
+"""Plans are pure data: every element travels exactly once there and back, on any layout of shards."""
+
+from __future__ import annotations
+
+import itertools
+import time
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sharded_shampoo4.layout import Block, cut_blocks, interval_pieces
+from sharded_shampoo4.plan import Plan, PlannedMatrix, Shard
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_pieces_of_an_interval(data: st.DataObject) -> None:
+    m, n = data.draw(st.integers(1, 7)), data.draw(st.integers(1, 7))
+    row, column = data.draw(st.integers(0, m - 1)), data.draw(st.integers(0, n - 1))
+    block = Block(row, column, data.draw(st.integers(1, m - row)), data.draw(st.integers(1, n - column)))
+    start = data.draw(st.integers(0, m * n))
+    stop = data.draw(st.integers(start, m * n))
+    numbers = torch.arange(m * n).view(m, n)
+    inside = [i for i in numbers[block.slices].flatten().tolist() if start <= i < stop]
+    pieces = interval_pieces(block, n, start, stop)
+    assert [i for piece in pieces for i in numbers[piece.slices].flatten().tolist()] == inside
+    assert len(pieces) <= 3
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> Plan:
+    """Random matrices over random replicas, each cut at random places: uneven and empty shards are ordinary."""
+    replicas, ranks = draw(st.integers(1, 3)), draw(st.integers(1, 4))
+    matrices = []
+    for index in range(draw(st.integers(1, 4))):
+        shape = (draw(st.integers(1, 12)), draw(st.integers(1, 12)))
+        size = shape[0] * shape[1]
+        shards: list[Shard] = []
+        for replica in range(replicas):
+            cuts = sorted(draw(st.lists(st.integers(0, size), min_size=ranks - 1, max_size=ranks - 1)))
+            shards += [Shard(*edges, replica) for edges in zip([0, *cuts], [*cuts, size], strict=True)]
+        blocks = cut_blocks(shape, draw(st.integers(1, 12)), draw(st.sampled_from(["even", "remainder"])))
+        matrices.append(PlannedMatrix(f"matrix {index}", shape, tuple(blocks), tuple(shards)))
+    return Plan(matrices, replicas * ranks)
+
+
+@settings(max_examples=150, deadline=None)
+@given(plans())
+def test_every_element_travels_once_there_and_back(plan: Plan) -> None:
+    arrived = [torch.zeros(matrix.shape, dtype=torch.int) for matrix in plan.matrices]
+    returned = [
+        [torch.zeros(matrix.shape, dtype=torch.int) for matrix in plan.matrices] for _ in range(plan.world_size)
+    ]
+    sent = [0] * plan.world_size
+    for number in range(plan.rounds):
+        rounds = [plan.round(rank, number) for rank in range(plan.world_size)]
+        for owner in range(plan.world_size):
+            batch = plan.batches[owner][number] if number < len(plan.batches[owner]) else []
+            for holder in range(plan.world_size):
+                outgoing, incoming = rounds[holder].to_owner[owner], rounds[owner].from_holder[holder]
+                assert len(outgoing) == len(incoming)
+                for mine, theirs in zip(outgoing, incoming, strict=True):
+                    matrix, block = batch[theirs.position]
+                    row, column = mine.piece.row - block.row, mine.piece.column - block.column
+                    assert (matrix, mine.gives_gradient) == (mine.matrix, theirs.gives_gradient)
+                    assert theirs.piece == mine.piece._replace(row=row, column=column)
+                    returned[holder][matrix][mine.piece.slices] += 1
+                    count = mine.piece.rows * mine.piece.columns
+                    if mine.gives_gradient:
+                        arrived[matrix][mine.piece.slices] += 1
+                    if holder != owner:
+                        sent[holder] += count * mine.gives_gradient
+                        sent[owner] += count
+    assert all((counts == 1).all() for counts in arrived)
+    for rank in range(plan.world_size):
+        for matrix, counts in zip(plan.matrices, returned[rank], strict=True):
+            held = torch.zeros(counts.numel(), dtype=torch.int)
+            held[matrix.shards[rank].start : matrix.shards[rank].stop] = 1
+            assert torch.equal(counts.flatten(), held)
+    assert sent == plan.elements_sent()
+    owned = sorted(member for batches in plan.batches for batch in batches for member in batch)
+    assert owned == sorted(plan.blocks)
+
+
+def sharded_rows(name: str, shape: tuple[int, int], world_size: int, limit: int = 1024) -> PlannedMatrix:
+    """As FSDP2 shards: equal numbers of rows, the last ranks fewer or none."""
+    rows = -(-shape[0] // world_size)
+    edges = [min(shape[0], rank * rows) * shape[1] for rank in range(world_size + 1)]
+    shards = tuple(Shard(start, stop) for start, stop in itertools.pairwise(edges))
+    return PlannedMatrix(name, shape, tuple(cut_blocks(shape, limit, "even")), shards)
+
+
+def vit(width: int, depth: int, world_size: int) -> list[PlannedMatrix]:
+    shapes = {"position": (197, width), "patch": (width, 768), "head": (1000, width)}
+    for layer in range(depth):
+        shapes |= {f"{layer}.{name}": (width, width) for name in "qkvo"}
+        shapes |= {f"{layer}.fc1": (4 * width, width), f"{layer}.fc2": (width, 4 * width)}
+    return [sharded_rows(name, shape, world_size) for name, shape in shapes.items()]
+
+
+@pytest.mark.parametrize(
+    ("width", "depth", "world_size"), [(768, 12, 2), (768, 12, 4), (768, 12, 8), (1024, 24, 8), (1024, 24, 16)]
+)
+def test_work_is_balanced(width: int, depth: int, world_size: int) -> None:
+    loads = Plan(vit(width, depth, world_size), world_size).loads()
+    assert max(loads) <= 1.10 * sum(loads) / world_size
+
+
+def test_a_thousand_ranks_plan_in_seconds() -> None:
+    start = time.process_time()
+    plan = Plan(vit(1024, 24, 1024), 1024)
+    for number in range(plan.rounds):
+        plan.round(517, number)
+    assert time.process_time() - start < 20
+
+
+def test_shards_that_do_not_tile() -> None:
+    blocks = (Block(0, 0, 4, 4),)
+    with pytest.raises(ValueError, match=r"shards of w in replica 0 do not tile its 16 elements: \[0, 8\), \[9, 16\)"):
+        Plan([PlannedMatrix("w", (4, 4), blocks, (Shard(0, 8), Shard(9, 16)))], 2)
+    with pytest.raises(ValueError, match="no rank holds any element of w"):
+        Plan([PlannedMatrix("w", (4, 4), blocks, (Shard(0, 0), Shard(0, 0)))], 2)
