@@ -1,0 +1,88 @@
+"""One contract for every host: with equal gradients, the same training as one process, and a share of the state.
+
+Gradients are replayed: every host is given its shards of the same global gradients, so that nothing but the optimizer
+is compared, and parameters must agree bitwise. All processes compute with one thread: a product of another number of
+threads may be rounded otherwise.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import worlds as hosts
+from torch import Tensor
+
+from sharded_shampoo4 import Shampoo4
+from sharded_shampoo4.integrations import fsdp
+
+STEPS = 9
+FAST = {"lr": 1e-2, "weight_decay": 0.1, "statistics_interval": 2, "root_interval": 4}
+# Name: kind of model, options. Blocks of at most 30 put several owners' blocks into one parameter.
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mlp": ("mlp", {"min_quant_numel": 0}),
+    "mlp, blocks": ("mlp", {"max_preconditioner_dim": 30, "min_quant_numel": 0}),
+    "vit, blocks, remainder": ("vit", {"max_preconditioner_dim": 30, "split": "remainder"}),
+    "vit, SGD, block grafting": ("vit", {"base": "sgd", "momentum": 0.9, "grafting": "block"}),
+    "tied, naive": ("tied", {"quantize": "preconditioner", "min_quant_numel": 0}),
+    "tied, groups": ("tied", {"max_preconditioner_dim": 17, "split_groups": True}),
+    "bf16": ("bf16", {"max_preconditioner_dim": 40, "min_quant_numel": 0}),
+    "mlp, 32 bits": ("mlp", {"bits": 32, "max_preconditioner_dim": 25, "grafting": "none"}),
+}
+
+
+def make_optimizer(model: torch.nn.Module, host: str, options: dict[str, Any]) -> Shampoo4:
+    options = {**FAST, **options}
+    named = list(hosts.named(model, host).items())
+    if options.pop("split_groups", False):
+        half = len(named) // 2
+        groups = [{"params": named[:half], "bits": 8, "statistics_interval": 3}, {"params": named[half:], "lr": 1e-3}]
+        optimizer = Shampoo4(groups, **options)
+    else:
+        optimizer = Shampoo4(named, **options)
+    if host == "fsdp1":
+        fsdp.bind(optimizer, model)
+    return optimizer
+
+
+def run_case(host: str, name: str, steps: int = STEPS) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Replay gradients; in step 5 one parameter has none. Returns the whole parameters and this rank's state bytes."""
+    kind, options = CASES[name]
+    model = hosts.wrap(hosts.make_model(kind), host)
+    optimizer = make_optimizer(model, host, options)
+    for step in range(steps):
+        gradients = hosts.make_gradients(kind, step)
+        if step == 5:
+            gradients[max(gradients)] = None
+        hosts.set_gradients(model, host, gradients)
+        optimizer.step()
+    return hosts.full_parameters(model, host), optimizer.state_bytes()
+
+
+def run_all(rank: int, ran: tuple[str, ...]) -> dict[tuple[str, str], Any]:
+    return {(host, name): run_case(host, name) for host in ran for name in CASES}
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, tuple[dict[str, Tensor], dict[str, int]]]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    results = {name: run_case("none", name) for name in CASES}
+    torch.set_num_threads(threads)
+    return results
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_the_same_training_everywhere(world_size: int, alone: dict[str, Any]) -> None:
+    results = hosts.run_ranks(world_size, run_all, hosts.HOSTS)
+    for (host, name), (parameters, _) in results[0].items():
+        expected, whole = alone[name]
+        for rank, result in enumerate(results):
+            for key, value in result[host, name][0].items():
+                assert torch.equal(value, expected[key]), (host, name, rank, key, (value - expected[key]).abs().max())
+        held = [result[host, name][1]["preconditioner"] for result in results]
+        assert sum(held) == whole["preconditioner"], (host, name, held)
+        if "blocks" in name:
+            assert max(held) < 1.6 * whole["preconditioner"] / world_size, (host, name, held)
+        assert parameters
