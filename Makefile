@@ -14,7 +14,8 @@ export TOKENIZERS_PARALLELISM = false
 .PHONY: train test lint bench clean
 
 train: $(READY)
-	$(BIN)/python launch/train_vit.py --output_dir runs/digits
+	$(BIN)/accelerate launch --config_file launch/configs/fsdp2.yaml --num_processes 2 --main_process_port 0 \
+		launch/train_vit.py --output_dir runs/digits --overwrite_output_dir --per_device_train_batch_size 32 --num_train_epochs 20
 
 test: $(READY)
 	$(BIN)/python -m pytest

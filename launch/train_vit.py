@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,15 +29,23 @@ from accelerate.logging import get_logger
 from accelerate.utils import gather_object, set_seed
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import get_scheduler
+from transformers import PreTrainedModel, get_scheduler
 from vit_args import parse_args
 from vit_augment import BatchTransform
 from vit_checkpoint import Checkpoints, LossBook, Progress
 from vit_data import Plan, make_loaders, mixed_seed, natural_channels, normalisation, prepare_images
-from vit_model import build_config, build_model, image_side
+from vit_model import LAYERS, build_config, build_model, image_side
 from vit_optim import build_optimizer, estimated_bytes, state_bytes
 from vit_report import MetricsLog, data_name, peak_memory_bytes, plot_curves, print_tables
 from vit_sources import load_image_data
+
+from sharded_shampoo4.integrations.accelerate import (
+    check_distribution,
+    consolidate_before_saving,
+    describe_distribution,
+    full_state_dict,
+    rehearse_on_cpu,
+)
 
 logger = get_logger("train_vit")
 
@@ -75,9 +84,13 @@ class Run:
         model = build_model(args, config)
         self.shapes = [(name, parameter.shape) for name, parameter in model.named_parameters()]
         self.inner_optimizer = build_optimizer(args, model)
+        choose_fsdp_units(self.accelerator, model)
         self.model, self.optimizer, self.train_loader, self.eval_loader = self.accelerator.prepare(
             model, self.inner_optimizer, train_loader, eval_loader
         )
+        check_distribution(self.accelerator, self.model)
+        self.host = describe_distribution(self.accelerator, self.model)
+        consolidate_before_saving(self.accelerator, self.inner_optimizer)
         # Not prepared: Accelerate would step it once per process and so run through the schedule too fast.
         self.scheduler = get_scheduler(
             args.lr_scheduler_type,
@@ -237,7 +250,7 @@ class Run:
             ("epochs", plan.epochs),
             ("images per process and batch", args.per_device_train_batch_size),
             ("batches per step", args.gradient_accumulation_steps),
-            ("processes", accelerator.num_processes),
+            ("running as", f"{self.host}, {accelerator.device.type}"),
             ("images per step", plan.step_images),
             ("steps", plan.total_steps),
             ("steps done", self.progress.step),
@@ -256,7 +269,7 @@ class Run:
 
     def _save_model(self) -> None:
         """The model as transformers loads it, with the normalisation that it was trained under."""
-        state = self.accelerator.get_state_dict(self.model)  # every process takes part
+        state = full_state_dict(self.accelerator, self.model)  # every process takes part
         folder = self.output_dir / "model"
         self.accelerator.unwrap_model(self.model).save_pretrained(
             folder,
@@ -280,10 +293,11 @@ class Run:
             "train_images": self.images[0],
             "eval_images": self.images[1],
             "processes": self.accelerator.num_processes,
+            "host": self.host,
             "peak_memory_bytes": peak_memory_bytes(self.accelerator.device),
             "state_bytes": {key: max(rank[key] for rank in held) for key in ("preconditioner", "base")},
             "state_bytes_per_process": held,
-            "estimated_state_bytes": estimated_bytes(self.args, self.shapes),
+            "estimated_state_bytes": estimated_bytes(self.args, self.shapes, self.host, self.accelerator.num_processes),
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
             "options": vars(self.args),
         }
@@ -309,18 +323,32 @@ class Run:
 
 def make_accelerator(args: argparse.Namespace) -> Accelerator:
     """The accelerator, and log messages from the main process only."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("train_vit").setLevel(logging.INFO)
+    # Of ViT's patch embeddings under FSDP2; nothing is done to them in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    rehearse_on_cpu()
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
         log_with=args.report_to if args.with_tracking else None,
         project_dir=args.output_dir,
     )
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger("train_vit").setLevel(logging.INFO)
     if not accelerator.is_local_main_process:
         transformers.utils.logging.set_verbosity_error()
         datasets.disable_progress_bars()
     return accelerator
+
+
+def choose_fsdp_units(accelerator: Accelerator, model: PreTrainedModel) -> None:
+    """Let FSDP shard a ViT or Swin transformer layer by layer, where the launch configuration names no layers.
+
+    The model's own list, which Accelerate would take, also names ViT's embeddings. Accelerate 1.15 shards these twice
+    under FSDP2 and fails.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.transformer_cls_names_to_wrap is None:
+        plugin.transformer_cls_names_to_wrap = LAYERS.get(model.config.model_type)
 
 
 def warmup_steps(args: argparse.Namespace, total_steps: int) -> int:

@@ -52,6 +52,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "swin-base": _swin(128, (2, 2, 18, 2), (4, 8, 16, 32), 0.5),
 }
 
+LAYERS = {"vit": ["ViTLayer"], "swin": ["SwinLayer"]}  # by model type: the modules that FSDP gathers one at a time
+
 _RATES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate")
 _COMMON = ("image_size", "patch_size", "num_channels", "hidden_dropout_prob", "attention_probs_dropout_prob")
 _BY_FAMILY = {

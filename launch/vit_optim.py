@@ -80,13 +80,29 @@ def _local_bytes(tensor: Tensor) -> int:
     return local.numel() * local.element_size()
 
 
-def estimated_bytes(args: argparse.Namespace, shapes: Sequence[tuple[str, torch.Size]]) -> Mapping[str, dict[str, int]]:
-    """What AdamW alone, and 32-bit Shampoo, would keep for parameters of these shapes in one process."""
+def estimated_bytes(
+    args: argparse.Namespace, shapes: Sequence[tuple[str, torch.Size]], host: str, processes: int
+) -> Mapping[str, dict[str, int]]:
+    """What AdamW alone, and 32-bit Shampoo, would keep for parameters of these shapes: on the process with most."""
+    where = _where(host, processes)
     with_32_bits = shampoo_options(argparse.Namespace(**{**vars(args), "bits": 32, "optimizer": "shampoo32"}))
     adamw = {"base": "adamw", "precondition": False}
-    return {name: _estimate(shapes, options) for name, options in (("adamw", adamw), ("shampoo32", with_32_bits))}
+    return {
+        name: _estimate(shapes, {**options, **where})
+        for name, options in (("adamw", adamw), ("shampoo32", with_32_bits))
+    }
 
 
 def _estimate(shapes: Sequence[tuple[str, torch.Size]], options: dict[str, Any]) -> dict[str, int]:
     estimate = estimate_memory(shapes, **options)
-    return {"preconditioner": int(estimate.preconditioner[0]), "base": int(estimate.base[0])}
+    most = max(range(len(estimate.total)), key=estimate.total.__getitem__)
+    return {"preconditioner": estimate.preconditioner[most], "base": estimate.base[most]}
+
+
+def _where(host: str, processes: int) -> dict[str, Any]:
+    """The options of ``estimate_memory`` for a host as ``describe_distribution`` tells it."""
+    if processes == 1:
+        return {}
+    if host.startswith("HSDP"):
+        return {"world_size": processes, "host": "hsdp", "replicas": int(host.split()[1].split("x")[0])}
+    return {"world_size": processes, "host": "ddp" if host.startswith("DDP") else "fsdp2"}

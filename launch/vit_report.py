@@ -77,17 +77,24 @@ def print_tables(results: dict[str, Any]) -> None:
         ("evaluation loss", f"{results['eval_loss']:.4f}"),
         ("training loss, last epoch", f"{results['train_loss']:.4f}"),
         ("steps, epochs", f"{results['steps']:,} in {results['epochs']:g}"),
+        ("running as", results["host"]),
         ("time", f"{results['total_seconds']:.1f} s"),
         ("parameters", f"{results['parameters']:,}"),
         ("peak memory", readable_bytes(results["peak_memory_bytes"])),
     ):
         summary.add_row(name, value)
 
-    memory = Table(title="optimizer state", title_style="bold")
+    per_process = results["state_bytes_per_process"]
+    title = "optimizer state" if len(per_process) == 1 else "optimizer state of a process"
+    memory = Table(title=title, title_style="bold")
     memory.add_column("", style="cyan")
     for column in ("preconditioner", "base", "total"):
         memory.add_column(column, justify="right")
-    rows = {"this run, measured": results["state_bytes"]}
+    if len(per_process) == 1:
+        rows = {"this run, measured": results["state_bytes"]}
+    else:
+        rows = {f"process {rank}, measured": held for rank, held in enumerate(per_process)}
+        rows["all processes"] = {key: sum(held[key] for held in per_process) for key in per_process[0]}
     names = {"adamw": "AdamW alone", "shampoo32": "32-bit Shampoo"}
     rows |= {f"{names[key]}, computed": held for key, held in results["estimated_state_bytes"].items()}
     for name, held in rows.items():

@@ -83,6 +83,28 @@ class Binding:
         held = [self._holds(index) and p.grad is not None for index, p in enumerate(self.parameters)]
         self._present = self.ranks.any(held)
 
+    def check_replicas(self) -> None:
+        """Raise RuntimeError, on every rank, if ranks that hold the same elements have different gradients; collective.
+
+        That is a model which is not wrapped, but trained by several processes, each on its own.
+        """
+        rank = self.ranks.rank
+        digests = [
+            (matrix.shards[rank], _digest(self._gradient_shard(index)))
+            for index, matrix in enumerate(self.plan.matrices)
+            if self._present[index] and matrix.replicas > 1
+        ]
+        names = [m.name for m, p in zip(self.plan.matrices, self._present, strict=True) if p and m.replicas > 1]
+        seen: dict[tuple[int, int, int], tuple[int, int]] = {}
+        for other, theirs in enumerate(self.ranks.gather(digests)):
+            for position, (shard, digest) in enumerate(theirs):
+                first, expected = seen.setdefault((position, shard.start, shard.stop), (other, digest))
+                if digest != expected:
+                    raise RuntimeError(
+                        f"ranks {first} and {other} hold the same elements of {names[position]}, but their gradients "
+                        "differ: wrap the model in DistributedDataParallel or FSDP, which average gradients"
+                    )
+
     def precondition(self) -> None:
         """Overwrite the gradients by their directions; collective."""
         present, matrices = self._present, self.matrices
@@ -115,13 +137,20 @@ class Binding:
         """A flat view of this rank's shard of a gradient; empty where there is none."""
         parameter = self.parameters[index]
         if not (self._present[index] and self._holds(index)):
-            return parameter.new_empty(0)
+            return torch.empty(0, dtype=parameter.dtype, device=parameter.device)
         if parameter.grad is None:  # it has one on another rank
             parameter.grad = torch.zeros_like(parameter)
         if not local_tensor(parameter.grad).is_contiguous():  # say, channels_last: its matrix could not be a view
             parameter.grad = parameter.grad.contiguous()
         flat: Tensor = local_tensor(parameter.grad).view(-1)
         return flat
+
+    def owners(self) -> dict[Tensor, str]:
+        """The ranks that own blocks of each parameter."""
+        found: dict[int, set[int]] = {}
+        for owned, owner in self.plan.owner_of.items():
+            found.setdefault(owned.matrix, set()).add(owner)
+        return {self.parameters[index]: ", ".join(map(str, sorted(ranks))) for index, ranks in found.items()}
 
     # -- states --------------------------------------------------------------------------------------------------------
 
@@ -150,6 +179,15 @@ class Binding:
         for block, place in matrix.packed_ranges():
             if self.plan.owner_of[Owned(index, block)] == self.ranks.rank:
                 self.preconditioner.from_bytes(Owned(index, block), packed[place])
+
+
+def _digest(values: Tensor) -> int:
+    """A number that differs where the bits of ``values`` do, but for coincidences."""
+    bits = values.contiguous().view(torch.uint8).view(-1, values.element_size()).long()
+    weights = torch.arange(1, len(bits) + 1, device=bits.device).unsqueeze(-1) * torch.tensor(
+        [1, 257, 65537, 16777259, 7, 1793, 458759, 117440813][: values.element_size()], device=bits.device
+    )
+    return int((bits * weights).sum())
 
 
 def _check_agreement(everyone: list[list[tuple[str, tuple[int, int], dict[str, Any], Shard]]]) -> None:

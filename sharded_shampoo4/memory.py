@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,18 +13,28 @@ from torch import Tensor
 from .integrations.fsdp import local_tensor
 from .layout import matrix_shape
 from .options import OPTION_NAMES, PreconditionerOptions, base_arguments, base_class
+from .plan import Plan, PlannedMatrix, Shard
 from .preconditioner import Matrix
 
+_HOSTS = ("none", "ddp", "fsdp2", "hsdp")
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes per rank: what :meth:`Shampoo4.state_bytes` will measure once every parameter has had a gradient."""
+    """Bytes of each rank, one entry per rank.
+
+    Attributes:
+        preconditioner, base: what :meth:`Shampoo4.state_bytes` will measure once every parameter has had a gradient.
+        traffic: what the rank's optimizer sends to other ranks in an ordinary step: gradients to the owners of blocks
+            and directions back, every parameter having a gradient and being past its first root step. Not counted
+            are the sum of the grafting norms (16 bytes a block, in one all-reduce), the flags that the ranks compare
+            on the host, and all that the host itself sends.
+    """
 
     preconditioner: list[int]
     base: list[int]
-    traffic: list[int]  # sent per step, by the optimizer
+    traffic: list[int]
 
     @property
     def total(self) -> list[int]:
@@ -40,41 +51,81 @@ def estimate_memory(
     world_size: int = 1,
     *,
     host: str = "fsdp2",
+    replicas: int | None = None,
     dtype: torch.dtype = torch.float32,
     lr: float = 1e-3,
     base: str | type[torch.optim.Optimizer] = "adamw",
     weight_decay: float = 0.0,
     **shampoo4_options: Any,
 ) -> MemoryEstimate:
-    """Bytes of the optimizer's states on every rank, from shapes only.
+    """Bytes of the optimizer's states on every rank, and of what it sends, from shapes only.
 
     Args:
-        named_shapes: names and shapes (or tensors, whose shapes are taken) of the parameters that are trained, such as
-            ``model.named_parameters()``.
-        world_size: number of ranks; 1 is what this version can tell.
-        host: what shards the parameters.
+        named_shapes: names and shapes (or tensors, whose shapes are taken) of the parameters that are trained, in the
+            order in which the optimizer is given them, such as ``model.named_parameters()``.
+        world_size: number of ranks.
+        host: what shards the parameters: ``"none"`` (one process), ``"ddp"``, ``"fsdp2"``, ``"hsdp"``.
+        replicas: under ``"hsdp"``, the number of complete copies of the model: the first size of its mesh.
         dtype: type of the parameters, which is that of most base optimizers' states.
         lr, base, weight_decay, **shampoo4_options: as :class:`Shampoo4` takes them.
 
     Raises:
-        TypeError, ValueError: as :class:`Shampoo4` does.
+        TypeError, ValueError: as :class:`Shampoo4` does; a host that is not known, or cannot have so many ranks.
     """
-    if world_size != 1:
-        raise ValueError(f"world_size must be 1: states are not sharded by this version, got {world_size!r}")
+    copies = _copies(host, world_size, replicas)
     own = {name: shampoo4_options.pop(name) for name in OPTION_NAMES if name in shampoo4_options}
     options = PreconditionerOptions(**own)
     rule = base_class(base)
     per_element, per_tensor = _base_costs(rule, base_arguments(rule, lr, weight_decay, shampoo4_options), dtype)
+    computed = torch.promote_types(dtype, torch.float32)
 
-    preconditioner = base_bytes = 0
+    base_bytes = [0] * world_size
+    matrices, planned = [], []
     items = named_shapes.items() if isinstance(named_shapes, Mapping) else named_shapes
     for name, shape_or_tensor in items:
         shape = shape_or_tensor.shape if isinstance(shape_or_tensor, Tensor) else torch.Size(shape_or_tensor)
-        base_bytes += per_element * shape.numel() + per_tensor
-        matrix = matrix_shape(shape) if options.precondition else None
-        if matrix:
-            preconditioner += Matrix(name, matrix, options, torch.device("meta")).nbytes
-    return MemoryEstimate([preconditioner], [base_bytes], [0])
+        shards = _shards(shape, copies, world_size // copies)
+        for rank, shard in enumerate(shards):  # a rank with an empty shard keeps the counts of steps all the same
+            base_bytes[rank] += per_element * (shard.stop - shard.start) + per_tensor
+        matrix_view = matrix_shape(shape) if options.precondition else None
+        if matrix_view:
+            matrix = Matrix(name, matrix_view, options, torch.device("meta"), computed)
+            kind = (matrix.options, matrix.dtype, matrix.device.type)
+            matrices.append(matrix)
+            planned.append(PlannedMatrix(name, matrix_view, tuple(matrix.blocks), shards, kind))
+
+    plan = Plan(planned, world_size)
+    preconditioner = [0] * world_size
+    for (index, block), owner in zip(plan.blocks, plan.owners, strict=True):
+        preconditioner[owner] += matrices[index].block_bytes(block)
+    return MemoryEstimate(preconditioner, base_bytes, [computed.itemsize * count for count in plan.elements_sent()])
+
+
+def _copies(host: str, world_size: int, replicas: int | None) -> int:
+    """How many complete copies of the model a host keeps on ``world_size`` ranks."""
+    if host not in _HOSTS:
+        raise ValueError(f"host must be one of {', '.join(map(repr, _HOSTS))}, got {host!r}")
+    for name, value in (("world_size", world_size), ("replicas", 1 if replicas is None else replicas)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} must be a positive integer, got {value!r}")
+    if host == "none" and world_size != 1:
+        raise ValueError(f"host='none' is a single process: world_size must be 1, got {world_size}")
+    if (host == "hsdp") != (replicas is not None):
+        raise ValueError(f"replicas must be given under host='hsdp', and there only: got {replicas!r} with {host!r}")
+    if replicas is None:
+        return world_size if host == "ddp" else 1
+    if world_size % replicas:
+        raise ValueError(f"world_size must be a multiple of replicas, got {world_size} and {replicas}")
+    return replicas
+
+
+def _shards(shape: torch.Size, copies: int, parts: int) -> tuple[Shard, ...]:
+    """Every rank's shard: in each of the copies, the first dimension is cut into ``parts`` as torch.chunk cuts it."""
+    length = shape[0] if shape else 1
+    step = -(-length // parts)
+    edges = [min(part * step, length) * (shape.numel() // max(length, 1)) for part in range(parts + 1)]
+    whole = [(start, stop) if start < stop else (0, 0) for start, stop in itertools.pairwise(edges)]
+    return tuple(Shard(start, stop, replica) for replica in range(copies) for start, stop in whole)
 
 
 def _base_costs(rule: type[torch.optim.Optimizer], arguments: Mapping[str, Any], dtype: torch.dtype) -> tuple[int, int]:
@@ -115,24 +166,26 @@ def format_bytes(count: float) -> str:
     return f"{count:.0f} {_UNITS[unit]}" if unit == 0 else f"{count:.1f} {_UNITS[unit]}"
 
 
-def describe_parameter(name: str, parameter: Tensor, options: PreconditionerOptions) -> tuple[tuple[str, ...], int]:
+def describe_parameter(
+    name: str, whole: torch.Size, trained: bool, options: PreconditionerOptions, owners: str
+) -> tuple[tuple[str, ...], int]:
     """A row of :meth:`Shampoo4.describe`'s table, and the bytes of the parameter's preconditioner."""
-    shape = matrix_shape(parameter.shape)
+    shape = matrix_shape(whole)
     if not options.precondition:
         reason = "no: precondition=False"
-    elif not parameter.requires_grad and parameter.grad is None:
+    elif not trained:
         reason = "no: frozen"
     elif shape is None:
-        reason = "no: empty" if parameter.numel() == 0 else "no: not a matrix"
+        reason = "no: empty" if whole.numel() == 0 else "no: not a matrix"
     else:
-        matrix = Matrix(name, shape, options, parameter.device)
+        matrix = Matrix(name, shape, options, torch.device("meta"))
         sizes = dict.fromkeys(f"{block.rows} x {block.columns}" for block in matrix.blocks)
         blocks = f"{len(matrix.blocks)} of {', '.join(sizes)}"
         orders = {order for block in matrix.blocks for order in (block.rows, block.columns)}
         bits = sorted({options.bits if options.is_quantized(order) else 32 for order in orders})
         kept = f"yes: {' and '.join(map(str, bits))} bits"
-        return (name, str(tuple(parameter.shape)), kept, blocks, "0", format_bytes(matrix.nbytes)), matrix.nbytes
-    return (name, str(tuple(parameter.shape)), reason, "", "", ""), 0
+        return (name, str(tuple(whole)), kept, blocks, owners, format_bytes(matrix.nbytes)), matrix.nbytes
+    return (name, str(tuple(whole)), reason, "", "", ""), 0
 
 
 def table(rows: Iterable[tuple[str, ...]]) -> str:

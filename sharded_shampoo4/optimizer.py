@@ -228,12 +228,15 @@ class Shampoo4(Optimizer):
             for index, parameter in enumerate(group["params"]):
                 yield names[index] if names else f"parameter {index} of group {group_index}", parameter, options
 
+    def _whole_shape(self, parameter: Tensor) -> torch.Size:
+        location = self._locations.get(parameter)
+        return location.shape if location else parameter.shape
+
     def _matrices(self) -> tuple[list[Tensor], list[Matrix]]:
         """The parameters to precondition and their fresh matrices, in the order of the groups."""
         parameters, matrices = [], []
         for name, parameter, options in self._parameters():
-            location = self._locations.get(parameter)
-            shape = matrix_shape(location.shape if location else parameter.shape)
+            shape = matrix_shape(self._whole_shape(parameter))
             if shape and options.precondition and (parameter.requires_grad or parameter.grad is not None):
                 dtype = torch.promote_types(parameter.dtype, torch.float32)
                 parameters.append(parameter)
@@ -242,6 +245,9 @@ class Shampoo4(Optimizer):
 
     def _bind(self) -> Binding:
         """Check this step's gradients, and give the binding of the parameters as they are now; collective."""
+        if self._ranks is None:  # first of all: an error on one rank must reach the others
+            self._ranks = Ranks(hosts.process_group([p for _, p, _ in self._parameters()]))
+        ranks = self._ranks
         error: Exception | None = None
         parameters: list[Tensor] = []
         matrices: list[Matrix] = []
@@ -249,14 +255,8 @@ class Shampoo4(Optimizer):
             for name, parameter, _ in self._parameters():
                 _check_gradient(name, parameter.grad)
             parameters, matrices = self._matrices()
-            if self._ranks is None:
-                self._ranks = Ranks(hosts.process_group([p for _, p, _ in self._parameters()]))
         except (TypeError, ValueError) as found:
             error = found
-        ranks = self._ranks
-        if ranks is None:  # without them there is nobody to tell
-            assert error is not None
-            raise error
         stale = self._binding is None or not self._binding.fits(parameters, matrices)
         changed = self._binding is not None and not stale and self._binding.presence_changed()
         failed, any_stale, any_changed = ranks.any([error is not None, stale, changed])
@@ -267,6 +267,8 @@ class Shampoo4(Optimizer):
         assert self._binding is not None
         if any_stale or any_changed:
             self._binding.agree_on_presence()
+        if any_stale and ranks.size > 1:
+            self._binding.check_replicas()
         return self._binding
 
     def _rebind(self, ranks: Ranks, parameters: list[Tensor], matrices: list[Matrix]) -> None:
@@ -355,7 +357,9 @@ class Shampoo4(Optimizer):
             ValueError: it was not written by this optimizer, or with options or shapes that store other bytes; nothing
                 has been changed then.
         """
-        packing.check_loadable(state_dict, self.param_groups, [(name, p) for name, p, _ in self._parameters()])
+        packing.check_loadable(
+            state_dict, self.param_groups, [(n, self._whole_shape(p)) for n, p, _ in self._parameters()]
+        )
         plain, packed = packing.separate(state_dict)
         super().load_state_dict(plain)
         self._base.__setstate__({"state": self.state, "param_groups": self.param_groups})
@@ -385,9 +389,23 @@ class Shampoo4(Optimizer):
         return {"preconditioner": preconditioner, "base": tensor_bytes(self.state.values())}
 
     def describe(self) -> str:
-        """A table: each parameter, whether it is preconditioned or why not, its blocks, their owners and bytes."""
+        """A table: each parameter, whether it is preconditioned or why not, its blocks, their owners and bytes.
+
+        The owners are known once a step has been made, on several ranks.
+        """
+        owners = self._binding.owners() if self._binding is not None else {}
+        alone = self._ranks is None or self._ranks.size == 1
         header = ("parameter", "shape", "preconditioned", "blocks", "owner", "bytes")
-        described = [describe_parameter(*parameter) for parameter in self._parameters()]
+        described = [
+            describe_parameter(
+                name,
+                self._whole_shape(p),
+                p.requires_grad or p.grad is not None,
+                options,
+                "0" if alone else owners.get(p, "?"),
+            )
+            for name, p, options in self._parameters()
+        ]
         total = ("all", "", "", "", "", format_bytes(sum(size for _, size in described)))
         return table([header, *(row for row, _ in described), total])
 

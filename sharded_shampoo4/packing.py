@@ -78,9 +78,12 @@ def separate(state_dict: dict[str, Any]) -> tuple[dict[str, Any], list[Tensor | 
 
 
 def check_loadable(
-    state_dict: dict[str, Any], groups: Sequence[dict[str, Any]], parameters: Sequence[tuple[str, Tensor]]
+    state_dict: dict[str, Any], groups: Sequence[dict[str, Any]], shapes: Sequence[tuple[str, Sequence[int]]]
 ) -> None:
-    """Raise ValueError, with the option and both values or the parameter's name, unless ``state_dict`` fits."""
+    """Raise ValueError, with the option and both values or the parameter's name, unless ``state_dict`` fits.
+
+    ``shapes`` are the names and whole shapes of the parameters.
+    """
     saved_groups = state_dict["param_groups"]
     saved_sizes = [len(group["params"]) for group in saved_groups]
     sizes = [len(group["params"]) for group in groups]
@@ -98,10 +101,10 @@ def check_loadable(
 
     plain, packed = separate(state_dict)
     options = [PreconditionerOptions.of_group(group) for group in saved_groups for _ in group["params"]]
-    for key, data, option, (name, parameter) in zip(_keys(plain), packed, options, parameters, strict=True):
-        shape = matrix_shape(parameter.shape) if option.precondition else None
+    for key, data, option, (name, whole) in zip(_keys(plain), packed, options, shapes, strict=True):
+        shape = matrix_shape(whole) if option.precondition else None
         if shape and data is not None:
-            PackedState(option, data).check(Matrix(name, shape, option, parameter.device))
+            PackedState(option, data).check(Matrix(name, shape, option, data.device))
         elif shape and key in plain["state"]:
             raise ValueError(f"the state_dict has a state of {name}, but no preconditioner")
         elif data is not None:

@@ -43,6 +43,11 @@ class PlannedMatrix:
     shards: tuple[Shard, ...]
     kind: Hashable = None
 
+    @property
+    def replicas(self) -> int:
+        """How many complete copies there are."""
+        return len({shard.replica for shard in self.shards if shard.start < shard.stop})
+
     def check(self) -> None:
         """Raise ValueError unless the shards of every replica tile the matrix."""
         replicas: dict[int, list[Shard]] = defaultdict(list)

@@ -1,4 +1,4 @@
-"""Helpers of test_launch.py: run the training script as a user would, and write tiny data sets."""
+"""Helpers of the launch tests: run the training script as a user would, and write tiny data sets."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,28 @@ sys.path.insert(0, str(LAUNCH))  # where `python launch/train_vit.py` puts it
 TIMES = ("images_per_second", "step_seconds", "peak_memory_bytes")  # what may differ between equal runs
 
 
-def train(output_dir: Path, *flags: object) -> subprocess.CompletedProcess[str]:
-    """Run train_vit.py in a process of its own, offline; its result, whatever the exit status."""
+def train(output_dir: Path, *flags: object, launcher: Sequence[object] = ()) -> subprocess.CompletedProcess[str]:
+    """Run train_vit.py in a process of its own, or by ``launcher``; its result, whatever the exit status."""
+    return run(*(launcher or (sys.executable,)), LAUNCH / "train_vit.py", "--output_dir", output_dir, *flags)
+
+
+def accelerate(config: str, processes: int) -> tuple[object, ...]:
+    """The command that launches a script, to follow it, by a file of launch/configs."""
+    command = (sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch")
+    file = LAUNCH / "configs" / f"{config}.yaml"
+    return (*command, "--config_file", file, "--num_processes", processes, "--main_process_port", 0)
+
+
+def run(*command: object) -> subprocess.CompletedProcess[str]:
+    """Run a command offline, on the CPU, one thread a process; its result, whatever the exit status."""
     environment = {
         **os.environ,
+        "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
     }
-    command = [sys.executable, str(LAUNCH / "train_vit.py"), "--output_dir", str(output_dir), *map(str, flags)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=300)
 
 
 def results(output_dir: Path) -> dict[str, Any]:

@@ -154,6 +154,37 @@ def test_describe_names_every_parameter_and_why() -> None:
     assert "4 of 33 x 48, 32 x 48" in lines["position"] and "32 bits" in lines["position"]
 
 
-def test_many_ranks_are_not_promised_yet() -> None:
-    with pytest.raises(ValueError, match="world_size must be 1"):
-        estimate_memory(SHAPES, world_size=2)
+def test_all_ranks_together_keep_what_one_process_keeps() -> None:
+    alone = estimate_memory(SHAPES, max_preconditioner_dim=50)
+    for world_size, host, replicas in ((3, "fsdp2", None), (4, "ddp", None), (4, "hsdp", 2), (300, "fsdp2", None)):
+        spread = estimate_memory(SHAPES, world_size, host=host, replicas=replicas, max_preconditioner_dim=50)
+        copies = {"ddp": world_size, "hsdp": replicas}.get(host) or 1
+        step_counts = 4 * len(SHAPES)  # of AdamW: on every rank, also where a shard is empty
+        assert sum(spread.preconditioner) == sum(alone.preconditioner)
+        assert sum(spread.base) == copies * (sum(alone.base) - step_counts) + world_size * step_counts
+        assert [len(spread.total), len(spread.traffic)] == [world_size] * 2
+        assert sum(spread.traffic) > 0
+    assert alone.traffic == estimate_memory(SHAPES, 2, host="ddp", precondition=False).traffic[:1] == [0]
+
+
+def test_double_precision_sends_twice_as_much() -> None:
+    single = estimate_memory(SHAPES, 2).traffic
+    assert estimate_memory(SHAPES, 2, dtype=torch.bfloat16).traffic == single
+    assert estimate_memory(SHAPES, 2, dtype=torch.float64).traffic == [2 * count for count in single]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"host": "none", "world_size": 2}, "world_size must be 1, got 2"),
+        ({"host": "zero3", "world_size": 2}, "host must be one of 'none', 'ddp', 'fsdp2', 'hsdp', got 'zero3'"),
+        ({"world_size": 0}, "world_size must be a positive integer, got 0"),
+        ({"world_size": True}, "world_size must be a positive integer, got True"),
+        ({"host": "hsdp", "world_size": 4}, "replicas must be given under host='hsdp'"),
+        ({"host": "ddp", "world_size": 4, "replicas": 4}, "and there only: got 4 with 'ddp'"),
+        ({"host": "hsdp", "world_size": 4, "replicas": 3}, "multiple of replicas, got 4 and 3"),
+    ],
+)
+def test_ranks_that_cannot_be(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        estimate_memory(SHAPES, **arguments)

@@ -1,0 +1,163 @@
+"""Accelerate: run what the launch configuration asks for also without an accelerator, check it, save whole states.
+
+    rehearse_on_cpu()                                       # before Accelerator(...)
+    accelerator = Accelerator()
+    model, optimizer = accelerator.prepare(model, optimizer)  # together: FSDP2 replaces the optimizer's parameters
+    check_distribution(accelerator, model)
+    consolidate_before_saving(accelerator, optimizer)       # before the first save_state()
+
+Why: on a machine without an accelerator ``accelerate launch`` starts all processes, but each of them believes itself
+alone, and FSDP falls back to DDP; neither is an error (Accelerate 1.15).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from typing import Any
+
+import torch
+from accelerate import Accelerator, PartialState  # type: ignore[import-untyped]
+from accelerate.utils import DistributedType, parse_flag_from_env, patch_environment  # type: ignore[import-untyped]
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+logger = logging.getLogger(__name__)
+
+_ALONE = "one process"
+
+
+def rehearse_on_cpu() -> bool:
+    """Let the coming ``Accelerator`` run what the launcher asks for, over gloo, where there is no accelerator.
+
+    DDP, FSDP1, FSDP2, HSDP and DeepSpeed then do on CPUs what they would do on GPUs, only slower. Call it before
+    ``Accelerator(...)``, which must not be given ``cpu=True``. FSDP has to be asked for by the launch configuration
+    rather than by a plugin. Where there is an accelerator, or no launcher, nothing happens.
+
+    Returns:
+        Whether this is a rehearsal. The main process logs it.
+
+    Raises:
+        RuntimeError: Accelerate's state exists already, so that it is too late.
+    """
+    if torch.accelerator.is_available() or "LOCAL_RANK" not in os.environ:
+        return False
+    if PartialState._shared_state:
+        raise RuntimeError("rehearse_on_cpu() comes too late: call it before Accelerator(...) and PartialState(...)")
+    with patch_environment(ACCELERATE_TORCH_DEVICE="cpu"):  # it would be cpu:0 otherwise, which FSDP1 refuses
+        state = PartialState(cpu=True, backend="gloo")
+    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        # Accelerate promotes processes with accelerators to FSDP, and none else. The device stays the CPU.
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    if state.is_main_process:
+        logger.warning(f"No accelerator here: rehearsing on the CPU, {_processes(state.num_processes)} over gloo")
+    return True
+
+
+def check_distribution(accelerator: Accelerator, model: nn.Module) -> None:
+    """Compare what the launcher asked for with what runs. ``model`` is what ``prepare()`` gave back.
+
+    Raises:
+        RuntimeError: they differ in the number of processes, in what shards the model, or in the mesh; it names both.
+            Also if some parameters of an FSDP2 model are not sharded (unless modules to ignore are configured).
+    """
+    asked, got = _asked(accelerator), describe_distribution(accelerator, model)
+    if asked != got:
+        raise RuntimeError(
+            f"asked for {asked}, got {got} (Accelerate's type: {accelerator.distributed_type.value}, device: "
+            f"{accelerator.device}). Without an accelerator, call rehearse_on_cpu() before Accelerator(...)"
+        )
+    if accelerator.is_fsdp2 and accelerator.state.fsdp_plugin.ignored_modules is None:
+        whole = [name for name, p in model.named_parameters() if p.requires_grad and not isinstance(p, DTensor)]
+        if whole:
+            raise RuntimeError(
+                f"asked for {asked}, but {len(whole)} parameters are not sharded: {', '.join(whole[:5])}"
+            )
+
+
+def describe_distribution(accelerator: Accelerator, model: nn.Module) -> str:
+    """What runs, in words such as ``FSDP2 on 2 processes``; read off the prepared model, not off the configuration."""
+    return _in_words(_kind(accelerator, model), accelerator.num_processes)
+
+
+def consolidate(optimizer: Optimizer) -> None:
+    """Collect an optimizer's state on the process that saves it, if this host needs that. Collective.
+
+    Needed where states are spread over the processes and the host takes them for copies of each other: DDP. FSDP and
+    DeepSpeed save every process's part by themselves. Optimizers without ``consolidate_state_dict`` are left alone.
+    """
+    inner = getattr(optimizer, "optimizer", optimizer)  # prepare() wraps it
+    if hasattr(inner, "consolidate_state_dict") and PartialState().distributed_type not in (
+        DistributedType.FSDP,
+        DistributedType.DEEPSPEED,
+    ):
+        inner.consolidate_state_dict()
+
+
+def consolidate_before_saving(accelerator: Accelerator, optimizer: Optimizer) -> RemovableHandle:
+    """Have every ``accelerator.save_state()`` call :func:`consolidate` first, on all processes."""
+
+    def hook(models: list[nn.Module], weights: list[dict[str, Any]], output_dir: str) -> None:
+        consolidate(optimizer)
+
+    handle: RemovableHandle = accelerator.register_save_state_pre_hook(hook)
+    return handle
+
+
+def full_state_dict(accelerator: Accelerator, model: nn.Module) -> dict[str, Any]:
+    """The whole model's state, at least on the main process: ``accelerator.get_state_dict(model)``. Collective.
+
+    But for FSDP1 on the CPU, where Accelerate's way ends in a segmentation fault (torch 2.13).
+    """
+    state: dict[str, Any]
+    if isinstance(model, FullyShardedDataParallel) and accelerator.device.type == "cpu":
+        state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    else:
+        state = accelerator.get_state_dict(model)
+    return state
+
+
+def _asked(accelerator: Accelerator) -> str:
+    """What the launcher's environment, or a plugin, asks for."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        return _in_words("DeepSpeed", processes)
+    if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        return _in_words("DDP" if processes > 1 else _ALONE, processes)
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)  # there only if FSDP runs
+    version = plugin.fsdp_version if plugin else os.environ.get("FSDP_VERSION", "")
+    mesh = accelerator.parallelism_config
+    if mesh is not None and mesh.dp_replicate_size > 1:
+        return _in_words(f"HSDP {mesh.dp_replicate_size}x{mesh.dp_shard_size * mesh.cp_size}", processes)
+    return _in_words(f"FSDP{version}", processes)
+
+
+def _kind(accelerator: Accelerator, model: nn.Module) -> str:
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return "DeepSpeed"
+    if isinstance(model, DistributedDataParallel):
+        return "DDP" if accelerator.num_processes > 1 else _ALONE
+    if isinstance(model, FullyShardedDataParallel):
+        return "FSDP1"
+    shards = (p for p in model.parameters() if isinstance(p, DTensor))
+    first = next(shards, None)
+    if first is None:
+        return _ALONE if accelerator.num_processes == 1 else "unconnected models"
+    sizes = list(zip(first.placements, first.device_mesh.shape, strict=True))
+    replicas = math.prod(size for placement, size in sizes if placement.is_replicate())
+    return f"HSDP {replicas}x{first.device_mesh.size() // replicas}" if replicas > 1 else "FSDP2"
+
+
+def _in_words(kind: str, processes: int) -> str:
+    return kind if kind == _ALONE and processes == 1 else f"{kind} on {_processes(processes)}"
+
+
+def _processes(count: int) -> str:
+    return f"{count} process" if count == 1 else f"{count} processes"

@@ -1,0 +1,100 @@
+"""Run by ``accelerate launch`` in test_accelerate.py: a small model under the host that the YAML file asks for.
+
+First without the rehearsal, when what Accelerate falls back to must be found out; then with it: the host, the gathered
+model, a saved and loaded state.
+
+python tests/accelerate_script.py FOLDER EXPECTED
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from torch import nn
+
+from sharded_shampoo4.integrations.accelerate import (
+    check_distribution,
+    consolidate_before_saving,
+    describe_distribution,
+    full_state_dict,
+    rehearse_on_cpu,
+)
+
+
+class Consolidating(torch.optim.AdamW):
+    """As an optimizer with spread states: ``state_dict`` must follow a collective call on all processes."""
+
+    consolidated = 0
+
+    def consolidate_state_dict(self) -> None:
+        self.consolidated += 1
+        torch.distributed.barrier()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "consolidated": self.consolidated}
+
+
+def prepared(**options: Any) -> tuple[Accelerator, nn.Module, Any, dict[str, torch.Tensor]]:
+    accelerator = Accelerator(**options)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 13), nn.ReLU(), nn.Linear(13, 5))
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    model, optimizer = accelerator.prepare(model, Consolidating(model.parameters(), lr=0.1))
+    return accelerator, model, optimizer, start
+
+
+def step(accelerator: Accelerator, model: nn.Module, optimizer: Any) -> float:
+    """One step on this process's part of 8 rows; the mean loss over all processes before it."""
+    rows = torch.randn(8, 20, generator=torch.Generator().manual_seed(1))
+    part = rows.chunk(accelerator.num_processes)[accelerator.process_index]
+    loss = model(part).square().mean()
+    accelerator.backward(loss)
+    accelerator.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    return accelerator.gather(loss.detach()).mean().item()
+
+
+def without_rehearsal(expected: str, **options: Any) -> None:
+    """Print how it is refused that Accelerate runs something else than ``expected``; by Accelerate itself for HSDP."""
+    try:
+        accelerator, model, *_ = prepared(**options)
+        check_distribution(accelerator, model)
+    except (RuntimeError, ValueError) as error:
+        print(f"refused: {error}\n", end="", flush=True)
+    else:
+        assert describe_distribution(accelerator, model) == expected
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def with_rehearsal(folder: Path, expected: str) -> None:
+    assert rehearse_on_cpu()
+    accelerator, model, optimizer, start = prepared()
+    check_distribution(accelerator, model)
+    assert describe_distribution(accelerator, model) == expected, describe_distribution(accelerator, model)
+    consolidate_before_saving(accelerator, optimizer)
+    gathered = full_state_dict(accelerator, model)
+    if accelerator.is_main_process:
+        assert gathered.keys() == start.keys()
+        assert all(torch.equal(gathered[name], start[name]) for name in start)
+    step(accelerator, model, optimizer)
+    accelerator.save_state(folder)
+    losses = [step(accelerator, model, optimizer) for _ in range(2)]
+    accelerator.load_state(folder)
+    assert [step(accelerator, model, optimizer) for _ in range(2)] == losses, "a loaded state goes on as the saved one"
+    assert optimizer.optimizer.consolidated == (1 if expected.startswith("DDP") else 0)
+    accelerator.print("losses", *losses)
+    model, optimizer = accelerator.free_memory(model, optimizer)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    without_rehearsal(sys.argv[2])
+    without_rehearsal(sys.argv[2], cpu=True)
+    with_rehearsal(Path(sys.argv[1]), sys.argv[2])
