@@ -87,12 +87,10 @@ def _rank_main(pipe: Any, rank: int, size: int, store: str, function: Callable[.
     try:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
         answer = (True, function(rank, *args))
+        dist.barrier()  # no rank leaves while another still needs it
     except BaseException:
         answer = (False, traceback.format_exc())
     pipe.send_bytes(pickle.dumps(answer))
-    if answer[0]:
-        dist.barrier()
-        dist.destroy_process_group()
 
 
 # -- hosts -------------------------------------------------------------------------------------------------------------
