@@ -1,7 +1,7 @@
 """Run by ``accelerate launch`` in test_accelerate.py: a small model under the host that the YAML file asks for.
 
 First without the rehearsal, when what Accelerate falls back to must be found out; then with it: the host, the gathered
-model, a saved and loaded state.
+model, a saved and loaded state, and Shampoo4.
 
 python tests/accelerate_script.py FOLDER EXPECTED
 """
@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 
+from sharded_shampoo4 import Shampoo4
 from sharded_shampoo4.integrations.accelerate import (
     check_distribution,
     consolidate_before_saving,
@@ -24,6 +26,7 @@ from sharded_shampoo4.integrations.accelerate import (
     full_state_dict,
     rehearse_on_cpu,
 )
+from sharded_shampoo4.integrations.fsdp import bind
 
 
 class Consolidating(torch.optim.AdamW):
@@ -91,7 +94,40 @@ def with_rehearsal(folder: Path, expected: str) -> None:
     assert optimizer.optimizer.consolidated == (1 if expected.startswith("DDP") else 0)
     accelerator.print("losses", *losses)
     model, optimizer = accelerator.free_memory(model, optimizer)
+    first, turned = (train_with_shampoo4(accelerator, turned) for turned in (False, True))
+    if accelerator.is_main_process:
+        assert all(torch.equal(first[name], turned[name]) for name in first), "prepare() in both orders is one training"
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+    PartialState._reset_state()
+    assert rehearse_on_cpu()
+    accelerator = Accelerator(mixed_precision="bf16")
+    trained = train_with_shampoo4(accelerator, False)
+    if accelerator.is_main_process:
+        assert all(value.dtype == torch.float32 and value.isfinite().all() for value in trained.values())
+    accelerator.print("shampoo4 trained in both orders and in mixed precision")
     accelerator.end_training()
+
+
+def train_with_shampoo4(accelerator: Accelerator, turned: bool) -> dict[str, torch.Tensor]:
+    """Four steps; prepared as (model, optimizer) or turned round. Returns the whole model, on the main process."""
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(nn.Linear(20, 13), nn.ReLU(), nn.Linear(13, 5))
+    optimizer: Any = Shampoo4(model.named_parameters(), lr=0.01, statistics_interval=1, root_interval=2)
+    if turned:
+        optimizer, model = accelerator.prepare(optimizer, model)
+    else:
+        model, optimizer = accelerator.prepare(model, optimizer)
+    check_distribution(accelerator, model)
+    if isinstance(model, FullyShardedDataParallel):
+        bind(optimizer, model)
+    losses = [step(accelerator, model, optimizer) for _ in range(4)]
+    assert losses[-1] < losses[0], losses
+    held = torch.tensor(optimizer.optimizer.state_bytes()["preconditioner"])
+    assert accelerator.reduce(held).item() == 2 * 4 * (13**2 + 20**2 + 5**2 + 13**2) + 4 * 8
+    trained = {name: value.clone() for name, value in full_state_dict(accelerator, model).items()}
+    accelerator.free_memory(model, optimizer)
+    return trained
 
 
 if __name__ == "__main__":
