@@ -86,3 +86,33 @@ def test_the_same_training_everywhere(world_size: int, alone: dict[str, Any]) ->
         if "blocks" in name:
             assert max(held) < 1.6 * whole["preconditioner"] / world_size, (host, name, held)
         assert parameters
+
+
+def train_for_real(host: str, steps: int = 6) -> dict[str, Tensor]:
+    """Backward passes on the same two batches on every rank, added up, clipped; 32 bits, which amplify no rounding."""
+    model = hosts.wrap(hosts.make_model("mlp"), host)
+    optimizer = make_optimizer(model, host, {"bits": 32, "max_preconditioner_dim": 30})
+    for step in range(steps):
+        optimizer.zero_grad()
+        for part in range(2):
+            hosts.train_step(model, hosts.make_batch("mlp", seed=2 * step + part))
+        if host == "fsdp1":
+            model.clip_grad_norm_(0.5)
+        else:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+    return hosts.full_parameters(model, host)
+
+
+def train_all_for_real(rank: int) -> dict[str, dict[str, Tensor]]:
+    return {host: train_for_real(host) for host in hosts.HOSTS}
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_accumulation_and_clipping(world_size: int) -> None:
+    """Equal but for the hosts' own arithmetic: gradients are averaged, and their norm is added up, in another order."""
+    expected = train_for_real("none")
+    for result in hosts.run_ranks(world_size, train_all_for_real):
+        for host, found in result.items():
+            for name, value in found.items():
+                torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-4, msg=f"{host}: {name}")

@@ -1,0 +1,73 @@
+"""The Trainer on two processes: launches by torchrun of tests/trainer_script.py, under DDP and under FSDP2."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from launch_helpers import ROOT, run
+from trainer_script import SAVED, STEPS, WAYS
+
+Result = list[dict[str, Any]]  # of each process
+CASES = [(host, way) for host, ways in WAYS.items() for way in ways]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str, str], Result]]:
+    """Both launches at the same time: a function from a host and a way of saving to what its processes found."""
+    base = tmp_path_factory.mktemp("trainer")
+
+    def launch(host: str) -> Result:
+        (base / host).mkdir()
+        torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2)
+        process = run(*torchrun, ROOT / "tests" / "trainer_script.py", base / host, host)
+        assert process.returncode == 0, process.stderr[-5000:]
+        return json.loads((base / host / "result.json").read_text())
+
+    with ThreadPoolExecutor() as pool:
+        pending = {host: pool.submit(launch, host) for host in WAYS}
+        yield lambda host, way: [found[way] for found in pending[host].result()]
+
+
+@pytest.mark.parametrize(("host", "way"), CASES)
+def test_the_host_runs_that_was_asked_for(results: Callable[[str, str], Result], host: str, way: str) -> None:
+    found = results(host, way)
+    assert len(found) == 2
+    for process in found:
+        assert process["optimizer"] == "Shampoo4" and process["trains_the_model"]
+        assert process["distributed_type"] == ("FSDP" if host == "fsdp2" else "MULTI_CPU")
+        assert process["wrapped_in_ddp"] is (host == "ddp")
+        assert process["dtensors"] == (process["parameters"] if host == "fsdp2" else 0)
+        assert process["state_bytes"]["preconditioner"] > 0, "every process has some of the preconditioners"
+        # Saved whole where each process has all parameters: not without being collected first.
+        assert ("consolidate_state_dict" in process["asked_for_states"]) is (host == "ddp")
+        optimizer = {"own": "optimizer.pt", "FULL_STATE_DICT": "optimizer.bin", "SHARDED_STATE_DICT": "optimizer_0"}
+        assert optimizer[way] in process["files"]
+
+
+@pytest.mark.parametrize(("host", "way"), CASES)
+def test_the_losses_fall(results: Callable[[str, str], Result], host: str, way: str) -> None:
+    for process in results(host, way):
+        losses = [line["loss"] for line in process["full"]]
+        assert len(losses) == STEPS
+        assert sum(losses[-4:]) < 0.6 * sum(losses[:4])
+
+
+@pytest.mark.parametrize(("host", "way"), CASES)
+def test_a_resumed_run_goes_on_as_the_uninterrupted_one(
+    results: Callable[[str, str], Result], host: str, way: str
+) -> None:
+    for process in results(host, way):
+        assert [line["step"] for line in process["resumed"]] == list(range(1, STEPS + 1))
+        assert process["resumed"][SAVED:] == process["full"][SAVED:], "losses and gradient norms, to the last digit"
+        assert process["preconditioners"] > 0 and process["differences"] == []
+
+
+def test_both_hosts_train_the_same(results: Callable[[str, str], Result]) -> None:
+    first, *others = ([line["loss"] for line in results(host, way)[0]["full"]] for host, way in CASES)
+    for other in others:
+        assert other == pytest.approx(first, abs=1e-3), "up to 4-bit codes that the order of additions turns"

@@ -1,0 +1,168 @@
+"""Run by ``torchrun`` in test_trainer.py: the Trainer with 4-bit Shampoo, uninterrupted and resumed, under one host.
+
+    torchrun --nproc_per_node 2 tests/trainer_script.py FOLDER {ddp,fsdp2}
+
+Process 0 writes FOLDER/result.json: for every process and way of saving, what ran and the log lines of both runs.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from sharded_shampoo4.integrations.accelerate import consolidate, rehearse_on_cpu
+from sharded_shampoo4.integrations.transformers import ConsolidateStates, shampoo4
+
+TIME_OUT = 180  # seconds
+STEPS, SAVED = 24, 9  # saved between two refreshes of the factors and between two of the roots
+SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+# How the host saves: by the Trainer itself, and in the ways of FSDP (the first is the Trainer's choice).
+WAYS = {"ddp": ("own",), "fsdp2": ("FULL_STATE_DICT", "SHARDED_STATE_DICT")}
+
+
+class Classifier(nn.Module):
+    """Around a ViT, which the Trainer of transformers 5.23 saves under other names than it loads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        config = ViTConfig(image_size=8, patch_size=2, num_channels=1, num_labels=10, **SIZES)
+        self.net = ViTForImageClassification(config)
+
+    def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor) -> Any:
+        return self.net(pixel_values=pixel_values, labels=labels)
+
+
+def digits() -> list[dict[str, Any]]:
+    """Zeros and ones, which few steps learn."""
+    images, labels = load_digits(n_class=2, return_X_y=True)
+    pixels = torch.tensor(images, dtype=torch.float32).div(16).reshape(-1, 1, 8, 8)
+    return [{"pixel_values": image, "labels": int(label)} for image, label in zip(pixels, labels, strict=True)]
+
+
+class Asking(TrainerCallback):
+    """Asks for the optimizer's state at the end of the first step, before anything has made it whole."""
+
+    answer = "given"
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step == 1:
+            try:
+                kwargs["optimizer"].state_dict()
+            except RuntimeError as error:
+                self.answer = str(error)
+
+
+def make_trainer(folder: Path, host: str, way: str, seed: int, *callbacks: TrainerCallback) -> Trainer:
+    """What a process that has just started makes. Accelerate's state would outlive the Trainer before it."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    assert rehearse_on_cpu()
+    torch.manual_seed(seed)
+    fsdp = {"transformer_layer_cls_to_wrap": ["ViTLayer"], "state_dict_type": way}
+    args = TrainingArguments(
+        str(folder),
+        max_steps=STEPS,
+        save_steps=SAVED,
+        logging_steps=1,
+        per_device_train_batch_size=16,
+        learning_rate=2e-3,
+        weight_decay=0.05,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        accelerator_config={"use_configured_state": True},  # what rehearse_on_cpu() has set up
+        fsdp=host == "fsdp2",
+        fsdp_config=fsdp if host == "fsdp2" else None,
+    )
+    return Trainer(
+        Classifier(),
+        args,
+        train_dataset=digits(),
+        optimizer_cls_and_kwargs=shampoo4(args, statistics_interval=2, root_interval=4),
+        callbacks=[*callbacks, ConsolidateStates()],
+    )
+
+
+def lines(trainer: Trainer) -> list[dict[str, float]]:
+    """Step, loss and gradient norm of every step."""
+    kept = ("step", "loss", "grad_norm")
+    return [{name: float(line[name]) for name in kept} for line in trainer.state.log_history if "grad_norm" in line]
+
+
+def whole(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """Every parameter and every packed preconditioner, gathered. Collective."""
+    optimizer: Any = trainer.optimizer
+    consolidate(optimizer)
+    state = optimizer.state_dict()["state"]
+    packed = {
+        f"preconditioner {key}": held["preconditioner"] for key, held in state.items() if "preconditioner" in held
+    }
+    values = {**packed, **dict(trainer.model_wrapped.named_parameters())}
+    return {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in values.items()}
+
+
+def train_and_resume(folder: Path, host: str, way: str) -> dict[str, Any]:
+    asking = Asking()
+    full = make_trainer(folder, host, way, 0, asking)
+    full.train()
+    resumed = make_trainer(folder, host, way, 1)  # other weights, which the checkpoint must replace
+    resumed.train(resume_from_checkpoint=str(folder / f"checkpoint-{SAVED}"))
+
+    optimizer: Any = full.optimizer
+    parameters = list(full.model_wrapped.parameters())
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    values, again = whole(full), whole(resumed)
+    return {
+        "files": sorted(path.name for path in (folder / f"checkpoint-{SAVED}").iterdir()),
+        "distributed_type": full.accelerator.distributed_type.value,
+        "optimizer": type(optimizer.optimizer).__name__,
+        "trains_the_model": {*map(id, parameters)} == {*map(id, trained)},
+        "parameters": len(parameters),
+        "dtensors": sum(isinstance(parameter, DTensor) for parameter in parameters),
+        "wrapped_in_ddp": isinstance(full.model_wrapped, DistributedDataParallel),
+        "state_bytes": optimizer.optimizer.state_bytes(),
+        "asked_for_states": asking.answer,
+        "full": lines(full),
+        "resumed": lines(resumed),
+        "preconditioners": sum(name.startswith("preconditioner") for name in values),
+        "differences": [name for name in values if not torch.equal(values[name], again[name])],
+    }
+
+
+def main(folder: Path, host: str) -> None:
+    faulthandler.dump_traceback_later(TIME_OUT, exit=True)  # the launcher then ends the other process
+    warnings.simplefilter("ignore")
+    if host == "fsdp2":
+        os.environ["ACCELERATE_USE_FSDP"] = "true"  # accelerate launch sets it, torchrun does not
+    found = {way: train_and_resume(folder / way, host, way) for way in WAYS[host]}
+    state = PartialState()
+    results: list[Any] = [None] * state.num_processes
+    torch.distributed.all_gather_object(results, found)
+    if state.is_main_process:
+        (folder / "result.json").write_text(json.dumps(results))
+    state.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])
