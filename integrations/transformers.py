@@ -8,8 +8,8 @@
         callbacks=[ConsolidateStates()],
     )
 
-``Trainer(optimizers=...)`` works as well, but not under FSDP. To rehearse FSDP2 on a machine without an accelerator, set
-``ACCELERATE_USE_FSDP=true``, call ``rehearse_on_cpu()`` before ``TrainingArguments(...)`` and give those
+``Trainer(optimizers=...)`` works as well, but not under FSDP. To rehearse FSDP2 on a machine without an accelerator,
+set ``ACCELERATE_USE_FSDP=true``, call ``rehearse_on_cpu()`` before ``TrainingArguments(...)`` and give those
 ``accelerator_config={"use_configured_state": True}``: the Trainer falls back to DDP without a word otherwise.
 """
 
