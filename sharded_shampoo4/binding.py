@@ -183,11 +183,8 @@ class Binding:
 
 def _digest(values: Tensor) -> int:
     """A number that differs where the bits of ``values`` do, but for coincidences."""
-    bits = values.contiguous().view(torch.uint8).view(-1, values.element_size()).long()
-    weights = torch.arange(1, len(bits) + 1, device=bits.device).unsqueeze(-1) * torch.tensor(
-        [1, 257, 65537, 16777259, 7, 1793, 458759, 117440813][: values.element_size()], device=bits.device
-    )
-    return int((bits * weights).sum())
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
+    return int(values.contiguous().view(integers).sum(dtype=torch.int64))
 
 
 def _check_agreement(everyone: list[list[tuple[str, tuple[int, int], dict[str, Any], Shard]]]) -> None:
