@@ -73,7 +73,7 @@ def alone() -> dict[str, tuple[dict[str, Tensor], dict[str, int]]]:
     return results
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_the_same_training_everywhere(world_size: int, alone: dict[str, Any]) -> None:
     results = hosts.run_ranks(world_size, run_all, hosts.HOSTS)
     for (host, name), (parameters, _) in results[0].items():
