@@ -86,6 +86,7 @@ def test_directions_and_codes(name: str) -> None:
             equal += (codes == expected).sum().item()
             total += codes.numel()
     assert (total > 0) == (options.get("bits") != 32)
+    print(equal, "of", total, "codes")
     assert equal >= 0.999 * total, equal / total
 
 
