@@ -32,9 +32,7 @@ class PackedState:
 
     def check(self, matrix: Matrix) -> None:
         """Raise ValueError, naming the parameter, unless the bytes are those of ``matrix``."""
-        difference = shaping_difference(self.options, matrix.options)
-        if difference:
-            raise ValueError(f"the stored preconditioner of {matrix.name} has {difference}")
+        _check_options(self.options, matrix)
         if self.data.dtype != torch.uint8 or self.data.shape != (matrix.packed_bytes,):
             raise ValueError(
                 f"the stored preconditioner of {matrix.name} does not belong to a matrix of shape {matrix.shape}: "
@@ -44,11 +42,15 @@ class PackedState:
 
 def check_same_bytes(old: Matrix, new: Matrix) -> None:
     """Raise ValueError, naming the parameter, unless the factors of ``old`` can serve ``new``."""
-    difference = shaping_difference(old.options, new.options)
-    if difference:
-        raise ValueError(f"the stored preconditioner of {new.name} has {difference}")
+    _check_options(old.options, new)
     if old.shape != new.shape:
         raise ValueError(f"the shape of {new.name} was {old.shape} and is now {new.shape}")
+
+
+def _check_options(stored: PreconditionerOptions, matrix: Matrix) -> None:
+    difference = shaping_difference(stored, matrix.options)
+    if difference:
+        raise ValueError(f"the stored preconditioner of {matrix.name} has {difference}")
 
 
 def shaping_difference(stored: PreconditionerOptions, wanted: PreconditionerOptions) -> str:

@@ -125,7 +125,7 @@ class Plan:
 
     def _assign_owners(self) -> list[int]:
         """Longest processing time first, preferring a rank that holds much of the block: an owner for each block."""
-        costs = [block.rows**3 + block.columns**3 for _, block in self.blocks]
+        costs = [_work(block) for _, block in self.blocks]
         limit = _SLACK * sum(costs) / self.world_size
         loads = [0] * self.world_size
         owners = [0] * len(self.blocks)
@@ -173,10 +173,10 @@ class Plan:
         return Round(to_owner, from_holder)
 
     def loads(self) -> list[int]:
-        """The matrix work of every rank: the cubes of its factors' orders."""
+        """The matrix work of every rank."""
         loads = [0] * self.world_size
         for (_, block), owner in zip(self.blocks, self.owners, strict=True):
-            loads[owner] += block.rows**3 + block.columns**3
+            loads[owner] += _work(block)
         return loads
 
     def elements_sent(self) -> list[int]:
@@ -190,6 +190,11 @@ class Plan:
                     if shards[holder].replica == shards[owner].replica:
                         sent[holder] += count
         return sent
+
+
+def _work(block: Block) -> int:
+    """The matrix work of a block: the cubes of its factors' orders."""
+    return block.rows**3 + block.columns**3
 
 
 class _Holders:
