@@ -191,10 +191,10 @@ def _locate_dtensor(name: str, parameter: DTensor) -> Location:
         raise ValueError(f"{described}: a rank's part is not one interval of it, as it is with Shard(0)")
     start = sum(offset * math.prod(shape[dim + 1 :]) for dim, offset in enumerate(offsets))
     numel = math.prod(sizes)
-    return _interval(shape, start, start + numel, replica)
+    return interval(shape, start, start + numel, replica)
 
 
-def _interval(shape: torch.Size, start: int, stop: int, replica: int) -> Location:
+def interval(shape: torch.Size, start: int, stop: int, replica: int) -> Location:
     """A location whose empty interval is always (0, 0)."""
     return Location(shape, start, stop, replica) if stop > start else Location(shape, 0, 0, replica)
 
@@ -275,7 +275,7 @@ def _unit_locations(unit: Any) -> Iterator[tuple[Tensor, Location]]:
                 "contiguous before the model is wrapped"
             )
         start, stop = (shard.intra_param_start_idx, shard.intra_param_end_idx + 1) if shard.in_shard else (0, 0)
-        yield parameter, _interval(torch.Size(shape), start, stop, replica)
+        yield parameter, interval(torch.Size(shape), start, stop, replica)
 
 
 def _unit_replica(unit: Any) -> int:

@@ -15,6 +15,7 @@ from torch import Tensor
 from .exchange import Exchange
 from .grafting import Grafting
 from .integrations.fsdp import local_tensor
+from .packing import PackedPieces
 from .plan import Owned, Plan, PlannedMatrix, Shard
 from .preconditioner import Matrix, Preconditioner
 from .ranks import Ranks
@@ -22,11 +23,16 @@ from .ranks import Ranks
 
 @dataclass
 class Candidate:
-    """A parameter to precondition: itself, its matrix, and the shard of it that this rank holds."""
+    """A parameter to precondition: itself, its matrix, and the shard of it that this rank holds.
+
+    The shard's gradient is that of ``holder``, from element ``offset`` on.
+    """
 
     parameter: Tensor
     matrix: Matrix
     shard: Shard
+    holder: Tensor
+    offset: int
 
     def describe(self) -> tuple[str, tuple[int, int], dict[str, Any], Shard]:
         """What the ranks must tell each other of it."""
@@ -37,11 +43,14 @@ class Binding:
     """The preconditioned parameters, the plan that all ranks made of their shards, and this rank's part of the work.
 
     The constructor is collective. Raises ValueError, on every rank alike, where ranks disagree or shards do not tile.
+    ``loads`` is the work that every rank has by other bindings.
     """
 
-    def __init__(self, ranks: Ranks, candidates: Sequence[Candidate]) -> None:
+    def __init__(self, ranks: Ranks, candidates: Sequence[Candidate], loads: Sequence[int] | None = None) -> None:
         self.ranks = ranks
         self.parameters = [candidate.parameter for candidate in candidates]
+        self.holders = [candidate.holder for candidate in candidates]
+        self._offsets = [candidate.offset for candidate in candidates]
         self.matrices = [candidate.matrix for candidate in candidates]
         everyone = ranks.gather([candidate.describe() for candidate in candidates])
         _check_agreement(everyone)
@@ -55,18 +64,19 @@ class Binding:
             )
             for index, matrix in enumerate(self.matrices)
         ]
-        self.plan = Plan(planned, ranks.size)
+        self.plan = Plan(planned, ranks.size, loads)
         self.preconditioner = Preconditioner(self.matrices, self.plan.batches[ranks.rank])
         self.grafting = Grafting(self.plan, self.matrices)
         devices, dtypes = [m.device for m in self.matrices], [m.dtype for m in self.matrices]
         self.exchange = Exchange(self.plan, ranks.group, devices, dtypes)
         self._present: tuple[bool, ...] = ()  # which parameters had a gradient on any rank in the last step
 
-    def fits(self, parameters: Sequence[Tensor], matrices: Sequence[Matrix]) -> bool:
-        """Whether these are the same parameters with the same shapes, options, types and devices."""
+    def fits(self, parameters: Sequence[Tensor], holders: Sequence[Tensor], matrices: Sequence[Matrix]) -> bool:
+        """Whether these are the same parameters, held as before, with the same shapes, options, types and devices."""
         return (
             len(parameters) == len(self.parameters)
             and all(new is old for new, old in zip(parameters, self.parameters, strict=True))
+            and all(new is old for new, old in zip(holders, self.holders, strict=True))
             and all(new.like(old) for new, old in zip(matrices, self.matrices, strict=True))
         )
 
@@ -76,11 +86,11 @@ class Binding:
         """Whether a gradient that this rank can see came or went since the last step."""
         seen = [self._holds(index) for index in range(len(self.parameters))]
         before = self._present or (False,) * len(seen)
-        return any(s and (p.grad is not None) != b for s, p, b in zip(seen, self.parameters, before, strict=True))
+        return any(s and (h.grad is not None) != b for s, h, b in zip(seen, self.holders, before, strict=True))
 
     def agree_on_presence(self) -> None:
         """Find out which parameters have a gradient on any rank; collective."""
-        held = [self._holds(index) and p.grad is not None for index, p in enumerate(self.parameters)]
+        held = [self._holds(index) and holder.grad is not None for index, holder in enumerate(self.holders)]
         self._present = self.ranks.any(held)
 
     def check_replicas(self) -> None:
@@ -135,14 +145,15 @@ class Binding:
 
     def _gradient_shard(self, index: int) -> Tensor:
         """A flat view of this rank's shard of a gradient; empty where there is none."""
-        parameter = self.parameters[index]
+        holder = self.holders[index]
         if not (self._present[index] and self._holds(index)):
-            return torch.empty(0, dtype=parameter.dtype, device=parameter.device)
-        if parameter.grad is None:  # it has one on another rank
-            parameter.grad = torch.zeros_like(parameter)
-        if not local_tensor(parameter.grad).is_contiguous():  # say, channels_last: its matrix could not be a view
-            parameter.grad = parameter.grad.contiguous()
-        flat: Tensor = local_tensor(parameter.grad).view(-1)
+            return torch.empty(0, dtype=holder.dtype, device=holder.device)
+        if holder.grad is None:  # it has one on another rank
+            holder.grad = torch.zeros_like(holder)
+        if not local_tensor(holder.grad).is_contiguous():  # say, channels_last: its matrix could not be a view
+            holder.grad = holder.grad.contiguous()
+        shard, offset = self.plan.matrices[index].shards[self.ranks.rank], self._offsets[index]
+        flat: Tensor = local_tensor(holder.grad).view(-1)[offset : offset + shard.stop - shard.start]
         return flat
 
     def owners(self) -> dict[Tensor, str]:
@@ -170,6 +181,15 @@ class Binding:
             packed[place] = parts[owner][starts[owner] : starts[owner] + size]
             starts[owner] += size
         return packed
+
+    def pieces(self, index: int) -> PackedPieces:
+        """This rank's part of a matrix's preconditioner."""
+        matrix = self.matrices[index]
+        owned = [Owned(index, block) for block in matrix.blocks]
+        mine = [number for number, block in enumerate(owned) if self.plan.owner_of[block] == self.ranks.rank]
+        factors = [self.preconditioner.to_bytes(owned[number]) for number in mine]
+        data = torch.cat([matrix.header.to(matrix.device), *factors])
+        return PackedPieces(matrix.options, matrix.shape, mine, data)
 
     def unpack(self, index: int, packed: Tensor) -> None:
         """Restore this rank's part of what :meth:`pack` gave, here or on any other number of ranks."""

@@ -43,7 +43,7 @@ class Exchange:
         self.plan = plan
         self.group = group
         self.rank = dist.get_rank(group) if group is not None else 0
-        self.devices = devices  # of every matrix
+        self.devices = devices  # on which every matrix is computed; an offloaded shard may be on the host
         self.dtypes = dtypes  # in which every matrix is computed
         self.wire = torch.float64 if torch.float64 in dtypes else torch.float32
         self.bytes_sent = 0  # to other ranks, so far
@@ -144,7 +144,7 @@ class Exchange:
         sent = [sum(view.numel() for view in views) for views in outgoing]
         device = self.devices[0]
         flat = [view.to(self.wire).reshape(-1) for views in outgoing for view in views]
-        send = torch.cat(flat) if flat else torch.empty(0, dtype=self.wire, device=device)
+        send = torch.cat(flat).to(device) if flat else torch.empty(0, dtype=self.wire, device=device)
         receive = torch.empty(sum(sizes), dtype=self.wire, device=device)
         self.bytes_sent += send.numel() * send.element_size()
         work = dist.all_to_all_single(receive, send, sizes, sent, group=self.group, async_op=True)
@@ -178,7 +178,7 @@ class _Arriving:
             return
         for views, received in zip(self.places if places is None else places, self._received, strict=True):
             if views:
-                parts = received.split([view.numel() for view in views])
+                parts = received.to(views[0].device).split([view.numel() for view in views])
                 _copy(views, [part.view(view.shape) for part, view in zip(parts, views, strict=True)])
 
 

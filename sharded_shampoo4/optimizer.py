@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,9 +10,11 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from . import packing
-from .binding import Binding, Candidate
+from .binding import Binding
+from .bindings import Bindings, Unbound
 from .integrations import fsdp as hosts
-from .layout import matrix_shape
+from .integrations import zero
+from .members import Members
 from .memory import describe_parameter, format_bytes, table, tensor_bytes
 from .options import (
     Bits,
@@ -27,9 +28,6 @@ from .options import (
     base_class,
     check_group,
 )
-from .plan import Shard
-from .preconditioner import Matrix
-from .ranks import Ranks
 
 
 class Shampoo4(Optimizer):
@@ -121,10 +119,8 @@ class Shampoo4(Optimizer):
         # The base sees a stand-in only: hosts replace parameters after construction, so nothing is kept of them yet.
         self._base = rule([torch.nn.Parameter(torch.zeros(1))], **self._base_arguments)
         self._base_makes_state_early = bool(self._base.state)
-        self._binding: Binding | None = None
-        self._ranks: Ranks | None = None
-        self._locations: dict[Tensor, hosts.Location] = {}  # of parameters that cannot tell where they live
-        self._unbound: dict[Tensor, packing.PackedState] = {}  # factors of parameters that are not bound (yet)
+        self._members = Members()
+        self._bindings = Bindings(self._members)
         self._consolidated: dict[Tensor, Tensor] = {}  # all factors, until the next step
         defaults = {"lr": lr, "weight_decay": weight_decay, **self._base.defaults, **options.as_group()}
         super().__init__(params, {**defaults, packing.VERSION_KEY: packing.FORMAT_VERSION})
@@ -156,6 +152,7 @@ class Shampoo4(Optimizer):
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
+        self._members.add(param_group)
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
@@ -170,7 +167,7 @@ class Shampoo4(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        binding = self._bind()
+        binding = self._bindings.bind(self.param_groups, self.state)
         self._consolidated = {}
         if self._is_dry_step(binding):
             self._make_base_states_only()
@@ -197,9 +194,9 @@ class Shampoo4(Optimizer):
 
     def _is_dry_step(self, binding: Binding) -> bool:
         """Whether this is a framework's step with zero gradients, made so that the optimizer creates its states."""
-        if not binding.matrices or any(matrix.step for matrix in binding.matrices):
+        if not binding.matrices or any(matrix.step for matrix in binding.matrices) or self._members.partitioned:
             return False
-        gradients = [hosts.local_tensor(p.grad) for _, p, _ in self._parameters() if p.grad is not None]
+        gradients = [hosts.local_tensor(p.grad) for p in self._current() if p.grad is not None]
         in_earnest = any(self.state.values()) or any(bool(gradient.any()) for gradient in gradients)
         return not binding.ranks.any([in_earnest])[0]
 
@@ -218,95 +215,13 @@ class Shampoo4(Optimizer):
             if "step" in state:
                 state["step"] = torch.zeros_like(state["step"]) if isinstance(state["step"], Tensor) else 0
 
-    # -- which parameters are preconditioned ---------------------------------------------------------------------------
-
-    def _parameters(self) -> Iterator[tuple[str, Tensor, PreconditionerOptions]]:
-        """Name, tensor and options of every parameter, in the order of the groups."""
-        for group_index, group in enumerate(self.param_groups):
-            names = group.get("param_names")
-            options = PreconditionerOptions.of_group(group)
-            for index, parameter in enumerate(group["params"]):
-                yield names[index] if names else f"parameter {index} of group {group_index}", parameter, options
-
-    def _whole_shape(self, parameter: Tensor) -> torch.Size:
-        location = self._locations.get(parameter)
-        return location.shape if location else parameter.shape
-
-    def _matrices(self) -> tuple[list[Tensor], list[Matrix]]:
-        """The parameters to precondition and their fresh matrices, in the order of the groups."""
-        parameters, matrices = [], []
-        for name, parameter, options in self._parameters():
-            shape = matrix_shape(self._whole_shape(parameter))
-            if shape and options.precondition and (parameter.requires_grad or parameter.grad is not None):
-                dtype = torch.promote_types(parameter.dtype, torch.float32)
-                parameters.append(parameter)
-                matrices.append(Matrix(name, shape, options, parameter.device, dtype))
-        return parameters, matrices
-
-    def _bind(self) -> Binding:
-        """Check this step's gradients, and give the binding of the parameters as they are now; collective."""
-        if self._ranks is None:  # first of all: an error on one rank must reach the others
-            self._ranks = Ranks(hosts.process_group([p for _, p, _ in self._parameters()]))
-        ranks = self._ranks
-        error: Exception | None = None
-        parameters: list[Tensor] = []
-        matrices: list[Matrix] = []
-        try:
-            for name, parameter, _ in self._parameters():
-                _check_gradient(name, parameter.grad)
-            parameters, matrices = self._matrices()
-        except (TypeError, ValueError) as found:
-            error = found
-        stale = self._binding is None or not self._binding.fits(parameters, matrices)
-        changed = self._binding is not None and not stale and self._binding.presence_changed()
-        failed, any_stale, any_changed = ranks.any([error is not None, stale, changed])
-        if failed:
-            ranks.raise_together(error)
-        if any_stale:
-            self._rebind(ranks, parameters, matrices)
-        assert self._binding is not None
-        if any_stale or any_changed:
-            self._binding.agree_on_presence()
-        if any_stale and ranks.size > 1:
-            self._binding.check_replicas()
-        return self._binding
-
-    def _rebind(self, ranks: Ranks, parameters: list[Tensor], matrices: list[Matrix]) -> None:
-        """Bind parameters that have changed, and carry their factors over."""
-        error: Exception | None = None
-        candidates: list[Candidate] = []
-        old = self._binding
-        places = {parameter: index for index, parameter in enumerate(old.parameters)} if old else {}
-        try:
-            for parameter, matrix in zip(parameters, matrices, strict=True):
-                if parameter in self._unbound:
-                    self._unbound[parameter].check(matrix)
-                elif old and parameter in places:
-                    packing.check_same_bytes(old.matrices[places[parameter]], matrix)
-                location = hosts.locate(matrix.name, parameter, self._locations)
-                candidates.append(Candidate(parameter, matrix, Shard(location.start, location.stop, location.replica)))
-        except ValueError as found:
-            error = found
-        ranks.raise_together(error)
-        if not matrices and any(options.precondition for _, _, options in self._parameters()):
-            warnings.warn("Shampoo4 has no matrix to precondition: only the base optimizer is at work", stacklevel=4)
-        binding = Binding(ranks, candidates)
-        kept = set(parameters)
-        for parameter, place in places.items():
-            if parameter not in kept:
-                assert old is not None
-                self._unbound[parameter] = packing.PackedState(old.matrices[place].options, old.pack(place))
-        for index, parameter in enumerate(parameters):
-            if parameter in self._unbound:
-                binding.unpack(index, self._unbound.pop(parameter).full())
-            elif old is not None and parameter in places:
-                binding.unpack(index, old.pack(places[parameter]))
-        self._binding = binding
+    def _current(self) -> list[Tensor]:
+        """What stands in the groups, in their order."""
+        return [parameter for group in self.param_groups for parameter in group["params"]]
 
     def _bind_locations(self, locations: Mapping[Tensor, hosts.Location]) -> None:
         """Be told where parameters live that cannot tell it themselves (FSDP1)."""
-        self._locations = dict(locations)
-        self._ranks = None
+        self._bindings.locate(locations)
 
     # -- states --------------------------------------------------------------------------------------------------------
 
@@ -314,11 +229,13 @@ class Shampoo4(Optimizer):
         """The base optimizer's states and, for each preconditioned parameter, its factors as one uint8 vector.
 
         ``["state"][i]["preconditioner"]`` is a copy; the base's tensors are the live ones, as in torch. Everything
-        loads with ``torch.load(weights_only=True)``.
+        loads with ``torch.load(weights_only=True)``. Under DeepSpeed's ZeRO 1, 2 and 3, which save every rank's state,
+        it holds this rank's part of the factors instead, in ``["preconditioner_pieces"]``.
         """
-        packed = self._packed()
-        data = [packed.get(parameter) for _, parameter, _ in self._parameters()]
-        return packing.join(super().state_dict(), data)
+        if self._members.partitioned:
+            return {**super().state_dict(), packing.PIECES_KEY: self._bindings.pieces()}
+        packed = self._packed(everywhere=zero.calls_on_every_rank())
+        return packing.join(super().state_dict(), [packed.get(parameter) for parameter in self._current()])
 
     @torch.no_grad()
     def consolidate_state_dict(self) -> None:
@@ -327,27 +244,24 @@ class Shampoo4(Optimizer):
         Collective. Needed before ``state_dict()`` where ranks hold whole parameters or flat ones (DDP, FSDP1): programs
         call it on one rank only there. Valid until the next step.
         """
-        binding = self._binding
-        if binding is not None and binding.ranks.size > 1:
-            self._consolidated = {p: binding.pack(index).cpu() for index, p in enumerate(binding.parameters)}
+        if self._bindings.spread and not self._members.partitioned:
+            self._consolidated = {parameter: data.cpu() for parameter, data in self._bindings.packed().items()}
 
     @torch.no_grad()
-    def _packed(self) -> dict[Tensor, Tensor]:
-        """Every preconditioner there is, as bytes; under FSDP2 and HSDP sharded as parameters are, and collective."""
-        packed = {parameter: entry.data for parameter, entry in self._unbound.items()}
-        binding = self._binding
-        if binding is None:
-            return packed
-        if binding.ranks.size > 1 and not any(map(hosts.is_dtensor, binding.parameters)):
-            if not self._consolidated and binding.parameters:
-                raise RuntimeError(
-                    "the factors of Shampoo4 are spread over ranks: call optimizer.consolidate_state_dict() on every "
-                    "rank before state_dict()"
-                )
-            return {**packed, **self._consolidated}
-        for index, parameter in enumerate(binding.parameters):
-            packed[parameter] = hosts.shard_vector(binding.pack(index), parameter)
-        return packed
+    def _packed(self, everywhere: bool = False) -> dict[Tensor, Tensor]:
+        """Every preconditioner there is, as bytes; under FSDP2 and HSDP sharded as parameters are, and collective.
+
+        ``everywhere``: this is called on all ranks also where ranks hold whole parameters.
+        """
+        if self._consolidated:
+            return self._consolidated
+        bound = [parameter for binding in self._bindings.all() for parameter in binding.parameters]
+        if self._bindings.spread and bound and not everywhere and not any(map(hosts.is_dtensor, bound)):
+            raise RuntimeError(
+                "the factors of Shampoo4 are spread over ranks: call optimizer.consolidate_state_dict() on every "
+                "rank before state_dict()"
+            )
+        return self._bindings.packed()
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -357,63 +271,72 @@ class Shampoo4(Optimizer):
             ValueError: it was not written by this optimizer, or with options or shapes that store other bytes; nothing
                 has been changed then.
         """
-        packing.check_loadable(
-            state_dict, self.param_groups, [(n, self._whole_shape(p)) for n, p, _ in self._parameters()]
-        )
+        state_dict = dict(state_dict)
+        pieces = state_dict.pop(packing.PIECES_KEY, None)
+        if (pieces is not None) != self._members.partitioned:
+            whole, parts = "a state_dict with whole parameters", "one rank's part of a state_dict under ZeRO 1, 2 or 3"
+            found, wanted = (whole, parts) if pieces is None else (parts, whole)
+            raise ValueError(f"this is {found}, where {wanted} is needed")
+        known = {entry.parameter: entry for entry in self._members.entries(self.param_groups, self._bindings.locations)}
+        shapes = [(known[p].name, known[p].shape) if p in known else ("", p.shape) for p in self._current()]
+        packing.check_loadable(state_dict, self.param_groups, shapes)
         plain, packed = packing.separate(state_dict)
+        options = [PreconditionerOptions.of_group(group) for group in plain["param_groups"] for _ in group["params"]]
+        unbound: dict[Tensor, Unbound] = self._bindings.of_pieces(pieces or {})
+        for parameter, option, data in zip(self._current(), options, packed, strict=True):
+            if data is not None:
+                unbound[parameter] = packing.PackedState(option, data.detach().clone())
         super().load_state_dict(plain)
+        self._members.adopt(self.param_groups)
         self._base.__setstate__({"state": self.state, "param_groups": self.param_groups})
-        self._binding, self._consolidated = None, {}
-        self._unbound = {
-            parameter: packing.PackedState(options, data.detach().clone())
-            for (_, parameter, options), data in zip(self._parameters(), packed, strict=True)
-            if data is not None
-        }
+        self._consolidated = {}
+        self._bindings.load(unbound)
 
     def __getstate__(self) -> dict[str, Any]:
-        if self._binding is not None and self._binding.ranks.size > 1:
+        if self._bindings.spread:
             raise RuntimeError("a Shampoo4 that is spread over ranks cannot be copied or pickled: use state_dict()")
         own = {name: getattr(self, name) for name in ("_base", "_base_arguments", "_base_makes_state_early")}
-        options = {parameter: options for _, parameter, options in self._parameters()}
+        options = {p: PreconditionerOptions.of_group(group) for group in self.param_groups for p in group["params"]}
         packed = {p: packing.PackedState(options[p], data) for p, data in self._packed().items()}
-        fresh: dict[str, Any] = {"_binding": None, "_ranks": None, "_locations": {}, "_consolidated": {}}
-        return {**super().__getstate__(), **own, **fresh, "_unbound": packed}
+        return {**super().__getstate__(), **own, "_consolidated": {}, "_unbound": packed}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        unbound = state.pop("_unbound", None)
+        super().__setstate__(state)
+        if unbound is not None:  # a copy: torch's load_state_dict calls this too, with the parameters as they are
+            self._members = Members()
+            for group in self.param_groups:
+                self._members.add(group)
+            self._bindings = Bindings(self._members)
+            self._bindings.load(unbound)
 
     # -- reports -------------------------------------------------------------------------------------------------------
 
     def state_bytes(self) -> dict[str, int]:
         """Bytes of the states on this rank, measured: ``{"preconditioner": int, "base": int}``."""
-        preconditioner = sum(entry.data.numel() for entry in self._unbound.values())
-        if self._binding is not None:
-            preconditioner += self._binding.preconditioner.nbytes
-        return {"preconditioner": preconditioner, "base": tensor_bytes(self.state.values())}
+        return {"preconditioner": self._bindings.nbytes, "base": tensor_bytes(self.state.values())}
 
     def describe(self) -> str:
         """A table: each parameter, whether it is preconditioned or why not, its blocks, their owners and bytes.
 
         The owners are known once a step has been made, on several ranks.
         """
-        owners = self._binding.owners() if self._binding is not None else {}
-        alone = self._ranks is None or self._ranks.size == 1
+        owners = self._bindings.owners()
+        alone = self._bindings.ranks is None or self._bindings.ranks.size == 1
         header = ("parameter", "shape", "preconditioned", "blocks", "owner", "bytes")
         described = [
-            describe_parameter(
-                name,
-                self._whole_shape(p),
-                p.requires_grad or p.grad is not None,
-                options,
-                "0" if alone else owners.get(p, "?"),
-            )
-            for name, p, options in self._parameters()
+            describe_parameter(name, shape, trained, options, "0" if alone else owners.get(parameter, "?"))
+            for name, parameter, shape, trained, options in self._described()
         ]
         total = ("all", "", "", "", "", format_bytes(sum(size for _, size in described)))
         return table([header, *(row for row, _ in described), total])
 
-
-def _check_gradient(name: str, gradient: Tensor | None) -> None:
-    if gradient is None:
-        return
-    if gradient.layout != torch.strided:
-        raise TypeError(f"the gradient of {name} is sparse ({gradient.layout}): Shampoo4 needs dense gradients")
-    if not gradient.is_floating_point():
-        raise TypeError(f"the gradient of {name} is of type {gradient.dtype}: Shampoo4 needs real floating-point ones")
+    def _described(self) -> list[tuple[str, Tensor, torch.Size, bool, PreconditionerOptions]]:
+        """Name, tensor, whole shape, whether it is trained, and options of every parameter."""
+        if not self._members.partitioned:
+            entries = self._members.entries(self.param_groups, self._bindings.locations)
+            return [(e.name, e.parameter, e.shape, e.trained, e.options) for e in entries]
+        given = [
+            (name, parameter, options) for name, parameter, options in self._members.given() if parameter is not None
+        ]
+        return [(name, p, zero.whole_shape(p), p.requires_grad, options) for name, p, options in given]

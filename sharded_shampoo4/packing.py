@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +12,12 @@ from torch import Tensor
 from .layout import matrix_shape
 from .options import PreconditionerOptions
 from .preconditioner import Matrix
+from .ranks import Ranks
 
 FORMAT_VERSION = 1
 VERSION_KEY = "preconditioner_format"  # in each parameter group
 STATE_KEY = "preconditioner"  # in state_dict()["state"][i]: one uint8 vector for each preconditioned parameter
+PIECES_KEY = "preconditioner_pieces"  # in state_dict(), where flat tensors have replaced the parameters (ZeRO)
 
 
 @dataclass
@@ -25,7 +27,7 @@ class PackedState:
     options: PreconditionerOptions
     data: Tensor  # uint8 (Matrix.packed_bytes,), whole or a DTensor
 
-    def full(self) -> Tensor:
+    def full(self, matrix: Matrix, ranks: Ranks) -> Tensor:
         """The whole of the bytes on every rank; collective if they are sharded."""
         whole: Tensor = self.data.full_tensor() if hasattr(self.data, "full_tensor") else self.data
         return whole
@@ -38,6 +40,76 @@ class PackedState:
                 f"the stored preconditioner of {matrix.name} does not belong to a matrix of shape {matrix.shape}: "
                 f"{matrix.packed_bytes} bytes were expected, not {self.data.numel()} elements of {self.data.dtype}"
             )
+
+
+@dataclass
+class PackedPieces:
+    """One rank's part of a parameter's preconditioner, and the options that shaped its bytes."""
+
+    options: PreconditionerOptions
+    shape: tuple[int, int]  # of the matrix
+    blocks: list[int]  # numbers of the blocks that are there
+    data: Tensor  # uint8: the header, then the factors of those blocks
+
+    def full(self, matrix: Matrix, ranks: Ranks) -> Tensor:
+        """The whole of the bytes on every rank, put together from the parts of all; collective.
+
+        Raises ValueError, on every rank alike, unless the parts belong together.
+        """
+        header = len(matrix.header)
+        everyone = ranks.gather((bytes(self.data[:header].tolist()), self.blocks))
+        if any(other != everyone[0][0] for other, _ in everyone):
+            raise ValueError(f"the ranks have loaded preconditioners of {matrix.name} from different steps")
+        found = sorted(number for _, blocks in everyone for number in blocks)
+        if found != list(range(len(matrix.blocks))):
+            raise ValueError(
+                f"the ranks have loaded blocks {found} of the preconditioner of {matrix.name}, which has "
+                f"{len(matrix.blocks)}: every rank must load what the same number of ranks have saved"
+            )
+        sizes = [[matrix.block_bytes(matrix.blocks[number]) for number in blocks] for _, blocks in everyone]
+        mine = self.data[header:].to(matrix.device)
+        parts = ranks.gather_bytes(mine, [sum(size) for size in sizes])
+        cut: dict[int, Tensor] = {}
+        for (_, blocks), size, part in zip(everyone, sizes, parts, strict=True):
+            cut.update(zip(blocks, part.split(size), strict=True))
+        return torch.cat([self.data[:header].to(matrix.device), *(cut[number] for number in sorted(cut))])
+
+    def check(self, matrix: Matrix) -> None:
+        """Raise ValueError, naming the parameter, unless the bytes are those of ``matrix``."""
+        _check_options(self.options, matrix)
+        if self.shape != matrix.shape:
+            raise ValueError(
+                f"the stored preconditioner of {matrix.name} belongs to a matrix of shape {self.shape}, not of "
+                f"{matrix.shape}"
+            )
+        known = range(len(matrix.blocks))
+        if not set(self.blocks) <= set(known) or self.data.dtype != torch.uint8:
+            raise ValueError(f"the stored preconditioner of {matrix.name} has blocks {self.blocks} of {len(known)}")
+        size = len(matrix.header) + sum(matrix.block_bytes(matrix.blocks[number]) for number in self.blocks)
+        if self.data.shape != (size,):
+            raise ValueError(
+                f"the stored preconditioner of {matrix.name} has {self.data.numel()} bytes where {size} were expected"
+            )
+
+    def as_plain(self) -> dict[str, Any]:
+        """Everything but the options, to stand in a state_dict."""
+        return {"shape": self.shape, "blocks": self.blocks, "data": self.data}
+
+    @classmethod
+    def of_plain(cls, options: PreconditionerOptions, stored: Mapping[str, Any]) -> PackedPieces:
+        """Undo :meth:`as_plain`."""
+        rows, columns = stored["shape"]
+        return cls(options, (rows, columns), list(stored["blocks"]), stored["data"].detach().clone())
+
+
+def check_that_ranks_agree(ranks: Ranks, stored: Mapping[str, PackedState | PackedPieces | None]) -> None:
+    """Raise ValueError, on every rank alike, if some ranks have stored bytes of a parameter and others none."""
+    everyone = ranks.gather([name for name, entry in stored.items() if entry is not None])
+    for rank, names in enumerate(everyone):
+        if names != everyone[0]:
+            name = min(set(names) ^ set(everyone[0]))
+            having = "has" if name in names else "has not"
+            raise ValueError(f"rank {rank} {having} loaded a preconditioner of {name}, unlike rank 0")
 
 
 def check_same_bytes(old: Matrix, new: Matrix) -> None:

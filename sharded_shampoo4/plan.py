@@ -102,11 +102,15 @@ class Round:
 
 
 class Plan:
-    """Owners, batches and routes for ``matrices``, which have a shard on each of ``world_size`` ranks."""
+    """Owners, batches and routes for ``matrices``, which have a shard on each of ``world_size`` ranks.
 
-    def __init__(self, matrices: Sequence[PlannedMatrix], world_size: int) -> None:
+    ``loads`` is the matrix work that every rank has already, by other plans: blocks go to those with little of it.
+    """
+
+    def __init__(self, matrices: Sequence[PlannedMatrix], world_size: int, loads: Sequence[int] | None = None) -> None:
         self.matrices = list(matrices)
         self.world_size = world_size
+        self._loads_before = list(loads or [0] * world_size)
         for matrix in matrices:
             matrix.check()
         self.blocks = [Owned(index, block) for index, matrix in enumerate(matrices) for block in matrix.blocks]
@@ -126,8 +130,8 @@ class Plan:
     def _assign_owners(self) -> list[int]:
         """Longest processing time first, preferring a rank that holds much of the block: an owner for each block."""
         costs = [_work(block) for _, block in self.blocks]
-        limit = _SLACK * sum(costs) / self.world_size
-        loads = [0] * self.world_size
+        limit = _SLACK * (sum(costs) + sum(self._loads_before)) / self.world_size
+        loads = list(self._loads_before)
         owners = [0] * len(self.blocks)
         for index in sorted(range(len(costs)), key=lambda i: -costs[i]):  # stable: by parameter, row, column
             held = self._holders[self.blocks[index].matrix].elements(self.blocks[index].block)

@@ -44,7 +44,7 @@ class Directions:
         return [None if parameter.grad is None else parameter.grad.clone() for parameter in self.parameters]
 
     def factor(self, index: int, row: int, column: int, side: str) -> tuple[FactorPool, int]:
-        preconditioner = self.optimizer._binding.preconditioner
+        preconditioner = self.optimizer._bindings.last.preconditioner
         matrices = [i for i, p in enumerate(self.parameters) if p.squeeze().ndim > 1]
         for (matrix, block), places in preconditioner._places.items():
             if (matrices[matrix], block.row, block.column) == (index, row, column):

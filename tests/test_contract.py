@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import worlds as hosts
+import zero_worlds as zero
 from torch import Tensor
 
 from sharded_shampoo4 import Shampoo4
@@ -46,36 +47,100 @@ def make_optimizer(model: torch.nn.Module, host: str, options: dict[str, Any]) -
     return optimizer
 
 
+def make_gradients(kind: str, step: int) -> dict[str, Tensor | None]:
+    """In step 5 one parameter has none."""
+    gradients = hosts.make_gradients(kind, step)
+    if step == 5:
+        gradients[max(gradients)] = None
+    return gradients
+
+
+def make_gradients_for_zero(kind: str, step: int) -> dict[str, Tensor | None]:
+    """The same, with zeros for a parameter that has one in other steps: DeepSpeed 0.19.8 takes its last one again."""
+    gradients = make_gradients(kind, step)
+    usual = hosts.make_gradients(kind, step)
+    missing = {
+        key: torch.zeros_like(usual[key]) for key in gradients if gradients[key] is None and usual[key] is not None
+    }
+    return {**gradients, **missing}
+
+
 def run_case(host: str, name: str, steps: int = STEPS) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """Replay gradients; in step 5 one parameter has none. Returns the whole parameters and this rank's state bytes."""
+    """Replay gradients. Returns the whole parameters and this rank's state bytes."""
     kind, options = CASES[name]
     model = hosts.wrap(hosts.make_model(kind), host)
     optimizer = make_optimizer(model, host, options)
     for step in range(steps):
-        gradients = hosts.make_gradients(kind, step)
-        if step == 5:
-            gradients[max(gradients)] = None
-        hosts.set_gradients(model, host, gradients)
+        hosts.set_gradients(model, host, make_gradients(kind, step))
         optimizer.step()
     return hosts.full_parameters(model, host), optimizer.state_bytes()
+
+
+def run_zero_case(host: str, name: str, steps: int = STEPS) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """The same through an engine of DeepSpeed."""
+    kind, options = CASES[name]
+    model = hosts.make_model(kind)
+    optimizer = make_optimizer(model, "none", options)
+    config = zero.configuration(host, **({"bf16": {"enabled": True}} if kind == "bf16" else {}))
+    engine = zero.start(zero.Replay(model), config, optimizer)
+    for step in range(steps):
+        zero.step(engine, make_gradients_for_zero(kind, step))
+    result = zero.full_parameters(engine), optimizer.state_bytes()
+    engine.destroy()
+    return result
+
+
+def run_case_as_zero_does(name: str, steps: int = STEPS) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """In one process, what DeepSpeed does elsewhere: gradients of zeros for None, and float32 copies of weights."""
+    kind, options = CASES[name]
+    model = hosts.make_model(kind)
+    masters = hosts.make_model(kind).float()
+    optimizer = make_optimizer(masters, "none", options)
+    for step in range(steps):
+        gradients = make_gradients(kind, step)
+        for key, parameter in masters.named_parameters():
+            gradient = gradients[key]
+            if parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter) if gradient is None else gradient.float()
+        optimizer.step()
+    kinds = {key: parameter.dtype for key, parameter in model.named_parameters()}
+    return {key: p.detach().to(kinds[key]) for key, p in masters.named_parameters()}, optimizer.state_bytes()
 
 
 def run_all(rank: int, ran: tuple[str, ...]) -> dict[tuple[str, str], Any]:
     return {(host, name): run_case(host, name) for host in ran for name in CASES}
 
 
+def run_all_of_zero(rank: int) -> dict[tuple[str, str], Any]:
+    zero.prepare()
+    return {(host, name): run_zero_case(host, name) for host in zero.HOSTS for name in CASES}
+
+
 @pytest.fixture(scope="module")
 def alone() -> dict[str, tuple[dict[str, Tensor], dict[str, int]]]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    results = {name: run_case("none", name) for name in CASES}
-    torch.set_num_threads(threads)
-    return results
+    with hosts.one_thread():
+        return {name: run_case("none", name) for name in CASES}
+
+
+@pytest.fixture(scope="module")
+def alone_as_zero() -> dict[str, tuple[dict[str, Tensor], dict[str, int]]]:
+    with hosts.one_thread():
+        return {name: run_case_as_zero_does(name) for name in CASES}
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_the_same_training_everywhere(world_size: int, alone: dict[str, Any]) -> None:
-    results = hosts.run_ranks(world_size, run_all, hosts.HOSTS)
+    check_all(hosts.run_ranks(world_size, run_all, hosts.HOSTS), alone)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_the_same_training_under_zero(world_size: int, alone_as_zero: dict[str, Any]) -> None:
+    check_all(hosts.run_ranks(world_size, run_all_of_zero), alone_as_zero)
+
+
+def check_all(results: list[dict[tuple[str, str], Any]], alone: dict[str, Any]) -> None:
+    """Every rank has the same weights as one process, and a share of the factors."""
+    world_size = len(results)
     for (host, name), (parameters, _) in results[0].items():
         expected, whole = alone[name]
         for rank, result in enumerate(results):

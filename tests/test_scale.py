@@ -60,8 +60,8 @@ def train(model: nn.Module, host: str, optimizer: Shampoo4, steps: int) -> None:
 
 
 def sent_by(optimizer: Shampoo4) -> int:
-    assert optimizer._binding is not None
-    return optimizer._binding.exchange.bytes_sent
+    assert optimizer._bindings.last is not None
+    return optimizer._bindings.last.exchange.bytes_sent
 
 
 def measure(host: str, kind: str) -> tuple[dict[str, int], int]:

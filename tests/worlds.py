@@ -5,6 +5,7 @@ Knows nothing of the optimizer under test.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.context
@@ -13,7 +14,7 @@ import pickle
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -34,8 +35,19 @@ class RankError(RuntimeError):
 def _context() -> multiprocessing.context.ForkServerContext:
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "torch.distributed.tensor"])
+    context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "torch.distributed.tensor", "zero_worlds"])
     return context
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute as the ranks do: the number of threads is part of the arithmetic."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 240.0) -> list[Any]:
@@ -263,12 +275,15 @@ def make_batch(kind: str, seed: int = 0, size: int = 12) -> tuple[Tensor, Tensor
     return inputs.to(torch.bfloat16) if kind == "bf16" else inputs, torch.randn(size, 10, generator=generator)
 
 
-def make_gradients(kind: str, seed: int, *, scale: float = 1.0) -> dict[str, Tensor | None]:
-    """Global gradients to replay: None for what is frozen or unused."""
+def make_gradients(kind: str, seed: int) -> dict[str, Tensor | None]:
+    """Global gradients to replay: None for what is frozen or unused.
+
+    Their values are few multiples of 3/8, so that sums and means of up to four equal ones are exact, in bfloat16 too.
+    """
     generator = torch.Generator().manual_seed(seed)
     gradients: dict[str, Tensor | None] = {}
     for name, parameter in make_model(kind).named_parameters():
-        gradient = scale * torch.randn(parameter.shape, generator=generator)
+        gradient = (12 * torch.randn(parameter.shape, generator=generator)).round().clamp(-28, 28) * (3 / 8)
         trained = parameter.requires_grad and not name.startswith("unused")
         gradients[name] = gradient.to(parameter.dtype) if trained else None
     return gradients

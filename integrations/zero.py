@@ -1,0 +1,228 @@
+"""Where the rows live under DeepSpeed ZeRO 1, 2 and 3, read off what ZeRO itself keeps beside each parameter.
+
+ZeRO replaces the parameters in an optimizer's groups by flat tensors of its own, of which each rank has one part, and
+calls ``step()`` with one of them at a time. The parameters that the optimizer was given stay in the model and tell
+where they went:
+
+==================  =======================================  ==========================================================
+stage               what a flat tensor holds                 what tells a parameter's interval
+==================  =======================================  ==========================================================
+1, 2, BF16          1/W of a group's parameters in a row     the offset of its weights in the storage that they share
+3                   1/W of each parameter of a sub-group     ``grad_position`` of ZeRO's optimizer
+==================  =======================================  ==========================================================
+
+At stage 0 nothing is flat: parameters, or copies of them in float32, are whole on every rank. Nothing here imports
+DeepSpeed: :mod:`.deepspeed` does.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Hashable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .fsdp import Location, interval
+
+
+class Fragment(NamedTuple):
+    """A parameter's interval on this rank, and where it begins in the flat tensor."""
+
+    location: Location
+    offset: int
+
+
+class Untested(NamedTuple):
+    """A feature that is refused: the attribute of ZeRO's optimizer that tells it, its value when off, what to say."""
+
+    attribute: str
+    off: Any
+    option: str
+    instead: str
+
+
+_UNTESTED = (
+    Untested("elastic_checkpoint", False, "zero_optimization.elastic_checkpoint", "leave it out"),
+    Untested("swap_optimizer", False, 'offload_optimizer.device = "nvme"', 'use "cpu"'),
+    Untested("params_in_nvme_and_cpu", False, 'offload_param.device = "nvme"', 'use "cpu"'),
+    Untested("zero_hpz_partition_size", 1, "zero_hpz_partition_size (ZeRO++)", "leave it out"),
+    Untested("zero_quantized_nontrainable_weights", False, "zero_quantized_nontrainable_weights", "leave it out"),
+    Untested("all2all_process_group", None, "zero_quantized_gradients (ZeRO++)", "leave it out"),
+    Untested("has_moe_layers", False, "mixture-of-experts layers", "use dense ones"),
+    Untested("zenflow", False, "zenflow", "leave it out"),
+    Untested("torch_autocast_gradscaler", None, "torch_autocast with float16", 'use "fp16" or "bf16"'),
+    Untested("backup_optimizer", None, "offload_optimizer.ratio below 1", "set it to 1"),
+    Untested("bf16_master_weights_and_gradients", False, "bf16.bf16_master_weights_and_grads", "leave it out"),
+    Untested("fp16_master_weights_and_gradients", False, "fp16.fp16_master_weights_and_grads", "leave it out"),
+)
+_UNTESTED_CLASSES = {
+    "MiCS_Optimizer": "mics_shard_size",
+    "SuperOffloadOptimizer_Stage3": "offload_optimizer.super_offload",
+}
+
+
+def is_partitioned(parameters: Iterable[Tensor]) -> bool:
+    """Whether ZeRO 1, 2 or 3 has taken any of these parameters over."""
+    return any(_is_stage_3(parameter) or hasattr(parameter, "_hp_mapping") for parameter in parameters)
+
+
+def is_initialised_partitioned(parameter: Tensor) -> bool:
+    """Whether this parameter was partitioned by ``deepspeed.zero.Init`` or an engine at stage 3."""
+    return hasattr(parameter, "ds_id")
+
+
+def whole_shape(parameter: Tensor) -> torch.Size:
+    """The shape of a parameter, also while stage 3 keeps only a part of it."""
+    shape = getattr(parameter, "ds_shape", None)
+    return parameter.shape if shape is None else torch.Size(shape)
+
+
+def members(flat: Tensor, group: Hashable, parameters: Sequence[Tensor]) -> tuple[Hashable, list[Tensor]]:
+    """The parameters among those of a group that ``flat`` holds parts of, on whatever rank, in ZeRO's order.
+
+    Also a key that is the same on every rank and tells this call of ``step()`` from others.
+    """
+    zero = _stage_3(parameters)
+    if zero is None:
+        return group, [parameter for parameter in parameters if hasattr(parameter, "_hp_mapping")]
+    for number, held in enumerate(zero.fp32_partitioned_groups_flat):
+        if held is flat:
+            return ("sub-group", number), list(zero.fp16_groups[number])
+    raise ValueError("the optimizer was called with a tensor that is none of ZeRO 3's sub-groups")
+
+
+def locate(name: str, parameter: Tensor, flat: Tensor) -> Fragment:
+    """The part of ``parameter`` that ``flat`` holds on this rank.
+
+    Raises:
+        ValueError: ZeRO's records are missing or contradict each other, or only some of the ranks share the parameter.
+    """
+    if _is_stage_3(parameter):
+        return _locate_stage_3(name, parameter, flat)
+    return _locate_flat(name, parameter, flat)
+
+
+def names(parameters: Sequence[Tensor]) -> dict[Tensor, str]:
+    """The names in the model that ZeRO knows of ``parameters``; empty on a rank that has none of their elements."""
+    known: dict[Tensor, str] = getattr(_optimizer(parameters), "param_names", None) or {}
+    return {parameter: known[parameter] for parameter in parameters if parameter in known}
+
+
+def compute_device(flat: Tensor) -> torch.device:
+    """Where gradients of ``flat`` are exchanged and preconditioned: on the accelerator, also if ``flat`` is offloaded.
+
+    Offloaded optimizers live on the host, but the process group may not be able to send from there.
+    """
+    if flat.device.type != "cpu":
+        return flat.device
+    from deepspeed.accelerator import get_accelerator  # type: ignore[import-untyped]
+
+    return torch.device(get_accelerator().current_device_name())
+
+
+def refuse_untested(parameters: Sequence[Tensor]) -> None:
+    """Raise ValueError, naming the option and what to do, if ZeRO runs with a feature that was not tested."""
+    zero = _optimizer(parameters)
+    advice = "Shampoo4 was not tested with it"
+    for untested in _UNTESTED:
+        value = getattr(zero, untested.attribute, untested.off)
+        if value != untested.off and not (untested.off == 1 and value == 0):
+            raise ValueError(f"{untested.option} is on in the DeepSpeed configuration: {advice}; {untested.instead}")
+    for cls in type(zero).__mro__:
+        if cls.__name__ in _UNTESTED_CLASSES:
+            option = _UNTESTED_CLASSES[cls.__name__]
+            raise ValueError(f"{option} is on in the DeepSpeed configuration: {advice}; leave it out")
+    for parameter in parameters:
+        if not getattr(parameter, "allreduce", True):
+            raise ValueError(f"expert parameters (mixture of experts) are among the optimizer's: {advice}")
+    if getattr(getattr(zero, "parameter_offload", None), "zero_quantized_weights", False):
+        raise ValueError(f"zero_quantized_weights is on in the DeepSpeed configuration: {advice}; leave it out")
+
+
+def calls_on_every_rank() -> bool:
+    """Whether the caller of the caller is DeepSpeed itself, which asks every rank for an optimizer's state."""
+    name: str = sys._getframe(2).f_globals.get("__name__", "")
+    return name == "deepspeed" or name.startswith("deepspeed.")
+
+
+# -- the stages --------------------------------------------------------------------------------------------------------
+
+
+def _is_stage_3(parameter: Tensor) -> bool:
+    return hasattr(parameter, "_z3_optimizer")
+
+
+def _stage_3(parameters: Sequence[Tensor]) -> Any:
+    return next((zero for zero in (getattr(p, "_z3_optimizer", None) for p in parameters) if zero is not None), None)
+
+
+def _optimizer(parameters: Sequence[Tensor]) -> Any:
+    """ZeRO's optimizer; None where it does not tell (BF16_Optimizer, and a rank that holds none of ``parameters``)."""
+    zero = _stage_3(parameters)
+    if zero is not None:
+        return zero
+    return next((zero for zero in (getattr(p, "_zero_optimizer", None) for p in parameters) if zero is not None), None)
+
+
+def _locate_stage_3(name: str, parameter: Any, flat: Tensor) -> Fragment:
+    _check_group(name, parameter.ds_process_group)
+    number, offset, size = parameter._z3_optimizer.grad_position[parameter.ds_id]
+    shape = whole_shape(parameter)
+    if flat is not parameter._z3_optimizer.fp32_partitioned_groups_flat[number] or size != parameter.partition_numel():
+        raise ValueError(f"ZeRO 3 has moved {name} of shape {tuple(shape)} since it was started")
+    start = min(dist.get_rank(parameter.ds_process_group) * size, shape.numel())
+    location = interval(shape, start, min(start + size, shape.numel()), 0)
+    _check_inside(name, offset, location, flat)
+    return Fragment(location, offset)
+
+
+def _locate_flat(name: str, parameter: Any, flat: Tensor) -> Fragment:
+    """Stages 1, 2 and BF16: a group's weights are views into one buffer, of which each rank updates an equal part."""
+    group = parameter._dp_group
+    _check_group(name, group)
+    weights = parameter.untyped_storage().nbytes() // parameter.element_size()
+    if weights != flat.numel() * dist.get_world_size(group):
+        raise ValueError(
+            f"the weights of {name} are in a storage of {weights} elements, not of {dist.get_world_size(group)} times "
+            f"the {flat.numel()} of ZeRO's flat tensor: were they moved or offloaded?"
+        )
+    first = dist.get_rank(group) * flat.numel()  # of this rank's elements in the buffer
+    begin, numel = parameter.storage_offset(), parameter.numel()
+    location = interval(
+        parameter.shape,
+        min(max(first - begin, 0), numel),
+        min(max(first + flat.numel() - begin, 0), numel),
+        0,
+    )
+    offset = begin + location.start - first if location.stop else 0
+    _check_inside(name, offset, location, flat)
+    _check_against_mapping(name, parameter, location, offset)
+    return Fragment(location, offset)
+
+
+def _check_against_mapping(name: str, parameter: Any, location: Location, offset: int) -> None:
+    """Compare with what ZeRO says of its float32 weights; not with ``round_robin_gradients``, where that is wrong."""
+    if getattr(getattr(parameter, "_zero_optimizer", None), "round_robin_gradients", False):
+        return  # DeepSpeed 0.19.8 maps them in another order than it keeps them in
+    mapping = parameter._hp_mapping
+    expected = (0, 0) if mapping is None else (mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel)
+    found = (offset, location.stop - location.start)
+    if found != expected:
+        raise ValueError(f"ZeRO's records of {name} disagree: (start, elements) are {expected} and {found}")
+
+
+def _check_group(name: str, group: dist.ProcessGroup) -> None:
+    size, world = dist.get_world_size(group), dist.get_world_size()
+    if size != world:
+        raise ValueError(
+            f"ZeRO shards {name} among {size} of {world} ranks (tensor, pipeline or expert parallelism, or MiCS): "
+            "Shampoo4 was not tested with that; shard among all ranks"
+        )
+
+
+def _check_inside(name: str, offset: int, location: Location, flat: Tensor) -> None:
+    if offset < 0 or offset + location.stop - location.start > flat.numel():
+        raise ValueError(f"the part of {name} does not lie inside ZeRO's flat tensor of {flat.numel()} elements")

@@ -1,0 +1,243 @@
+"""Finds, at every step, the binding of the parameters that the step is about, and keeps the factors of all of them.
+
+One ``step()`` call is usually about all parameters. DeepSpeed's ZeRO calls it once for each of its flat tensors: then
+there is a binding for each, made by the first call, and the owners of its blocks are those ranks that have least to do
+by the others.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import packing
+from .binding import Binding, Candidate
+from .integrations import fsdp, zero
+from .layout import matrix_shape
+from .members import Entry, Members
+from .plan import Shard
+from .preconditioner import Matrix
+from .ranks import Ranks
+
+Unbound = packing.PackedState | packing.PackedPieces
+
+
+class Bindings:
+    """All bindings of an optimizer's ``members``, and the factors of parameters that are not bound (yet)."""
+
+    def __init__(self, members: Members) -> None:
+        self.members = members
+        self.ranks: Ranks | None = None
+        self.locations: dict[Tensor, fsdp.Location] = {}  # of parameters that cannot tell where they live
+        self.unbound: dict[Tensor, Unbound] = {}
+        self.last: Binding | None = None  # that of the last step
+        self._by_key: dict[tuple[Hashable, ...], Binding] = {}
+
+    def all(self) -> Iterable[Binding]:
+        """Every binding."""
+        return self._by_key.values()
+
+    @property
+    def spread(self) -> bool:
+        """Whether factors are spread over several ranks."""
+        return bool(self._by_key) and self.ranks is not None and self.ranks.size > 1
+
+    def locate(self, locations: Mapping[Tensor, fsdp.Location]) -> None:
+        """Be told where parameters live that cannot tell it themselves (FSDP1)."""
+        self.locations = dict(locations)
+        self.ranks = None
+
+    def load(self, unbound: dict[Tensor, Unbound]) -> None:
+        """Forget all factors, and take these instead."""
+        self.unbound, self.last, self._by_key = unbound, None, {}
+
+    # -- at a step -----------------------------------------------------------------------------------------------------
+
+    def bind(self, groups: Sequence[dict[str, Any]], state: Mapping[Tensor, Any]) -> Binding:
+        """Check this step's gradients, and give the binding of the parameters in ``groups`` as they are; collective.
+
+        ``state`` are the base optimizer's states.
+        """
+        if self.ranks is None:  # first of all: an error on one rank must reach the others
+            self.ranks = Ranks(fsdp.process_group([p for group in groups for p in group["params"]]))
+            self.members.learn_names(self.ranks)
+        ranks = self.ranks
+        error: Exception | None = None
+        entries: list[Entry] = []
+        chosen: list[Entry] = []
+        matrices: list[Matrix] = []
+        try:
+            entries = self.members.entries(groups, self.locations)
+            for entry in entries:
+                _check_gradient(entry.name, entry.holder.grad)
+            chosen, matrices = _matrices(entries)
+        except (TypeError, ValueError) as found:
+            error = found
+        binding = self._by_key.get(_key(entries))
+        stale = binding is None or not binding.fits(
+            [entry.parameter for entry in chosen], [entry.holder for entry in chosen], matrices
+        )
+        changed = binding is not None and not stale and binding.presence_changed()
+        failed, any_stale, any_changed = ranks.any([error is not None, stale, changed])
+        if failed:
+            ranks.raise_together(error)
+        if any_stale:
+            binding = self._rebind(ranks, entries, chosen, matrices, state)
+        assert binding is not None
+        if any_stale or any_changed:
+            binding.agree_on_presence()
+        if any_stale and ranks.size > 1:
+            binding.check_replicas()
+        self.last = binding
+        return binding
+
+    def _rebind(
+        self,
+        ranks: Ranks,
+        entries: list[Entry],
+        chosen: list[Entry],
+        matrices: list[Matrix],
+        state: Mapping[Tensor, Any],
+    ) -> Binding:
+        """Bind parameters that have changed, and carry their factors over."""
+        key = _key(entries)
+        old = self._by_key.get(key)
+        places = {parameter: index for index, parameter in enumerate(old.parameters)} if old else {}
+        error: Exception | None = None
+        candidates: list[Candidate] = []
+        try:
+            self.members.refuse_untested()
+            self._check_that_something_is_left(entries, matrices)
+            for entry, matrix in zip(chosen, matrices, strict=True):
+                if entry.parameter in self.unbound:
+                    self.unbound[entry.parameter].check(matrix)
+                elif old and entry.parameter in places:
+                    packing.check_same_bytes(old.matrices[places[entry.parameter]], matrix)
+                location, offset = entry.locate(self.locations)
+                shard = Shard(location.start, location.stop, location.replica)
+                candidates.append(Candidate(entry.parameter, matrix, shard, entry.holder, offset))
+            if old is None:
+                self._warn_if_lost(chosen, state)
+        except ValueError as found:
+            error = found
+        ranks.raise_together(error)
+        others = [binding.plan.loads() for other, binding in self._by_key.items() if other != key]
+        binding = Binding(ranks, candidates, [sum(loads) for loads in zip(*others, strict=True)])
+        packing.check_that_ranks_agree(ranks, {entry.name: self.unbound.get(entry.parameter) for entry in chosen})
+        kept = {entry.parameter for entry in chosen}
+        for parameter, place in places.items():
+            if parameter not in kept:
+                assert old is not None
+                self.unbound[parameter] = packing.PackedState(old.matrices[place].options, old.pack(place))
+        for index, (entry, matrix) in enumerate(zip(chosen, matrices, strict=True)):
+            if entry.parameter in self.unbound:
+                binding.unpack(index, self.unbound.pop(entry.parameter).full(matrix, ranks))
+            elif old is not None and entry.parameter in places:
+                binding.unpack(index, old.pack(places[entry.parameter]))
+        self._by_key[key] = binding
+        return binding
+
+    def _check_that_something_is_left(self, entries: list[Entry], matrices: list[Matrix]) -> None:
+        """Nothing may become the base optimizer in silence."""
+        if matrices or not any(entry.options.precondition for entry in entries):
+            return
+        if not any(entry.flat for entry in entries):
+            message = "Shampoo4 has no matrix to precondition: only the base optimizer is at work"
+            warnings.warn(message, stacklevel=5)
+        elif not self.members.has_matrix():
+            raise ValueError("Shampoo4 finds no matrix to precondition in what ZeRO has made of the parameters")
+
+    def _warn_if_lost(self, chosen: list[Entry], state: Mapping[Tensor, Any]) -> None:
+        """Say so if the base goes on where the factors begin: DeepSpeed's universal checkpoint knows no factors."""
+        resumed = [e.name for e in chosen if e.flat and _steps(state, e.holder) and e.parameter not in self.unbound]
+        if resumed:
+            self.members.check_unchanged()
+            warnings.warn(
+                f"the base optimizer's states of {', '.join(resumed[:3])}{', ...' if len(resumed) > 3 else ''} were "
+                "loaded without preconditioners (as from DeepSpeed's universal checkpoint): the factors start anew, "
+                "and directions are plain gradients until the next root step",
+                stacklevel=5,
+            )
+
+    # -- states --------------------------------------------------------------------------------------------------------
+
+    def packed(self) -> dict[Tensor, Tensor]:
+        """Every preconditioner there is, as bytes; on several ranks collective, and sharded where parameters are."""
+        packed: dict[Tensor, Tensor] = {}
+        for binding in self.all():
+            for index, parameter in enumerate(binding.parameters):
+                packed[parameter] = fsdp.shard_vector(binding.pack(index), parameter)
+        for parameter, entry in self.unbound.items():
+            packed[parameter] = entry.data
+        return packed
+
+    def pieces(self) -> dict[int, dict[str, Any]]:
+        """This rank's part of every preconditioner there is, by the place of the parameter among those given."""
+        found: dict[Tensor, Unbound] = dict(self.unbound)
+        for binding in self.all():
+            found.update({parameter: binding.pieces(index) for index, parameter in enumerate(binding.parameters)})
+        places = {parameter: place for place, (_, parameter, _) in enumerate(self.members.given())}
+        pieces = {places[parameter]: entry for parameter, entry in found.items()}
+        return {
+            place: entry.as_plain()
+            for place, entry in sorted(pieces.items())
+            if isinstance(entry, packing.PackedPieces)
+        }
+
+    def of_pieces(self, stored: Mapping[int, Mapping[str, Any]]) -> dict[Tensor, Unbound]:
+        """Undo :meth:`pieces`. Raises ValueError unless they are of these parameters, with options that fit."""
+        given = self.members.given()
+        unbound: dict[Tensor, Unbound] = {}
+        for place, plain in stored.items():
+            name, parameter, options = given[place] if place < len(given) else ("", None, None)
+            if parameter is None or options is None:
+                raise ValueError(f"the state_dict has a preconditioner of parameter {place}, which is not there")
+            piece = packing.PackedPieces.of_plain(options, plain)
+            shape = matrix_shape(zero.whole_shape(parameter))
+            if not options.precondition or shape is None:
+                raise ValueError(f"the state_dict has a preconditioner of {name}, which is not preconditioned here")
+            piece.check(Matrix(name, shape, options, piece.data.device))
+            unbound[parameter] = piece
+        return unbound
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of this rank's factors."""
+        bound = sum(binding.preconditioner.nbytes for binding in self.all())
+        return bound + sum(entry.data.numel() for entry in self.unbound.values())
+
+    def owners(self) -> dict[Tensor, str]:
+        """The ranks that own blocks of each parameter."""
+        return {parameter: ranks for binding in self.all() for parameter, ranks in binding.owners().items()}
+
+
+def _key(entries: Sequence[Entry]) -> tuple[Hashable, ...]:
+    return tuple(dict.fromkeys(entry.key for entry in entries if entry.flat))
+
+
+def _matrices(entries: Sequence[Entry]) -> tuple[list[Entry], list[Matrix]]:
+    """The parameters to precondition and their fresh matrices, in the order of the groups."""
+    pairs = [(entry, entry.matrix()) for entry in entries]
+    return (
+        [entry for entry, matrix in pairs if matrix is not None],
+        [matrix for _, matrix in pairs if matrix is not None],
+    )
+
+
+def _steps(state: Mapping[Tensor, Any], holder: Tensor) -> float:
+    """Steps that the base optimizer has made with ``holder``, as far as it says."""
+    steps = state.get(holder, {}).get("step", 0)
+    return float(steps)
+
+
+def _check_gradient(name: str, gradient: Tensor | None) -> None:
+    if gradient is None:
+        return
+    if gradient.layout != torch.strided:
+        raise TypeError(f"the gradient of {name} is sparse ({gradient.layout}): Shampoo4 needs dense gradients")
+    if not gradient.is_floating_point():
+        raise TypeError(f"the gradient of {name} is of type {gradient.dtype}: Shampoo4 needs real floating-point ones")

@@ -1,0 +1,239 @@
+"""The parameters that an optimizer was given, found again in whatever a host has put into its groups since.
+
+Hosts leave parameters where they are (one process, DDP, FSDP1), replace each by another of the same shape (FSDP2, a
+DTensor; DeepSpeed at stage 0 in low precision, a float32 copy), or put flat tensors in their place that hold parts of
+many of them (ZeRO 1, 2, 3).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .integrations import fsdp, zero
+from .layout import matrix_shape
+from .options import PreconditionerOptions
+from .preconditioner import Matrix
+from .ranks import Ranks
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A parameter that takes part in a step.
+
+    Attributes:
+        name: for messages.
+        parameter: in the group; the one that was given, where the group has a flat tensor instead.
+        options: of its group.
+        shape: of the whole parameter.
+        holder: what stands in the group: its gradient holds this rank's elements.
+        flat: whether the holder is a flat tensor with parts of several parameters.
+        trained: whether it takes part in the training.
+        key: equal for all parameters that ``step()`` is given together, and on every rank.
+    """
+
+    name: str
+    parameter: Tensor
+    options: PreconditionerOptions
+    shape: torch.Size
+    holder: Tensor
+    flat: bool
+    trained: bool
+    key: Hashable = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where its gradient is preconditioned."""
+        return zero.compute_device(self.holder) if self.flat else self.holder.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In what its direction is computed."""
+        return torch.promote_types(self.parameter.dtype, torch.float32)
+
+    def matrix(self) -> Matrix | None:
+        """Its matrix, with fresh factors; None if it is not preconditioned."""
+        shape = matrix_shape(self.shape)
+        if shape is None or not self.options.precondition or not self.trained:
+            return None
+        return Matrix(self.name, shape, self.options, self.device, self.dtype)
+
+    def locate(self, bound: Mapping[Tensor, fsdp.Location]) -> tuple[fsdp.Location, int]:
+        """The interval that this rank holds, and where it begins in the flattened holder."""
+        if self.flat:
+            location, offset = zero.locate(self.name, self.parameter, self.holder)
+            return location, offset
+        if zero.is_initialised_partitioned(self.parameter):
+            raise ValueError(
+                f"{self.name} is partitioned by deepspeed.zero.Init, but the optimizer was not given to "
+                "deepspeed.initialize at stage 3"
+            )
+        return fsdp.locate(self.name, self.parameter, bound), 0
+
+
+@dataclass
+class _Given:
+    """One group as it was given. The references are weak: hosts that replace parameters want the old ones freed."""
+
+    group: dict[str, Any]
+    names: list[str]
+    named: bool
+    references: list[weakref.ReferenceType[Tensor]]
+    shapes: list[torch.Size]
+    options: dict[str, Any]  # as they were, but for those that change all the time
+
+    def parameters(self) -> list[Tensor]:
+        """Those that are still there."""
+        return [parameter for parameter in (reference() for reference in self.references) if parameter is not None]
+
+    def is_in_place(self, params: Sequence[Tensor]) -> bool:
+        return len(params) == len(self.references) and all(
+            reference() is parameter for reference, parameter in zip(self.references, params, strict=True)
+        )
+
+
+class Members:
+    """All parameters that an optimizer was given, by groups."""
+
+    def __init__(self) -> None:
+        self._given: list[_Given] = []
+
+    def add(self, group: dict[str, Any]) -> None:
+        """Remember the parameters of a new group."""
+        params, index = group["params"], len(self._given)
+        names = group.get("param_names") or [f"parameter {place} of group {index}" for place in range(len(params))]
+        shapes = [zero.whole_shape(parameter) for parameter in params]
+        references = [weakref.ref(parameter) for parameter in params]
+        self._given.append(_Given(group, list(names), "param_names" in group, references, shapes, _lasting(group)))
+
+    def adopt(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Take over new dictionaries of the same groups, as ``Optimizer.load_state_dict`` makes them."""
+        kept = [given for given in self._given if given.references]  # DeepSpeed drops empty groups
+        for given, group in zip(self._given if len(groups) == len(self._given) else kept, groups, strict=True):
+            given.group, given.options = group, _lasting(group)
+
+    @property
+    def partitioned(self) -> bool:
+        """Whether ZeRO 1, 2 or 3 has put flat tensors into the groups."""
+        return any(
+            zero.is_partitioned(given.parameters()) and not given.is_in_place(given.group["params"])
+            for given in self._given
+        )
+
+    def learn_names(self, ranks: Ranks) -> None:
+        """Under ZeRO, take the names that it knows for parameters that were given without; collective there."""
+        unnamed = [given for given in self._given if not given.named]
+        if not unnamed or not self.partitioned:
+            return
+        known = [zero.names(given.parameters()) for given in unnamed]
+        lists = [[names.get(p) for p in given.parameters()] for given, names in zip(unnamed, known, strict=True)]
+        for found in ranks.gather(lists):  # a rank without any element of a group knows nothing
+            for given, names in zip(unnamed, found, strict=True):
+                if len(names) == len(given.names):
+                    given.names = [new or old for new, old in zip(names, given.names, strict=True)]
+
+    def refuse_untested(self) -> None:
+        """Raise ValueError if ZeRO runs with a feature that was not tested."""
+        if self.partitioned:
+            zero.refuse_untested([parameter for given in self._given for parameter in given.parameters()])
+
+    def check_unchanged(self) -> None:
+        """Raise ValueError if a group's options are no longer its own.
+
+        DeepSpeed 0.19.8 gives every group those of the first when it loads a universal checkpoint at stage 3.
+        """
+        for number, given in enumerate(self._given):
+            for name, value in given.options.items():
+                if given.group.get(name) != value:
+                    raise ValueError(
+                        f"{name} of param group {number} was {value!r} and is {given.group.get(name)!r} after loading: "
+                        "DeepSpeed's universal checkpoint gives every group the options of the first at stage 3; set "
+                        "them again after load_checkpoint()"
+                    )
+
+    def has_matrix(self) -> bool:
+        """Whether there is anything to precondition at all."""
+        return any(
+            options.precondition and parameter is not None and matrix_shape(zero.whole_shape(parameter)) is not None
+            for _, parameter, options in self.given()
+        )
+
+    def given(self) -> list[tuple[str, Tensor | None, PreconditionerOptions]]:
+        """Name, options and, where it still exists, tensor of every parameter, as they were given."""
+        return [
+            (name, reference(), PreconditionerOptions.of_group(given.group))
+            for given in self._given
+            for name, reference in zip(given.names, given.references, strict=True)
+        ]
+
+    def entries(self, groups: Sequence[dict[str, Any]], bound: Mapping[Tensor, fsdp.Location]) -> list[Entry]:
+        """What ``groups``, all of the optimizer's or some, hold now.
+
+        ``bound`` tells the whole shapes of parameters that do not themselves.
+
+        Raises:
+            ValueError: parameters cannot be recognised in what stands there.
+        """
+        return [entry for group in groups for entry in self._entries(group, bound)]
+
+    def _entries(self, group: dict[str, Any], bound: Mapping[Tensor, fsdp.Location]) -> Iterator[Entry]:
+        params: list[Tensor] = group["params"]
+        if not params:
+            return
+        number = next((index for index, given in enumerate(self._given) if given.group is group), None)
+        if number is None:
+            raise ValueError("a param group is none of those that Shampoo4 was given: use add_param_group()")
+        given = self._given[number]
+        options = PreconditionerOptions.of_group(group)
+        if given.is_in_place(params):
+            names = given.names
+        elif zero.is_partitioned(given.parameters()):
+            yield from self._flat_entries(params, number, options)
+            return
+        else:
+            names = self._names_of_replacements(params, number)
+        for name, parameter in zip(names, params, strict=True):
+            trained = parameter.requires_grad or parameter.grad is not None
+            shape = bound[parameter].shape if parameter in bound else parameter.shape
+            yield Entry(name, parameter, options, shape, parameter, False, trained)
+
+    def _flat_entries(self, flats: list[Tensor], number: int, options: PreconditionerOptions) -> Iterator[Entry]:
+        """The parameters in ZeRO's flat tensors."""
+        given = self._given[number]
+        names = {reference(): name for reference, name in zip(given.references, given.names, strict=True)}
+        for flat in flats:
+            key, parameters = zero.members(flat, number, given.parameters())
+            for parameter in parameters:
+                if parameter not in names:
+                    raise ValueError(f"ZeRO keeps a parameter of shape {zero.whole_shape(parameter)} in another group")
+                yield Entry(names[parameter], parameter, options, zero.whole_shape(parameter), flat, True, True, key)
+
+    def _names_of_replacements(self, params: list[Tensor], number: int) -> list[str]:
+        """The names of the parameters that ``params`` have replaced one by one, all or the trained ones."""
+        given = self._given[number]
+        trained = [reference() is not None and bool(reference().requires_grad) for reference in given.references]  # type: ignore[union-attr]
+        for chosen in ([True] * len(trained), trained):
+            names = [name for name, keep in zip(given.names, chosen, strict=True) if keep]
+            shapes = [shape for shape, keep in zip(given.shapes, chosen, strict=True) if keep]
+            if shapes == [parameter.shape for parameter in params]:
+                return names
+        raise ValueError(
+            f"param group {number} was given {len(given.names)} parameters of shapes {_few(given.shapes)} and now has "
+            f"{len(params)} of shapes {_few([parameter.shape for parameter in params])}: no telling which is which"
+        )
+
+
+def _lasting(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A group's options without those that schedulers change."""
+    return {
+        k: v for k, v in group.items() if k not in ("params", "param_names", "lr", "initial_lr", "momentum", "betas")
+    }
+
+
+def _few(shapes: Sequence[torch.Size]) -> str:
+    return ", ".join(str(tuple(shape)) for shape in shapes[:3]) + (", ..." if len(shapes) > 3 else "")
