@@ -11,7 +11,8 @@ stage               what a flat tensor holds                 what tells a parame
 3                   1/W of each parameter of a sub-group     ``grad_position`` of ZeRO's optimizer
 ==================  =======================================  ==========================================================
 
-At stage 0 nothing is flat: parameters, or copies of them in float32, are whole on every rank. Nothing here imports
+At stage 0 nothing is flat: parameters, or copies of them in float32, are whole on every rank. The engine, which knows
+the configuration and the parameters' names, is found among the callers of the optimizer. Nothing here imports
 DeepSpeed: :mod:`.deepspeed` does.
 """
 
@@ -36,32 +37,33 @@ class Fragment(NamedTuple):
 
 
 class Untested(NamedTuple):
-    """A feature that is refused: the attribute of ZeRO's optimizer that tells it, its value when off, what to say."""
+    """A feature that is refused: where the engine tells it, what it is when off, its name, what to do instead."""
 
-    attribute: str
-    off: Any
+    path: str
+    off: tuple[Any, ...]
     option: str
-    instead: str
+    instead: str = "leave it out"
 
 
-_UNTESTED = (
-    Untested("elastic_checkpoint", False, "zero_optimization.elastic_checkpoint", "leave it out"),
-    Untested("swap_optimizer", False, 'offload_optimizer.device = "nvme"', 'use "cpu"'),
-    Untested("params_in_nvme_and_cpu", False, 'offload_param.device = "nvme"', 'use "cpu"'),
-    Untested("zero_hpz_partition_size", 1, "zero_hpz_partition_size (ZeRO++)", "leave it out"),
-    Untested("zero_quantized_nontrainable_weights", False, "zero_quantized_nontrainable_weights", "leave it out"),
-    Untested("all2all_process_group", None, "zero_quantized_gradients (ZeRO++)", "leave it out"),
-    Untested("has_moe_layers", False, "mixture-of-experts layers", "use dense ones"),
-    Untested("zenflow", False, "zenflow", "leave it out"),
-    Untested("torch_autocast_gradscaler", None, "torch_autocast with float16", 'use "fp16" or "bf16"'),
-    Untested("backup_optimizer", None, "offload_optimizer.ratio below 1", "set it to 1"),
-    Untested("bf16_master_weights_and_gradients", False, "bf16.bf16_master_weights_and_grads", "leave it out"),
-    Untested("fp16_master_weights_and_gradients", False, "fp16.fp16_master_weights_and_grads", "leave it out"),
+_ALWAYS = (
+    Untested("has_moe_layers", (False,), "a mixture of experts", "use a dense model"),
+    Untested("pipeline_parallelism", (False,), "pipeline parallelism"),
+    Untested("_config.tensor_parallel_config.autotp_size", (0, 1), "tensor_parallel.autotp_size"),
+    Untested("_config.compile_config.deepcompile", (False,), "compile.deepcompile"),
+    Untested("_config.torch_autocast_enabled", (False,), "torch_autocast", 'use "bf16" or "fp16"'),
 )
-_UNTESTED_CLASSES = {
-    "MiCS_Optimizer": "mics_shard_size",
-    "SuperOffloadOptimizer_Stage3": "offload_optimizer.super_offload",
-}
+_ZERO = (
+    Untested("elastic_checkpoint", (False,), "elastic_checkpoint"),
+    Untested("offload_optimizer.device", ("none", "cpu"), "offload_optimizer.device", 'use "cpu"'),
+    Untested("offload_optimizer.ratio", (1.0,), "offload_optimizer.ratio"),
+    Untested("offload_optimizer.super_offload", (False,), "offload_optimizer.super_offload"),
+    Untested("offload_param.device", ("none", "cpu"), "offload_param.device", 'use "cpu"'),
+    Untested("zero_hpz_partition_size", (0, 1), "zero_hpz_partition_size (ZeRO++)"),
+    Untested("zero_quantized_weights", (False,), "zero_quantized_weights (ZeRO++)"),
+    Untested("zero_quantized_nontrainable_weights", (False,), "zero_quantized_nontrainable_weights (ZeRO++)"),
+    Untested("zero_quantized_gradients", (False,), "zero_quantized_gradients (ZeRO++)"),
+    Untested("zenflow", (None,), "zenflow"),
+)
 
 
 def is_partitioned(parameters: Iterable[Tensor]) -> bool:
@@ -94,7 +96,7 @@ def members(flat: Tensor, group: Hashable, parameters: Sequence[Tensor]) -> tupl
     raise ValueError("the optimizer was called with a tensor that is none of ZeRO 3's sub-groups")
 
 
-def locate(name: str, parameter: Tensor, flat: Tensor) -> Fragment:
+def locate(name: str, parameter: Tensor, flat: Tensor, engine: Any) -> Fragment:
     """The part of ``parameter`` that ``flat`` holds on this rank.
 
     Raises:
@@ -102,13 +104,25 @@ def locate(name: str, parameter: Tensor, flat: Tensor) -> Fragment:
     """
     if _is_stage_3(parameter):
         return _locate_stage_3(name, parameter, flat)
-    return _locate_flat(name, parameter, flat)
+    fragment = _locate_flat(name, parameter, flat)
+    if not engine.zero_round_robin_gradients():  # DeepSpeed 0.19.8 then maps parameters in another order than it keeps
+        _check_against_mapping(name, parameter, fragment)
+    return fragment
 
 
-def names(parameters: Sequence[Tensor]) -> dict[Tensor, str]:
-    """The names in the model that ZeRO knows of ``parameters``; empty on a rank that has none of their elements."""
-    known: dict[Tensor, str] = getattr(_optimizer(parameters), "param_names", None) or {}
-    return {parameter: known[parameter] for parameter in parameters if parameter in known}
+def find_engine(optimizer: Any) -> Any:
+    """The DeepSpeed engine that works with ``optimizer`` and is just calling it; None if none is.
+
+    An engine keeps its optimizer, but neither the optimizer nor the parameters tell of their engine.
+    """
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if frame.f_globals.get("__name__") == "deepspeed.runtime.engine":
+            engine = frame.f_locals.get("self")
+            if getattr(engine, "basic_optimizer", None) is optimizer:
+                return engine
+    return None
 
 
 def compute_device(flat: Tensor) -> torch.device:
@@ -123,29 +137,18 @@ def compute_device(flat: Tensor) -> torch.device:
     return torch.device(get_accelerator().current_device_name())
 
 
-def refuse_untested(parameters: Sequence[Tensor]) -> None:
-    """Raise ValueError, naming the option and what to do, if ZeRO runs with a feature that was not tested."""
-    zero = _optimizer(parameters)
-    advice = "Shampoo4 was not tested with it"
-    for untested in _UNTESTED:
-        value = getattr(zero, untested.attribute, untested.off)
-        if value != untested.off and not (untested.off == 1 and value == 0):
-            raise ValueError(f"{untested.option} is on in the DeepSpeed configuration: {advice}; {untested.instead}")
-    for cls in type(zero).__mro__:
-        if cls.__name__ in _UNTESTED_CLASSES:
-            option = _UNTESTED_CLASSES[cls.__name__]
-            raise ValueError(f"{option} is on in the DeepSpeed configuration: {advice}; leave it out")
-    for parameter in parameters:
-        if not getattr(parameter, "allreduce", True):
-            raise ValueError(f"expert parameters (mixture of experts) are among the optimizer's: {advice}")
-    if getattr(getattr(zero, "parameter_offload", None), "zero_quantized_weights", False):
-        raise ValueError(f"zero_quantized_weights is on in the DeepSpeed configuration: {advice}; leave it out")
-
-
-def calls_on_every_rank() -> bool:
-    """Whether the caller of the caller is DeepSpeed itself, which asks every rank for an optimizer's state."""
-    name: str = sys._getframe(2).f_globals.get("__name__", "")
-    return name == "deepspeed" or name.startswith("deepspeed.")
+def refuse_untested(engine: Any) -> None:
+    """Raise ValueError, naming the option and what to do, if ``engine`` runs with a feature that was not tested."""
+    checks = [(engine, "", untested) for untested in _ALWAYS]
+    if engine.zero_optimization_stage() > 0:
+        checks += [(engine._config.zero_config, "zero_optimization.", untested) for untested in _ZERO]
+    for holder, section, (path, off, option, instead) in checks:
+        value = _follow(holder, path)
+        if value is not _ABSENT and value not in off:
+            shown = getattr(value, "value", value)
+            raise ValueError(
+                f"DeepSpeed runs with {section}{option} = {shown!r}: Shampoo4 was not tested with that; {instead}"
+            )
 
 
 # -- the stages --------------------------------------------------------------------------------------------------------
@@ -159,12 +162,15 @@ def _stage_3(parameters: Sequence[Tensor]) -> Any:
     return next((zero for zero in (getattr(p, "_z3_optimizer", None) for p in parameters) if zero is not None), None)
 
 
-def _optimizer(parameters: Sequence[Tensor]) -> Any:
-    """ZeRO's optimizer; None where it does not tell (BF16_Optimizer, and a rank that holds none of ``parameters``)."""
-    zero = _stage_3(parameters)
-    if zero is not None:
-        return zero
-    return next((zero for zero in (getattr(p, "_zero_optimizer", None) for p in parameters) if zero is not None), None)
+_ABSENT = object()
+
+
+def _follow(holder: Any, path: str) -> Any:
+    """The attribute at a dotted ``path``; ``_ABSENT`` if there is none, or a part of it is None."""
+    *parts, last = path.split(".")
+    for part in parts:
+        holder = getattr(holder, part, None)
+    return getattr(holder, last, _ABSENT)
 
 
 def _locate_stage_3(name: str, parameter: Any, flat: Tensor) -> Fragment:
@@ -199,15 +205,12 @@ def _locate_flat(name: str, parameter: Any, flat: Tensor) -> Fragment:
     )
     offset = begin + location.start - first if location.stop else 0
     _check_inside(name, offset, location, flat)
-    _check_against_mapping(name, parameter, location, offset)
     return Fragment(location, offset)
 
 
-def _check_against_mapping(name: str, parameter: Any, location: Location, offset: int) -> None:
-    """Compare with what ZeRO says of its float32 weights; not with ``round_robin_gradients``, where that is wrong."""
-    if getattr(getattr(parameter, "_zero_optimizer", None), "round_robin_gradients", False):
-        return  # DeepSpeed 0.19.8 maps them in another order than it keeps them in
-    mapping = parameter._hp_mapping
+def _check_against_mapping(name: str, parameter: Any, fragment: Fragment) -> None:
+    """Compare with what ZeRO says of its float32 weights."""
+    mapping, (location, offset) = parameter._hp_mapping, fragment
     expected = (0, 0) if mapping is None else (mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel)
     found = (offset, location.stop - location.start)
     if found != expected:

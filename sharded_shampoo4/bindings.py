@@ -57,14 +57,14 @@ class Bindings:
 
     # -- at a step -----------------------------------------------------------------------------------------------------
 
-    def bind(self, groups: Sequence[dict[str, Any]], state: Mapping[Tensor, Any]) -> Binding:
+    def bind(self, groups: Sequence[dict[str, Any]], state: Mapping[Tensor, Any], engine: Any) -> Binding:
         """Check this step's gradients, and give the binding of the parameters in ``groups`` as they are; collective.
 
-        ``state`` are the base optimizer's states.
+        ``state`` are the base optimizer's states; ``engine`` is DeepSpeed's, if one is calling.
         """
         if self.ranks is None:  # first of all: an error on one rank must reach the others
             self.ranks = Ranks(fsdp.process_group([p for group in groups for p in group["params"]]))
-            self.members.learn_names(self.ranks)
+            self.members.meet(engine)
         ranks = self.ranks
         error: Exception | None = None
         entries: list[Entry] = []
@@ -117,7 +117,7 @@ class Bindings:
                     self.unbound[entry.parameter].check(matrix)
                 elif old and entry.parameter in places:
                     packing.check_same_bytes(old.matrices[places[entry.parameter]], matrix)
-                location, offset = entry.locate(self.locations)
+                location, offset = entry.locate(self.locations, self.members.engine)
                 shard = Shard(location.start, location.stop, location.replica)
                 candidates.append(Candidate(entry.parameter, matrix, shard, entry.holder, offset))
             if old is None:

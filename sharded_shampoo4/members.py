@@ -19,7 +19,6 @@ from .integrations import fsdp, zero
 from .layout import matrix_shape
 from .options import PreconditionerOptions
 from .preconditioner import Matrix
-from .ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -63,10 +62,10 @@ class Entry:
             return None
         return Matrix(self.name, shape, self.options, self.device, self.dtype)
 
-    def locate(self, bound: Mapping[Tensor, fsdp.Location]) -> tuple[fsdp.Location, int]:
+    def locate(self, bound: Mapping[Tensor, fsdp.Location], engine: Any) -> tuple[fsdp.Location, int]:
         """The interval that this rank holds, and where it begins in the flattened holder."""
         if self.flat:
-            location, offset = zero.locate(self.name, self.parameter, self.holder)
+            location, offset = zero.locate(self.name, self.parameter, self.holder, engine)
             return location, offset
         if zero.is_initialised_partitioned(self.parameter):
             raise ValueError(
@@ -102,6 +101,7 @@ class Members:
 
     def __init__(self) -> None:
         self._given: list[_Given] = []
+        self._engine: weakref.ReferenceType[Any] | None = None  # DeepSpeed's, if there is one
 
     def add(self, group: dict[str, Any]) -> None:
         """Remember the parameters of a new group."""
@@ -125,22 +125,29 @@ class Members:
             for given in self._given
         )
 
-    def learn_names(self, ranks: Ranks) -> None:
-        """Under ZeRO, take the names that it knows for parameters that were given without; collective there."""
-        unnamed = [given for given in self._given if not given.named]
-        if not unnamed or not self.partitioned:
-            return
-        known = [zero.names(given.parameters()) for given in unnamed]
-        lists = [[names.get(p) for p in given.parameters()] for given, names in zip(unnamed, known, strict=True)]
-        for found in ranks.gather(lists):  # a rank without any element of a group knows nothing
-            for given, names in zip(unnamed, found, strict=True):
-                if len(names) == len(given.names):
-                    given.names = [new or old for new, old in zip(names, given.names, strict=True)]
+    def meet(self, engine: Any) -> None:
+        """Take from DeepSpeed's ``engine`` the names of parameters that were given without; it may be None."""
+        self._engine = None if engine is None else weakref.ref(engine)
+        names: Mapping[Tensor, str] = getattr(engine, "param_names", {})
+        for given in self._given:
+            if not given.named:
+                pairs = zip(given.references, given.names, strict=True)
+                given.names = [names.get(reference(), name) for reference, name in pairs]  # type: ignore[arg-type]
+
+    @property
+    def engine(self) -> Any:
+        """DeepSpeed's engine, or None."""
+        return None if self._engine is None else self._engine()
 
     def refuse_untested(self) -> None:
-        """Raise ValueError if ZeRO runs with a feature that was not tested."""
-        if self.partitioned:
-            zero.refuse_untested([parameter for given in self._given for parameter in given.parameters()])
+        """Raise ValueError if DeepSpeed runs with a feature that was not tested."""
+        if self.engine is not None:
+            zero.refuse_untested(self.engine)
+        elif self.partitioned:
+            raise ValueError(
+                "ZeRO has partitioned the parameters, but the optimizer is not called by a DeepSpeed engine: use "
+                "engine.step(), and one engine for one optimizer"
+            )
 
     def check_unchanged(self) -> None:
         """Raise ValueError if a group's options are no longer its own.

@@ -167,7 +167,7 @@ class Shampoo4(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        binding = self._bindings.bind(self.param_groups, self.state)
+        binding = self._bindings.bind(self.param_groups, self.state, self._engine())
         self._consolidated = {}
         if self._is_dry_step(binding):
             self._make_base_states_only()
@@ -175,6 +175,10 @@ class Shampoo4(Optimizer):
             binding.precondition()
             self._base_step()
         return loss
+
+    def _engine(self) -> Any:
+        """DeepSpeed's engine, where one is calling; looked for in the first step only."""
+        return zero.find_engine(self) if self._bindings.ranks is None else None
 
     def _base_step(self) -> None:
         """The base optimizer's own step, on our groups and states."""
@@ -234,7 +238,7 @@ class Shampoo4(Optimizer):
         """
         if self._members.partitioned:
             return {**super().state_dict(), packing.PIECES_KEY: self._bindings.pieces()}
-        packed = self._packed(everywhere=zero.calls_on_every_rank())
+        packed = self._packed(everywhere=zero.find_engine(self) is not None)
         return packing.join(super().state_dict(), [packed.get(parameter) for parameter in self._current()])
 
     @torch.no_grad()

@@ -6,6 +6,7 @@ Knows nothing of the optimizer under test.
 from __future__ import annotations
 
 import contextlib
+import functools
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.context
@@ -48,6 +49,22 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+@functools.cache
+def _remembered(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any] | RankError:
+    try:
+        return run_ranks(world_size, function, *args)
+    except RankError as error:
+        return error
+
+
+def run_ranks_once(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """Like :func:`run_ranks`, but a second call with equal arguments gives the first one's results, or its error."""
+    results = _remembered(world_size, function, *args)
+    if isinstance(results, RankError):
+        raise results
+    return results
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 240.0) -> list[Any]:

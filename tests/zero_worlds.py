@@ -17,6 +17,7 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger, safe_get_full_fp32_param
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -79,9 +80,20 @@ def configuration(host: str, **options: Any) -> dict[str, Any]:
     return {"train_micro_batch_size_per_gpu": 1, "gradient_clipping": 0.0, "zero_optimization": zero, **options}
 
 
-def start(model: nn.Module, config: Mapping[str, Any], optimizer: Optimizer | None = None) -> Any:
-    """An engine; without ``optimizer``, with the one that ``config`` names."""
-    chosen = {"optimizer": optimizer} if optimizer else {"model_parameters": model.parameters()}
+def pretend_fp16() -> None:
+    """Have DeepSpeed believe that this device computes in float16: some CPUs do so natively only, torch on all."""
+    accelerator = get_accelerator()
+    accelerator.is_fp16_supported = lambda: True
+
+
+def start(
+    model: nn.Module,
+    config: Mapping[str, Any],
+    optimizer: Optimizer | None = None,
+    groups: list[dict[str, Any]] | None = None,
+) -> Any:
+    """An engine; without ``optimizer``, with the one that ``config`` names, on ``groups`` or all parameters."""
+    chosen = {"optimizer": optimizer} if optimizer else {"model_parameters": groups or model.parameters()}
     engine, *_ = deepspeed.initialize(model=model, config=dict(config), dist_init_required=False, **chosen)
     return engine
 

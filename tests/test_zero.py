@@ -1,0 +1,221 @@
+"""DeepSpeed's engines in all the ways that people configure them: the same weights as one process, bit by bit.
+
+Gradients are replayed (``zero_worlds.py``) through the real engine. What every stage does with ordinary settings is in
+``test_contract.py``.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+import worlds as hosts
+import zero_worlds as zero
+from torch import Tensor
+
+from sharded_shampoo4 import Shampoo4
+
+STEPS = 20
+OPTIONS = {
+    "lr": 1e-2,
+    "weight_decay": 0.1,
+    "statistics_interval": 2,
+    "root_interval": 4,
+    "max_preconditioner_dim": 30,
+    "min_quant_numel": 0,
+}
+BF16 = {"bf16": {"enabled": True}}
+FP16 = {"fp16": {"enabled": True, "initial_scale_power": 4, "loss_scale_window": 1000, "hysteresis": 1}}
+CPU = {"device": "cpu", "pin_memory": False}
+WARMUP = {"type": "WarmupLR", "params": {"warmup_max_lr": 0.01, "warmup_num_steps": 8, "warmup_type": "linear"}}
+
+
+@dataclass
+class Case:
+    """A configuration of DeepSpeed; ``optimizer`` says who makes the optimizer."""
+
+    host: str
+    config: dict[str, Any] = field(default_factory=dict)
+    kind: str = "mlp"
+    optimizer: str = (
+        "configuration"  # | "program" | "groups": groups of the program's, the optimizer of the configuration
+    )
+    zero_init: bool = False
+    overflow: int | None = None  # a step whose gradients overflow
+
+
+def everywhere(name: str, stages: str, zero_options: dict[str, Any] | None = None, **config: Any) -> dict[str, Case]:
+    zero_part = {"zero": zero_options} if zero_options else {}
+    return {f"{name}, stage {stage}": Case(f"zero{stage}", {**config, **zero_part}) for stage in stages}
+
+
+CASES: dict[str, Case] = {
+    **everywhere("one micro-batch", "0123"),
+    **everywhere("four micro-batches", "0123", gradient_accumulation_steps=4),
+    **everywhere("round robin", "12", {"round_robin_gradients": True}),
+    **everywhere("aligned parameters", "12", {"parameter_alignment": True}),
+    **everywhere("overlapping communication", "123", {"overlap_comm": True}),
+    **everywhere("gradients not contiguous", "1", {"contiguous_gradients": False}),
+    **everywhere("small buckets", "123", {"reduce_bucket_size": 500, "allgather_bucket_size": 500}),
+    **everywhere("offloaded optimizer", "123", {"offload_optimizer": CPU}),
+    **everywhere("offloaded, four micro-batches", "123", {"offload_optimizer": CPU}, gradient_accumulation_steps=4),
+    **everywhere("offloaded parameters", "3", {"offload_optimizer": CPU, "offload_param": CPU}),
+    **everywhere("small sub-groups", "3", {"sub_group_size": 64}),
+    **everywhere("no persistent parameters", "3", {"param_persistence_threshold": 0}),
+    **everywhere("learning rate from a schedule", "0123", scheduler=WARMUP),
+    **{f"groups, stage {n}": Case(f"zero{n}", optimizer="groups") for n in range(4)},
+    "sub-groups of groups, stage 3": Case("zero3", {"zero": {"sub_group_size": 64}}, optimizer="groups"),
+    **{f"the program's optimizer, stage {n}": Case(f"zero{n}", optimizer="program") for n in range(4)},
+    "the program's optimizer, offloaded": Case(
+        "zero2", {"zero": {"offload_optimizer": CPU}, "zero_force_ds_cpu_optimizer": False}, optimizer="program"
+    ),
+    **{f"a ViT, stage {n}": Case(f"zero{n}", {"zero": {"round_robin_gradients": n == 2}}, "vit") for n in range(4)},
+    **{f"bf16, stage {n}": Case(f"zero{n}", BF16, "bf16") for n in range(4)},
+    "bf16 with gradients in float32": Case("zero1", {**BF16, "data_types": {"grad_accum_dtype": "fp32"}}, "bf16"),
+    "bf16, groups, gradients in float32": Case(
+        "zero1", {**BF16, "data_types": {"grad_accum_dtype": "fp32"}}, "bf16", "groups"
+    ),
+    "bf16, offloaded": Case("zero2", {**BF16, "zero": {"offload_optimizer": CPU}}, "bf16"),
+    # At stage 0 a dynamic scale begins at 2**32, whatever the configuration says: the first steps would be skipped.
+    "fp16, stage 0": Case("zero0", {"fp16": {"enabled": True, "loss_scale": 16.0}}, "fp16", overflow=5),
+    **{f"fp16, stage {n}": Case(f"zero{n}", FP16, "fp16", overflow=5) for n in (1, 2, 3)},
+    "fp16, offloaded": Case("zero3", {**FP16, "zero": {"offload_optimizer": CPU}}, "fp16", overflow=5),
+    "zero.Init": Case("zero3", zero_init=True),
+    "zero.Init of a ViT": Case("zero3", {"zero": {"sub_group_size": 4000}}, "vit", zero_init=True),
+}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def make_model(case: Case) -> torch.nn.Module:
+    return hosts.make_model("mlp").to(DTYPES[case.kind]) if case.kind in DTYPES else hosts.make_model(case.kind)
+
+
+def make_gradients(case: Case, step: int) -> dict[str, Tensor | None]:
+    return hosts.make_gradients("bf16" if case.kind in DTYPES else case.kind, step)
+
+
+def groups_of(named: list[tuple[str, torch.nn.Parameter]]) -> list[dict[str, Any]]:
+    """Matrices in two groups, one with other options, and everything else in a third."""
+    return [
+        {"params": [p for n, p in named if p.dim() > 1 and "middle" not in n], "weight_decay": 0.3},
+        {"params": [p for n, p in named if p.dim() > 1 and "middle" in n], "bits": 8, "statistics_interval": 3},
+        {"params": [p for n, p in named if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+
+
+def start(case: Case) -> Any:
+    """An engine as ``case`` wants it."""
+    config = zero.configuration(case.host, **copy.deepcopy(case.config))
+    if case.optimizer != "program":
+        config["optimizer"] = {"type": "Shampoo4", "params": OPTIONS}
+    if case.zero_init:
+        with zero.deepspeed.zero.Init(config_dict_or_path=config):
+            model = make_model(case)
+    else:
+        model = make_model(case)
+    replay = zero.Replay(model)
+    if case.optimizer == "groups":
+        return zero.start(replay, config, groups=groups_of(list(replay.named_parameters())))
+    optimizer = Shampoo4(replay.named_parameters(), **OPTIONS) if case.optimizer == "program" else None
+    return zero.start(replay, config, optimizer)
+
+
+def train(engine: Any, case: Case, steps: range) -> list[float]:
+    """Replay gradients; returns the learning rates."""
+    rates = []
+    for step in steps:
+        rates.append(engine.get_lr()[0])
+        gradients = make_gradients(case, step)
+        if step == case.overflow:
+            gradients["stem.bias"] = torch.full_like(gradients["stem.bias"], float("inf"))
+        zero.step(engine, gradients)
+    return rates
+
+
+def run_case(case: Case) -> dict[str, Any]:
+    engine = start(case)
+    rates = train(engine, case, range(STEPS))
+    optimizer = engine.basic_optimizer
+    result = {
+        "wrapper": type(engine.optimizer).__name__,
+        "rates": rates,
+        "parameters": zero.full_parameters(engine),
+        "bytes": optimizer.state_bytes(),
+        "described": optimizer.describe(),
+        "skipped": engine.skipped_steps,
+    }
+    engine.destroy()
+    return result
+
+
+def run_all(rank: int) -> dict[str, dict[str, Any]]:
+    zero.prepare()
+    zero.pretend_fp16()
+    return {name: run_case(case) for name, case in CASES.items()}
+
+
+def results(world_size: int) -> list[dict[str, dict[str, Any]]]:
+    return hosts.run_ranks_once(world_size, run_all)
+
+
+def run_alone(case: Case, rates: list[float]) -> tuple[dict[str, Tensor], int]:
+    """The same training in one process, on float32 copies of the weights; and the bytes of all factors."""
+    model = make_model(case)
+    dtypes = {name: p.dtype for name, p in model.named_parameters()}
+    model = model.float()
+    named = list(model.named_parameters())
+    optimizer = Shampoo4(groups_of(named) if case.optimizer == "groups" else named, **OPTIONS)
+    for step, rate in enumerate(rates):
+        if step == case.overflow:
+            continue
+        gradients = make_gradients(case, step)
+        for name, parameter in named:
+            gradient = gradients[name]
+            if parameter.requires_grad:  # DeepSpeed makes zeros of a missing gradient
+                parameter.grad = torch.zeros_like(parameter) if gradient is None else gradient.float()
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+    return {n: p.detach().to(dtypes[n]) for n, p in named}, optimizer.state_bytes()["preconditioner"]
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("name", CASES)
+def test_the_weights_are_those_of_one_process(name: str, world_size: int) -> None:
+    case = CASES[name]
+    ranks = [rank[name] for rank in results(world_size)]
+    with hosts.one_thread():
+        expected, whole = run_alone(case, ranks[0]["rates"])
+    for rank in ranks:
+        for key, value in rank["parameters"].items():
+            assert torch.equal(value, expected[key]), (key, (value - expected[key]).abs().max())
+        assert rank["skipped"] == (0 if case.overflow is None else 1)
+    held = [rank["bytes"]["preconditioner"] for rank in ranks]
+    assert sum(held) == whole
+    assert max(held) <= 1.25 * whole / world_size, held  # small models: a few blocks for each rank
+    if "scheduler" in case.config:
+        assert len(set(ranks[0]["rates"])) > 5
+
+
+def test_the_wrappers_are_those_that_the_cases_are_for() -> None:
+    found = {name: rank["wrapper"] for name, rank in results(2)[0].items()}
+    assert found["one micro-batch, stage 0"] == "Shampoo4"
+    assert found["bf16, stage 0"] == found["fp16, stage 0"] == "FP16_UnfusedOptimizer"
+    assert found["bf16, stage 1"] == found["fp16, stage 2"] == "DeepSpeedZeroOptimizer"
+    assert found["bf16 with gradients in float32"] == "BF16_Optimizer"
+    assert found["bf16, stage 3"] == found["zero.Init"] == "DeepSpeedZeroOptimizer_Stage3"
+
+
+def test_parameters_have_their_names_where_zero_knows_them() -> None:
+    for rank in results(2):
+        for name in (
+            "one micro-batch, stage 1",
+            "one micro-batch, stage 3",
+            "zero.Init",
+            "the program's optimizer, stage 2",
+        ):
+            assert "middle.weight  (101, 44)  yes: 4 bits" in rank[name]["described"]
+        assert "middle.weight  (101, 44)  yes: 8 bits" in rank["groups, stage 2"]["described"]
