@@ -67,11 +67,6 @@ class Entry:
         if self.flat:
             location, offset = zero.locate(self.name, self.parameter, self.holder, engine)
             return location, offset
-        if zero.is_initialised_partitioned(self.parameter):
-            raise ValueError(
-                f"{self.name} is partitioned by deepspeed.zero.Init, but the optimizer was not given to "
-                "deepspeed.initialize at stage 3"
-            )
         return fsdp.locate(self.name, self.parameter, bound), 0
 
 
@@ -205,6 +200,11 @@ class Members:
         else:
             names = self._names_of_replacements(params, number)
         for name, parameter in zip(names, params, strict=True):
+            if zero.is_initialised_partitioned(parameter):
+                raise ValueError(
+                    f"{name} is partitioned by deepspeed.zero.Init, but the optimizer was not given to "
+                    "deepspeed.initialize at stage 3"
+                )
             trained = parameter.requires_grad or parameter.grad is not None
             shape = bound[parameter].shape if parameter in bound else parameter.shape
             yield Entry(name, parameter, options, shape, parameter, False, trained)
