@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from .options import OPTION_NAMES, PreconditionerOptions, base_arguments, base_c
 from .plan import Plan, PlannedMatrix, Shard
 from .preconditioner import Matrix
 
-_HOSTS = ("none", "ddp", "fsdp2", "hsdp")
+_HOSTS = ("none", "ddp", "fsdp2", "hsdp", "zero0", "zero1", "zero2", "zero3")
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
@@ -64,29 +64,28 @@ def estimate_memory(
         named_shapes: names and shapes (or tensors, whose shapes are taken) of the parameters that are trained, in the
             order in which the optimizer is given them, such as ``model.named_parameters()``.
         world_size: number of ranks.
-        host: what shards the parameters: ``"none"`` (one process), ``"ddp"``, ``"fsdp2"``, ``"hsdp"``.
+        host: what shards the parameters: ``"none"`` (one process), ``"ddp"``, ``"fsdp2"``, ``"hsdp"``, or DeepSpeed's
+            ``"zero0"`` to ``"zero3"``, there with all parameters in one group and, at stage 3, one sub-group.
         replicas: under ``"hsdp"``, the number of complete copies of the model: the first size of its mesh.
-        dtype: type of the parameters, which is that of most base optimizers' states.
+        dtype: type of the parameters, which is that of most base optimizers' states. DeepSpeed's are in float32.
         lr, base, weight_decay, **shampoo4_options: as :class:`Shampoo4` takes them.
 
     Raises:
         TypeError, ValueError: as :class:`Shampoo4` does; a host that is not known, or cannot have so many ranks.
     """
     copies = _copies(host, world_size, replicas)
+    dtype = torch.float32 if host.startswith("zero") else dtype
     own = {name: shampoo4_options.pop(name) for name in OPTION_NAMES if name in shampoo4_options}
     options = PreconditionerOptions(**own)
     rule = base_class(base)
     per_element, per_tensor = _base_costs(rule, base_arguments(rule, lr, weight_decay, shampoo4_options), dtype)
     computed = torch.promote_types(dtype, torch.float32)
 
-    base_bytes = [0] * world_size
+    items = list(named_shapes.items() if isinstance(named_shapes, Mapping) else named_shapes)
+    shapes = [x.shape if isinstance(x, Tensor) else torch.Size(x) for _, x in items]
+    sharding = _shard_all(host, shapes, world_size, copies)
     matrices, planned = [], []
-    items = named_shapes.items() if isinstance(named_shapes, Mapping) else named_shapes
-    for name, shape_or_tensor in items:
-        shape = shape_or_tensor.shape if isinstance(shape_or_tensor, Tensor) else torch.Size(shape_or_tensor)
-        shards = _shards(shape, copies, world_size // copies)
-        for rank, shard in enumerate(shards):  # a rank with an empty shard keeps the counts of steps all the same
-            base_bytes[rank] += per_element * (shard.stop - shard.start) + per_tensor
+    for (name, _), shape, shards in zip(items, shapes, sharding.shards, strict=True):
         matrix_view = matrix_shape(shape) if options.precondition else None
         if matrix_view:
             matrix = Matrix(name, matrix_view, options, torch.device("meta"), computed)
@@ -98,6 +97,7 @@ def estimate_memory(
     preconditioner = [0] * world_size
     for (index, block), owner in zip(plan.blocks, plan.owners, strict=True):
         preconditioner[owner] += matrices[index].block_bytes(block)
+    base_bytes = [per_element * elements + per_tensor * sharding.tensors for elements in sharding.elements]
     return MemoryEstimate(preconditioner, base_bytes, [computed.itemsize * count for count in plan.elements_sent()])
 
 
@@ -113,13 +113,50 @@ def _copies(host: str, world_size: int, replicas: int | None) -> int:
     if (host == "hsdp") != (replicas is not None):
         raise ValueError(f"replicas must be given under host='hsdp', and there only: got {replicas!r} with {host!r}")
     if replicas is None:
-        return world_size if host == "ddp" else 1
+        return world_size if host in ("ddp", "zero0") else 1
     if world_size % replicas:
         raise ValueError(f"world_size must be a multiple of replicas, got {world_size} and {replicas}")
     return replicas
 
 
-def _shards(shape: torch.Size, copies: int, parts: int) -> tuple[Shard, ...]:
+class _Sharding(NamedTuple):
+    """Every rank's shard of every parameter; and the elements of a rank's own tensors, and their number."""
+
+    shards: list[tuple[Shard, ...]]
+    elements: list[int]
+    tensors: int
+
+
+def _shard_all(host: str, shapes: list[torch.Size], world_size: int, copies: int) -> _Sharding:
+    if host in ("zero1", "zero2"):
+        return _shard_in_a_row(shapes, world_size)
+    if host == "zero3":
+        parts = [-(-shape.numel() // world_size) for shape in shapes]
+        shards = [_cut(shape.numel(), 0, part, world_size) for shape, part in zip(shapes, parts, strict=True)]
+        return _Sharding(shards, [sum(parts)] * world_size, 1)
+    shards = [_shard_rows(shape, copies, world_size // copies) for shape in shapes]
+    # A rank with an empty shard keeps the counts of steps all the same.
+    elements = [sum(shard[rank].stop - shard[rank].start for shard in shards) for rank in range(world_size)]
+    return _Sharding(shards, elements, len(shapes))
+
+
+def _shard_in_a_row(shapes: list[torch.Size], world_size: int) -> _Sharding:
+    """ZeRO 1 and 2: all parameters one after the other, padded to a multiple of twice the ranks, in equal parts."""
+    ends = list(itertools.accumulate(shape.numel() for shape in shapes))
+    part = -(-(ends[-1] if ends else 0) // (2 * world_size)) * 2
+    shards = [
+        _cut(shape.numel(), end - shape.numel(), part, world_size) for shape, end in zip(shapes, ends, strict=True)
+    ]
+    return _Sharding(shards, [part] * world_size, 1)
+
+
+def _cut(numel: int, begin: int, part: int, world_size: int) -> tuple[Shard, ...]:
+    """The intervals of a parameter, which begins at ``begin``, in parts of equal size."""
+    edges = [min(max(rank * part - begin, 0), numel) for rank in range(world_size + 1)]
+    return tuple(Shard(start, stop) if start < stop else Shard(0, 0) for start, stop in itertools.pairwise(edges))
+
+
+def _shard_rows(shape: torch.Size, copies: int, parts: int) -> tuple[Shard, ...]:
     """Every rank's shard: in each of the copies, the first dimension is cut into ``parts`` as torch.chunk cuts it."""
     length = shape[0] if shape else 1
     step = -(-length // parts)

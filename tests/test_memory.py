@@ -177,7 +177,7 @@ def test_double_precision_sends_twice_as_much() -> None:
     ("arguments", "message"),
     [
         ({"host": "none", "world_size": 2}, "world_size must be 1, got 2"),
-        ({"host": "zero3", "world_size": 2}, "host must be one of 'none', 'ddp', 'fsdp2', 'hsdp', got 'zero3'"),
+        ({"host": "zero4", "world_size": 2}, "host must be one of 'none', .*'zero3', got 'zero4'"),
         ({"world_size": 0}, "world_size must be a positive integer, got 0"),
         ({"world_size": True}, "world_size must be a positive integer, got True"),
         ({"host": "hsdp", "world_size": 4}, "replicas must be given under host='hsdp'"),

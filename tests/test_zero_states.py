@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 import tempfile
@@ -21,7 +22,7 @@ from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoin
 from test_zero import BF16, CASES, CPU, OPTIONS, Case, make_gradients, make_model, start, train
 from torch import Tensor, nn
 
-from sharded_shampoo4 import Shampoo4
+from sharded_shampoo4 import Shampoo4, estimate_memory
 from sharded_shampoo4.integrations.zero import refuse_untested
 
 FIRST, THEN = range(5), range(5, 10)
@@ -170,13 +171,23 @@ def shares(rank: int) -> dict[str, dict[str, int]]:
     ):
         torch.manual_seed(0)
         model = nn.Sequential(*(nn.Linear(96, 192 if layer % 3 == 0 else 96, bias=False) for layer in range(12)))
-        optimizer = Shampoo4(model.named_parameters(), max_preconditioner_dim=48, statistics_interval=1)
+        fresh = copy.deepcopy(model)
+        gradients = {key: torch.ones_like(parameter) for key, parameter in fresh.named_parameters()}
+        often = {"statistics_interval": 1, "root_interval": 1}
+        optimizer = Shampoo4(model.named_parameters(), max_preconditioner_dim=48, **often)
         engine = zero.start(zero.Replay(model), zero.configuration(f"zero{stage}", zero=options), optimizer)
-        zero.step(
-            engine,
-            {key: torch.ones(tuple(getattr(p, "ds_shape", p.shape))) for key, p in engine.module.named_parameters()},
-        )
+        zero.step(engine, gradients)
         held[name] = optimizer.state_bytes()
+        if name == f"stage {stage}":
+            named = {key: parameter.shape for key, parameter in fresh.named_parameters()}
+            size = dist.get_world_size()
+            estimate = estimate_memory(named, size, host=f"zero{stage}", max_preconditioner_dim=48)
+            assert estimate.preconditioner[rank] == held[name]["preconditioner"]
+            assert estimate.base[rank] == held[name]["base"]
+            last = optimizer._bindings.last
+            last.exchange.bytes_sent = 0
+            zero.step(engine, gradients)
+            assert estimate.traffic[rank] == last.exchange.bytes_sent, (name, estimate.traffic)
         engine.destroy()
     return held
 
