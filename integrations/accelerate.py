@@ -2,24 +2,28 @@
 
     rehearse_on_cpu()                                       # before Accelerator(...)
     accelerator = Accelerator()
-    model, optimizer = accelerator.prepare(model, optimizer)  # together: FSDP2 replaces the optimizer's parameters
-    check_distribution(accelerator, model)
-    consolidate_before_saving(accelerator, optimizer)       # before the first save_state()
+    adjust_deepspeed(accelerator, gradient_clipping=1.0)    # before prepare(); does nothing without DeepSpeed
+    model, prepared = accelerator.prepare(model, optimizer)  # together: FSDP2 replaces the optimizer's parameters
+    check_distribution(accelerator, model, optimizer)
+    consolidate_before_saving(accelerator, prepared)        # before the first save_state()
 
 Why: on a machine without an accelerator ``accelerate launch`` starts all processes, but each of them believes itself
-alone, and FSDP falls back to DDP; neither is an error (Accelerate 1.15).
+alone, and FSDP falls back to DDP; neither is an error (Accelerate 1.15). Under DeepSpeed, Accelerate replaces any
+optimizer that is offloaded by DeepSpeed's Adam, and gradients are clipped by DeepSpeed, never by ``clip_grad_norm_()``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState  # type: ignore[import-untyped]
-from accelerate.utils import DistributedType, parse_flag_from_env, patch_environment  # type: ignore[import-untyped]
+from accelerate.utils import DistributedType, DummyOptim, parse_flag_from_env, patch_environment  # type: ignore[import-untyped]
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -50,6 +54,10 @@ def rehearse_on_cpu() -> bool:
         return False
     if PartialState._shared_state:
         raise RuntimeError("rehearse_on_cpu() comes too late: call it before Accelerator(...) and PartialState(...)")
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        from .deepspeed import skip_cpu_compilation
+
+        skip_cpu_compilation()
     with patch_environment(ACCELERATE_TORCH_DEVICE="cpu"):  # it would be cpu:0 otherwise, which FSDP1 refuses
         state = PartialState(cpu=True, backend="gloo")
     if parse_flag_from_env("ACCELERATE_USE_FSDP"):
@@ -60,12 +68,85 @@ def rehearse_on_cpu() -> bool:
     return True
 
 
-def check_distribution(accelerator: Accelerator, model: nn.Module) -> None:
+def adjust_deepspeed(accelerator: Accelerator, gradient_clipping: float) -> bool:
+    """Make DeepSpeed's configuration say what the program does. Call it before ``prepare()``.
+
+    Nothing happens without DeepSpeed. There gradients are clipped by DeepSpeed alone, by default at 1.0. An optimizer
+    that the program brings stays what it is if it is offloaded. A model at stage 3 can be saved whole. ``"Shampoo4"``
+    becomes a type of optimizer.
+
+    Args:
+        accelerator: not yet used to prepare anything.
+        gradient_clipping: largest norm of the gradient; 0 does not clip.
+
+    Returns:
+        Whether DeepSpeed's configuration names the optimizer, for which ``accelerate.utils.DummyOptim`` stands in.
+
+    Raises:
+        ValueError: the configuration states another ``gradient_clipping``.
+    """
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    if accelerator.distributed_type != DistributedType.DEEPSPEED or plugin is None:
+        return False
+    from . import deepspeed as _register  # noqa: F401
+
+    config = plugin.deepspeed_config
+    stated = config.get("gradient_clipping", "auto")
+    if stated != "auto" and float(stated) != gradient_clipping:
+        raise ValueError(
+            f"DeepSpeed's configuration has gradient_clipping={stated}, but the program clips at {gradient_clipping}: "
+            'make them equal, or leave it out of the configuration (or "auto" there)'
+        )
+    config["gradient_clipping"] = gradient_clipping
+    zero = config.setdefault("zero_optimization", {"stage": 0})
+    if int(zero.get("stage", 0)) == 3:
+        zero.setdefault("stage3_gather_16bit_weights_on_model_save", True)
+    if "optimizer" in config:
+        return True
+    config.setdefault("zero_force_ds_cpu_optimizer", False)
+    return False
+
+
+@contextlib.contextmanager
+def whole_models(accelerator: Accelerator) -> Iterator[None]:
+    """Have transformers make whole models in here, also under ZeRO 3, unless ``zero3_init_flag`` is set.
+
+    Otherwise it partitions every model at birth as soon as a ZeRO 3 configuration exists, whatever the flag says, and
+    its weights then begin with other random numbers than elsewhere.
+    """
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    if plugin is None or plugin.is_zero3_init_enabled():
+        yield
+        return
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        plugin.set_deepspeed_weakref()
+
+
+def inner_optimizer(accelerator: Accelerator, model: nn.Module, optimizer: Any) -> Optimizer:
+    """The optimizer in what ``prepare()`` gave back as ``optimizer``; DeepSpeed's own if its configuration named it."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        optimizer = model.basic_optimizer
+    found: Optimizer = getattr(optimizer, "optimizer", optimizer)
+    return found
+
+
+def check_distribution(accelerator: Accelerator, model: nn.Module, optimizer: Any = None) -> None:
     """Compare what the launcher asked for with what runs. ``model`` is what ``prepare()`` gave back.
+
+    Args:
+        accelerator: that prepared them.
+        model: what ``prepare()`` gave back.
+        optimizer: the one that the program gave to ``prepare()``, if it made one.
 
     Raises:
         RuntimeError: they differ in the number of processes, in what shards the model, or in the mesh; it names both.
-            Also if some parameters of an FSDP2 model are not sharded (unless modules to ignore are configured).
+            Also if some parameters of an FSDP2 model are not sharded (unless modules to ignore are configured), or if
+            DeepSpeed runs another optimizer.
     """
     asked, got = _asked(accelerator), describe_distribution(accelerator, model)
     if asked != got:
@@ -73,6 +154,13 @@ def check_distribution(accelerator: Accelerator, model: nn.Module) -> None:
             f"asked for {asked}, got {got} (Accelerate's type: {accelerator.distributed_type.value}, device: "
             f"{accelerator.device}). Without an accelerator, call rehearse_on_cpu() before Accelerator(...)"
         )
+    if accelerator.distributed_type == DistributedType.DEEPSPEED and type(optimizer) is not DummyOptim:
+        running = inner_optimizer(accelerator, model, optimizer)
+        if optimizer is not None and optimizer is not running:
+            raise RuntimeError(
+                f"asked for {type(optimizer).__name__}, but {type(running).__name__} runs: Accelerate replaces "
+                "optimizers that are offloaded. Call adjust_deepspeed() before prepare()"
+            )
     if accelerator.is_fsdp2 and accelerator.state.fsdp_plugin.ignored_modules is None:
         whole = [name for name, p in model.named_parameters() if p.requires_grad and not isinstance(p, DTensor)]
         if whole:
@@ -127,7 +215,9 @@ def _asked(accelerator: Accelerator) -> str:
     """What the launcher's environment, or a plugin, asks for."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
-        return _in_words("DeepSpeed", processes)
+        plugin = getattr(accelerator.state, "deepspeed_plugin", None)  # there only if DeepSpeed runs
+        stage = plugin.zero_stage if plugin else os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "")
+        return _in_words(f"ZeRO-{stage}", processes)
     if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
         return _in_words("DDP" if processes > 1 else _ALONE, processes)
     plugin = getattr(accelerator.state, "fsdp_plugin", None)  # there only if FSDP runs
@@ -141,7 +231,8 @@ def _asked(accelerator: Accelerator) -> str:
 def _kind(accelerator: Accelerator, model: nn.Module) -> str:
     model = getattr(model, "_orig_mod", model)  # of torch.compile
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        return "DeepSpeed"
+        engine: Any = model
+        return f"ZeRO-{engine.zero_optimization_stage()}"
     if isinstance(model, DistributedDataParallel):
         return "DDP" if accelerator.num_processes > 1 else _ALONE
     if isinstance(model, FullyShardedDataParallel):

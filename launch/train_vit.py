@@ -13,6 +13,7 @@ import argparse
 import json
 import logging
 import math
+import os
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -40,11 +41,14 @@ from vit_report import MetricsLog, data_name, peak_memory_bytes, plot_curves, pr
 from vit_sources import load_image_data
 
 from sharded_shampoo4.integrations.accelerate import (
+    adjust_deepspeed,
     check_distribution,
     consolidate_before_saving,
     describe_distribution,
     full_state_dict,
+    inner_optimizer,
     rehearse_on_cpu,
+    whole_models,
 )
 
 logger = get_logger("train_vit")
@@ -81,14 +85,20 @@ class Run:
         self.plan = Plan.make(args, len(train_images), self.accelerator.num_processes)
         self.images = (len(train_images), len(eval_images))
 
-        model = build_model(args, config)
-        self.shapes = [(name, parameter.shape) for name, parameter in model.named_parameters()]
-        self.inner_optimizer = build_optimizer(args, model)
+        with whole_models(self.accelerator):
+            model = build_model(args, config)
+        # ds_shape: DeepSpeed may have partitioned the model while it was made.
+        self.shapes = [(name, getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters()]
+        by_deepspeed = adjust_deepspeed(self.accelerator, gradient_clipping=args.max_grad_norm)
+        if by_deepspeed:
+            logger.warning("DeepSpeed's configuration names the optimizer: --optimizer and its options are not used")
+        optimizer = build_optimizer(args, model, named_elsewhere=by_deepspeed)
         choose_fsdp_units(self.accelerator, model)
         self.model, self.optimizer, self.train_loader, self.eval_loader = self.accelerator.prepare(
-            model, self.inner_optimizer, train_loader, eval_loader
+            model, optimizer, train_loader, eval_loader
         )
-        check_distribution(self.accelerator, self.model)
+        check_distribution(self.accelerator, self.model, optimizer)
+        self.inner_optimizer = inner_optimizer(self.accelerator, self.model, self.optimizer)
         self.host = describe_distribution(self.accelerator, self.model)
         consolidate_before_saving(self.accelerator, self.inner_optimizer)
         # Not prepared: Accelerate would step it once per process and so run through the schedule too fast.
@@ -327,6 +337,10 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
     logging.getLogger("train_vit").setLevel(logging.INFO)
     # Of ViT's patch embeddings under FSDP2; nothing is done to them in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    if args.deepspeed_config:
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"  # as accelerate launch says it
+        os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = args.deepspeed_config
+        os.environ.setdefault("ACCELERATE_DEEPSPEED_ZERO3_INIT", "false")  # the same first weights at every stage
     rehearse_on_cpu()
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,

@@ -112,6 +112,8 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     add("--max_grad_norm", type=float, default=1.0, help="clip the gradient's norm; 0 is off")
     add("--label_smoothing", type=float, default=0.0)
     add("--mixed_precision", choices=("no", "fp16", "bf16"), help="default: what accelerate was configured with")
+    add("--deepspeed_config", metavar="FILE", help="train with DeepSpeed; for torchrun and the deepspeed launcher")
+    add("--local_rank", "--local-rank", type=int, default=-1, help=argparse.SUPPRESS)  # the deepspeed launcher's
     add("--seed", type=int, default=0)
 
 

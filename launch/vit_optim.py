@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from accelerate.utils import DummyOptim
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from vit_model import decays
@@ -40,9 +41,18 @@ def parameter_groups(model: nn.Module, weight_decay: float, decay_all: bool) -> 
     return [group for group in groups if group["params"]]
 
 
-def build_optimizer(args: argparse.Namespace, model: nn.Module) -> Optimizer:
-    """The optimizer that ``--optimizer`` names, over ``model``'s parameters."""
+def build_optimizer(
+    args: argparse.Namespace, model: nn.Module, named_elsewhere: bool = False
+) -> Optimizer | DummyOptim:
+    """The optimizer that ``--optimizer`` names, over ``model``'s parameters.
+
+    ``named_elsewhere``: in DeepSpeed's configuration, which makes it of what the stand-in holds. "auto" there takes
+    ``--learning_rate`` and ``--weight_decay``.
+    """
     groups = parameter_groups(model, args.weight_decay, args.decay_all)
+    if named_elsewhere:
+        unnamed = [{**group, "params": [parameter for _, parameter in group["params"]]} for group in groups]
+        return DummyOptim(unnamed, lr=args.learning_rate, weight_decay=args.weight_decay)
     if args.optimizer == "adamw":
         return AdamW(groups, lr=args.learning_rate, **_base_options(args, "adamw"))
     if args.optimizer == "sgd":
@@ -105,4 +115,5 @@ def _where(host: str, processes: int) -> dict[str, Any]:
         return {}
     if host.startswith("HSDP"):
         return {"world_size": processes, "host": "hsdp", "replicas": int(host.split()[1].split("x")[0])}
-    return {"world_size": processes, "host": "ddp" if host.startswith("DDP") else "fsdp2"}
+    known = {"DDP": "ddp", "ZeRO-0": "zero0", "ZeRO-1": "zero1", "ZeRO-2": "zero2", "ZeRO-3": "zero3"}
+    return {"world_size": processes, "host": known.get(host.split()[0], "fsdp2")}
