@@ -63,6 +63,8 @@ def rehearse_on_cpu() -> bool:
     if parse_flag_from_env("ACCELERATE_USE_FSDP"):
         # Accelerate promotes processes with accelerators to FSDP, and none else. The device stays the CPU.
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    elif parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        PartialState._shared_state["distributed_type"] = DistributedType.DEEPSPEED
     if state.is_main_process:
         logger.warning(f"No accelerator here: rehearsing on the CPU, {_processes(state.num_processes)} over gloo")
     return True

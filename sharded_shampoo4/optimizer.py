@@ -237,6 +237,8 @@ class Shampoo4(Optimizer):
         it holds this rank's part of the factors instead, in ``["preconditioner_pieces"]``.
         """
         if self._members.partitioned:
+            if not set(map(id, self.state)) <= set(map(id, self._current())):
+                raise RuntimeError("ZeRO 3 takes its tensors out of the optimizer between steps: use save_checkpoint()")
             return {**super().state_dict(), packing.PIECES_KEY: self._bindings.pieces()}
         packed = self._packed(everywhere=zero.find_engine(self) is not None)
         return packing.join(super().state_dict(), [packed.get(parameter) for parameter in self._current()])

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import socket
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -35,7 +38,34 @@ FLAGS = (
     *("--max_train_steps", 24, "--max_train_samples", 640, "--max_eval_samples", 128, "--num_hidden_layers", 2),
     *("--learning_rate", 3e-3, "--logging_steps", 1, "--checkpointing_steps", 9, "--gradient_accumulation_steps", 2),
 )
-HOSTS = {"ddp": "DDP on 2 processes", "fsdp2": "FSDP2 on 2 processes"}
+HOSTS = {
+    "ddp": "DDP on 2 processes",
+    "fsdp2": "FSDP2 on 2 processes",
+    "zero2": "ZeRO-2 on 2 processes",
+    "zero3": "ZeRO-3 on 2 processes",
+}
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("", 0))
+        return one.getsockname()[1]
+
+
+LAUNCHERS = {
+    "torchrun": (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2),
+    "deepspeed": (Path(sys.executable).with_name("deepspeed"), "--num_gpus", 2, "--master_port", free_port()),
+}
+# Launcher, file of launch/configs, and what is changed in it: by each way that needs no file for Accelerate.
+BY_JSON: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "named in the file": ("torchrun", "zero3", {}),
+    "the deepspeed launcher": ("deepspeed", "zero2", {}),
+    "the script's, offloaded": (
+        "torchrun",
+        "zero2",
+        {"optimizer": None, "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
+    ),
+}
 CONFIGS = {"ddp": "DDP on 2 processes", "fsdp1": "FSDP1 on 2 processes", "hsdp": "HSDP 2x2 on 4 processes"}
 
 
@@ -53,6 +83,18 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
         shutil.copytree(base / host, base / name, ignore=shutil.ignore_patterns("checkpoint-18", "model"))
         return launch(host, name, "--resume_from_checkpoint", "latest")
 
+    def by_json(name: str) -> subprocess.CompletedProcess[str]:
+        launcher, file, changes = BY_JSON[name]
+        config = {**json.loads((LAUNCH / "configs" / f"{file}.json").read_text()), **changes}
+        if config["optimizer"] is None:
+            del config["optimizer"]
+        else:
+            config["optimizer"]["params"].update(statistics_interval=3, root_interval=6)
+        path = base / f"{name}.json"
+        path.write_text(json.dumps(config))
+        own = ("--per_device_train_batch_size", 8, "--deepspeed_config", path)
+        return train(base / name, *OPTIMIZER, *FLAGS, *own, launcher=LAUNCHERS[launcher])
+
     def small(config: str) -> subprocess.CompletedProcess[str]:
         expected = CONFIGS[config]
         script = (ROOT / "tests" / "accelerate_script.py", base / f"small-{config}", expected)
@@ -64,6 +106,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
             pending[host] = pool.submit(launch, host, host)
         for config in CONFIGS:
             pending[f"small-{config}"] = pool.submit(small, config)
+        for name in BY_JSON:
+            pending[name] = pool.submit(by_json, name)
         for host in HOSTS:
             pending[f"{host}-resumed"] = pool.submit(go_on, host, f"{host}-resumed")
 
@@ -124,6 +168,18 @@ def test_two_processes_train_as_one_does(runs: Runs, single: Path, host: str) ->
     assert trained.keys() == weights.keys() and away < 0.1 * size, away / size
 
 
+@pytest.mark.parametrize("name", BY_JSON)
+def test_other_launchers_with_a_deepspeed_configuration(runs: Runs, single: Path, name: str) -> None:
+    folder, process = runs(name)
+    found = results(folder)
+    assert found["host"] == HOSTS[BY_JSON[name][1]]
+    assert losses(folder) == pytest.approx(losses(single), abs=TOLERANCE)
+    assert all(held["preconditioner"] > 0 for held in found["state_bytes_per_process"])
+    named = "optimizer" not in BY_JSON[name][2]
+    assert ("--optimizer and its options are not used" in process.stderr + process.stdout) is named
+    ViTForImageClassification.from_pretrained(folder / "model")
+
+
 @pytest.mark.parametrize("host", HOSTS)
 def test_a_resumed_launch_is_the_same_run(runs: Runs, host: str) -> None:
     (full, _), (resumed, process) = runs(host), runs(f"{host}-resumed")
@@ -152,8 +208,9 @@ def test_the_script_stops_when_it_is_not_what_was_asked_for(monkeypatch: pytest.
     accelerator, model = Accelerator(cpu=True), torch.nn.Linear(2, 2)
     check_distribution(accelerator, model)
     assert not rehearse_on_cpu(), "nothing was launched"
-    for variable, asked in (("ACCELERATE_USE_FSDP", "FSDP2 on 2"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed on 2")):
-        for name, value in (("WORLD_SIZE", "2"), ("FSDP_VERSION", "2"), (variable, "true")):
+    for variable, asked in (("ACCELERATE_USE_FSDP", "FSDP2 on 2"), ("ACCELERATE_USE_DEEPSPEED", "ZeRO-3 on 2")):
+        details = {"WORLD_SIZE": "2", "FSDP_VERSION": "2", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3", variable: "true"}
+        for name, value in details.items():
             monkeypatch.setenv(name, value)
         with pytest.raises(RuntimeError, match=f"asked for {asked} processes, got one process"):
             check_distribution(accelerator, model)

@@ -1,4 +1,4 @@
-"""The Trainer on two processes: launches by torchrun of tests/trainer_script.py, under DDP and under FSDP2."""
+"""The Trainer on two processes: launches by torchrun of tests/trainer_script.py, under DDP, FSDP2 and ZeRO 2 and 3."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CASES = [(host, way) for host, ways in WAYS.items() for way in ways]
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str, str], Result]]:
-    """Both launches at the same time: a function from a host and a way of saving to what its processes found."""
+    """All launches, two at a time: a function from a host and a way of saving to what its processes found."""
     base = tmp_path_factory.mktemp("trainer")
 
     def launch(host: str) -> Result:
@@ -28,7 +28,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str,
         assert process.returncode == 0, process.stderr[-5000:]
         return json.loads((base / host / "result.json").read_text())
 
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(2) as pool:
         pending = {host: pool.submit(launch, host) for host in WAYS}
         yield lambda host, way: [found[way] for found in pending[host].result()]
 
@@ -39,14 +39,16 @@ def test_the_host_runs_that_was_asked_for(results: Callable[[str, str], Result],
     assert len(found) == 2
     for process in found:
         assert process["optimizer"] == "Shampoo4" and process["trains_the_model"]
-        assert process["distributed_type"] == ("FSDP" if host == "fsdp2" else "MULTI_CPU")
+        types = {"ddp": "MULTI_CPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
+        assert process["distributed_type"] == types[host]
+        assert process["stage"] == {"zero2": 2, "zero3": 3}.get(host)
         assert process["wrapped_in_ddp"] is (host == "ddp")
         assert process["dtensors"] == (process["parameters"] if host == "fsdp2" else 0)
         assert process["state_bytes"]["preconditioner"] > 0, "every process has some of the preconditioners"
         # Saved whole where each process has all parameters: not without being collected first.
         assert ("consolidate_state_dict" in process["asked_for_states"]) is (host == "ddp")
         optimizer = {"own": "optimizer.pt", "FULL_STATE_DICT": "optimizer.bin", "SHARDED_STATE_DICT": "optimizer_0"}
-        assert optimizer[way] in process["files"]
+        assert (f"global_step{SAVED}" if host.startswith("zero") else optimizer[way]) in process["files"]
 
 
 @pytest.mark.parametrize(("host", "way"), CASES)
@@ -67,7 +69,10 @@ def test_a_resumed_run_goes_on_as_the_uninterrupted_one(
         assert process["preconditioners"] > 0 and process["differences"] == []
 
 
-def test_both_hosts_train_the_same(results: Callable[[str, str], Result]) -> None:
-    first, *others = ([line["loss"] for line in results(host, way)[0]["full"]] for host, way in CASES)
-    for other in others:
-        assert other == pytest.approx(first, abs=1e-3), "up to 4-bit codes that the order of additions turns"
+def test_all_hosts_train_the_same(results: Callable[[str, str], Result]) -> None:
+    found = {(host, way): [line["loss"] for line in results(host, way)[0]["full"]] for host, way in CASES}
+    for (host, _), losses in found.items():
+        # Up to 4-bit codes that the order of additions turns. Where DeepSpeed's configuration names the optimizer, the
+        # Trainer makes no groups, and biases and norms are decayed too.
+        tolerance = 1e-2 if host.startswith("zero") else 1e-3
+        assert losses == pytest.approx(found["ddp", "own"], abs=tolerance), host

@@ -1,6 +1,6 @@
 """Run by ``torchrun`` in test_trainer.py: the Trainer with 4-bit Shampoo, uninterrupted and resumed, under one host.
 
-    torchrun --nproc_per_node 2 tests/trainer_script.py FOLDER {ddp,fsdp2}
+    torchrun --nproc_per_node 2 tests/trainer_script.py FOLDER {ddp,fsdp2,zero2,zero3}
 
 Process 0 writes FOLDER/result.json: for every process and way of saving, what ran and the log lines of both runs.
 """
@@ -15,6 +15,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from sklearn.datasets import load_digits
@@ -31,6 +32,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
+import sharded_shampoo4.integrations.deepspeed  # noqa: F401  makes "Shampoo4" a type of optimizer
 from sharded_shampoo4.integrations.accelerate import consolidate, rehearse_on_cpu
 from sharded_shampoo4.integrations.transformers import ConsolidateStates, shampoo4
 
@@ -38,7 +40,8 @@ TIME_OUT = 180  # seconds
 STEPS, SAVED = 24, 9  # saved between two refreshes of the factors and between two of the roots
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
 # How the host saves: by the Trainer itself, and in the ways of FSDP (the first is the Trainer's choice).
-WAYS = {"ddp": ("own",), "fsdp2": ("FULL_STATE_DICT", "SHARDED_STATE_DICT")}
+WAYS = {"ddp": ("own",), "fsdp2": ("FULL_STATE_DICT", "SHARDED_STATE_DICT"), "zero2": ("own",), "zero3": ("own",)}
+INTERVALS = {"statistics_interval": 2, "root_interval": 4}
 
 
 class Classifier(nn.Module):
@@ -60,6 +63,17 @@ def digits() -> list[dict[str, Any]]:
     return [{"pixel_values": image, "labels": int(label)} for image, label in zip(pixels, labels, strict=True)]
 
 
+def deepspeed_configuration(stage: int) -> dict[str, Any]:
+    """All that a user writes; the Trainer settles the rest by its own arguments."""
+    return {
+        "optimizer": {"type": "Shampoo4", "params": {"lr": "auto", "weight_decay": "auto", **INTERVALS}},
+        "zero_optimization": {"stage": stage},
+        "gradient_clipping": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+    }
+
+
 class Asking(TrainerCallback):
     """Asks for the optimizer's state at the end of the first step, before anything has made it whole."""
 
@@ -79,6 +93,7 @@ def make_trainer(folder: Path, host: str, way: str, seed: int, *callbacks: Train
     GradientState._reset_state()
     assert rehearse_on_cpu()
     torch.manual_seed(seed)
+    by_deepspeed = host.startswith("zero")
     fsdp = {"transformer_layer_cls_to_wrap": ["ViTLayer"], "state_dict_type": way}
     args = TrainingArguments(
         str(folder),
@@ -94,12 +109,13 @@ def make_trainer(folder: Path, host: str, way: str, seed: int, *callbacks: Train
         accelerator_config={"use_configured_state": True},  # what rehearse_on_cpu() has set up
         fsdp=host == "fsdp2",
         fsdp_config=fsdp if host == "fsdp2" else None,
+        deepspeed=deepspeed_configuration(int(host[-1])) if by_deepspeed else None,
     )
     return Trainer(
         Classifier(),
         args,
         train_dataset=digits(),
-        optimizer_cls_and_kwargs=shampoo4(args, statistics_interval=2, root_interval=4),
+        optimizer_cls_and_kwargs=None if by_deepspeed else shampoo4(args, **INTERVALS),
         callbacks=[*callbacks, ConsolidateStates()],
     )
 
@@ -112,6 +128,15 @@ def lines(trainer: Trainer) -> list[dict[str, float]]:
 
 def whole(trainer: Trainer) -> dict[str, torch.Tensor]:
     """Every parameter and every packed preconditioner, gathered. Collective."""
+    engine: Any = trainer.model_wrapped
+    if hasattr(engine, "basic_optimizer"):  # DeepSpeed's: every process has a part of the preconditioners
+        pieces = engine.basic_optimizer._bindings.pieces()
+        parameters = dict(engine.named_parameters())
+        with deepspeed.zero.GatheredParameters(
+            list(parameters.values()), enabled=engine.zero_optimization_stage() == 3
+        ):
+            copies = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        return {**{f"preconditioner {place}": piece["data"] for place, piece in pieces.items()}, **copies}
     optimizer: Any = trainer.optimizer
     consolidate(optimizer)
     state = optimizer.state_dict()["state"]
@@ -129,19 +154,22 @@ def train_and_resume(folder: Path, host: str, way: str) -> dict[str, Any]:
     resumed = make_trainer(folder, host, way, 1)  # other weights, which the checkpoint must replace
     resumed.train(resume_from_checkpoint=str(folder / f"checkpoint-{SAVED}"))
 
-    optimizer: Any = full.optimizer
+    engine: Any = full.model_wrapped
+    optimizer: Any = getattr(engine, "basic_optimizer", None) or full.optimizer.optimizer
     parameters = list(full.model_wrapped.parameters())
-    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    in_place = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    trained = [p for _, p, _ in optimizer._members.given()] if host.startswith("zero") else in_place
     values, again = whole(full), whole(resumed)
     return {
         "files": sorted(path.name for path in (folder / f"checkpoint-{SAVED}").iterdir()),
         "distributed_type": full.accelerator.distributed_type.value,
-        "optimizer": type(optimizer.optimizer).__name__,
+        "optimizer": type(optimizer).__name__,
+        "stage": engine.zero_optimization_stage() if host.startswith("zero") else None,
         "trains_the_model": {*map(id, parameters)} == {*map(id, trained)},
         "parameters": len(parameters),
         "dtensors": sum(isinstance(parameter, DTensor) for parameter in parameters),
         "wrapped_in_ddp": isinstance(full.model_wrapped, DistributedDataParallel),
-        "state_bytes": optimizer.optimizer.state_bytes(),
+        "state_bytes": optimizer.state_bytes(),
         "asked_for_states": asking.answer,
         "full": lines(full),
         "resumed": lines(resumed),
@@ -153,6 +181,10 @@ def train_and_resume(folder: Path, host: str, way: str) -> dict[str, Any]:
 def main(folder: Path, host: str) -> None:
     faulthandler.dump_traceback_later(TIME_OUT, exit=True)  # the launcher then ends the other process
     warnings.simplefilter("ignore")
+    if host.startswith("zero"):
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = (
+            "true"  # as accelerate launch does, and the deepspeed launcher does not
+        )
     if host == "fsdp2":
         os.environ["ACCELERATE_USE_FSDP"] = "true"  # accelerate launch sets it, torchrun does not
     found = {way: train_and_resume(folder / way, host, way) for way in WAYS[host]}
