@@ -10,7 +10,8 @@ READY = $(VENV)/.ready
 
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM = false
-export DS_BUILD_OPS = 0  # DeepSpeed compiles nothing when it is installed
+# DeepSpeed compiles nothing when it is installed.
+export DS_BUILD_OPS = 0
 
 .PHONY: train test lint bench clean
 

@@ -39,6 +39,7 @@ def run(*command: object) -> subprocess.CompletedProcess[str]:
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
+        "CXX": "/bin/false",  # nothing is compiled at run time
         "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
     }
     return subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=300)
