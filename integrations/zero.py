@@ -96,6 +96,43 @@ def members(flat: Tensor, group: Hashable, parameters: Sequence[Tensor]) -> tupl
     raise ValueError("the optimizer was called with a tensor that is none of ZeRO 3's sub-groups")
 
 
+def flats(held: Sequence[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
+    """The flat tensors with the parameters of a group: ``held``, what stands in it, but at stage 3 nothing does."""
+    zero = _stage_3(parameters)
+    if zero is None:
+        return list(held)
+    own = set(map(id, parameters))
+    groups = zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True)
+    return [flat for flat, members in groups if members and id(members[0]) in own]
+
+
+def steps_once(engine: Any) -> bool:
+    """Whether all flat tensors are given to ``step()`` together."""
+    return type(getattr(engine, "optimizer", None)).__name__ == "BF16_Optimizer"
+
+
+def refresh_weights(engine: Any) -> None:
+    """Make an engine's weights those of its optimizer, after these were loaded; collective."""
+    zero = engine.optimizer
+    if engine.zero_optimization_stage() == 3:
+        for number, flat in enumerate(zero.fp32_partitioned_groups_flat):
+            zero.fp16_partitioned_groups_flat[number].data.copy_(flat.data)
+            zero._unflatten_partitioned_parameters(number)
+        if zero.persistent_parameters:
+            zero.persistent_parameters[0].partition(zero.persistent_parameters)
+        zero.checkpoint_event_epilogue()
+    elif engine.zero_optimization_stage() > 0:
+        partitions = getattr(zero, "parallel_partitioned_bit16_groups", None) or zero.bf16_partitioned_groups
+        masters = getattr(zero, "single_partition_of_fp32_groups", None) or zero.fp32_groups_flat_partition
+        for parts, master, group in zip(partitions, masters, zero.real_dp_process_group, strict=True):
+            parts[dist.get_rank(group)].data.copy_(master.data)
+            dist.all_gather([part.data for part in parts], parts[dist.get_rank(group)].data.clone(), group=group)
+    elif zero is not engine.basic_optimizer:
+        for weights, masters in zip(zero.fp16_groups, zero.fp32_groups, strict=True):
+            for weight, master in zip(weights, masters, strict=True):
+                weight.data.copy_(master.data)
+
+
 def locate(name: str, parameter: Tensor, flat: Tensor, engine: Any) -> Fragment:
     """The part of ``parameter`` that ``flat`` holds on this rank.
 

@@ -69,6 +69,7 @@ class Binding:
         self.grafting = Grafting(self.plan, self.matrices)
         devices, dtypes = [m.device for m in self.matrices], [m.dtype for m in self.matrices]
         self.exchange = Exchange(self.plan, ranks.group, devices, dtypes)
+        self._replicas_differ = ranks.size > 1  # as far as is known
         self._present: tuple[bool, ...] = ()  # which parameters had a gradient on any rank in the last step
 
     def fits(self, parameters: Sequence[Tensor], holders: Sequence[Tensor], matrices: Sequence[Matrix]) -> bool:
@@ -96,8 +97,10 @@ class Binding:
     def check_replicas(self) -> None:
         """Raise RuntimeError, on every rank, if ranks that hold the same elements have different gradients; collective.
 
-        That is a model which is not wrapped, but trained by several processes, each on its own.
+        That is a model which is not wrapped, but trained by several processes, each on its own. Looked at once.
         """
+        if not self._replicas_differ or not any(self._present):
+            return
         rank = self.ranks.rank
         digests = [
             (matrix.shards[rank], _digest(self._gradient_shard(index)))
@@ -114,6 +117,7 @@ class Binding:
                         f"ranks {first} and {other} hold the same elements of {names[position]}, but their gradients "
                         "differ: wrap the model in DistributedDataParallel or FSDP, which average gradients"
                     )
+        self._replicas_differ = False
 
     def precondition(self) -> None:
         """Overwrite the gradients by their directions; collective."""

@@ -62,21 +62,46 @@ class Bindings:
 
         ``state`` are the base optimizer's states; ``engine`` is DeepSpeed's, if one is calling.
         """
-        if self.ranks is None:  # first of all: an error on one rank must reach the others
-            self.ranks = Ranks(fsdp.process_group([p for group in groups for p in group["params"]]))
-            self.members.meet(engine)
-        ranks = self.ranks
+        ranks = self._meet(groups, engine)
         error: Exception | None = None
         entries: list[Entry] = []
-        chosen: list[Entry] = []
-        matrices: list[Matrix] = []
         try:
             entries = self.members.entries(groups, self.locations)
             for entry in entries:
                 _check_gradient(entry.name, entry.holder.grad)
-            chosen, matrices = _matrices(entries)
         except (TypeError, ValueError) as found:
             error = found
+        self.last = self._bind_entries(ranks, entries, state, error)
+        return self.last
+
+    def bind_all(self, groups: Sequence[dict[str, Any]], state: Mapping[Tensor, Any], engine: Any) -> None:
+        """Bind all parameters, between steps, as the calls of ``step()`` would do; collective."""
+        ranks = self._meet(groups, engine)
+        error: Exception | None = None
+        calls: list[list[Entry]] = []
+        try:
+            calls = self.members.calls(groups, self.locations)
+        except ValueError as found:
+            error = found
+        ranks.raise_together(error)
+        for entries in calls:
+            self._bind_entries(ranks, entries, state, None)
+
+    def everything(self, groups: Sequence[dict[str, Any]]) -> list[tuple[Entry, fsdp.Location, int]]:
+        """All parameters that are trained, their intervals on this rank, and where these begin in their holders."""
+        entries = [entry for call in self.members.calls(groups, self.locations) for entry in call if entry.trained]
+        return [(entry, *entry.locate(self.locations, self.members.engine)) for entry in entries]
+
+    def _meet(self, groups: Sequence[dict[str, Any]], engine: Any) -> Ranks:
+        if self.ranks is None:  # first of all: an error on one rank must reach the others
+            self.ranks = Ranks(fsdp.process_group([p for group in groups for p in group["params"]]))
+            self.members.meet(engine)
+        return self.ranks
+
+    def _bind_entries(
+        self, ranks: Ranks, entries: list[Entry], state: Mapping[Tensor, Any], error: Exception | None
+    ) -> Binding:
+        chosen, matrices = _matrices(entries)
         binding = self._by_key.get(_key(entries))
         stale = binding is None or not binding.fits(
             [entry.parameter for entry in chosen], [entry.holder for entry in chosen], matrices
@@ -90,9 +115,7 @@ class Bindings:
         assert binding is not None
         if any_stale or any_changed:
             binding.agree_on_presence()
-        if any_stale and ranks.size > 1:
             binding.check_replicas()
-        self.last = binding
         return binding
 
     def _rebind(

@@ -33,6 +33,7 @@ class Entry:
         holder: what stands in the group: its gradient holds this rank's elements.
         flat: whether the holder is a flat tensor with parts of several parameters.
         trained: whether it takes part in the training.
+        group: number of the group that it was given in.
         key: equal for all parameters that ``step()`` is given together, and on every rank.
     """
 
@@ -43,6 +44,7 @@ class Entry:
     holder: Tensor
     flat: bool
     trained: bool
+    group: int
     key: Hashable = None
 
     @property
@@ -183,6 +185,41 @@ class Members:
         """
         return [entry for group in groups for entry in self._entries(group, bound)]
 
+    def calls(self, groups: Sequence[dict[str, Any]], bound: Mapping[Tensor, fsdp.Location]) -> list[list[Entry]]:
+        """What each of the calls of ``step()`` that make one optimizer step is about, in their order."""
+        if not self.partitioned:
+            return [self.entries(groups, bound)]
+        by_key: dict[Hashable, list[Entry]] = {}
+        for number, given in enumerate(self._given):
+            options = PreconditionerOptions.of_group(given.group)
+            for flat in zero.flats(given.group["params"], given.parameters()):
+                for entry in self._flat_entries([flat], number, options):
+                    by_key.setdefault(entry.key, []).append(entry)
+        calls = [by_key[key] for key in sorted(by_key, key=_number)]
+        return [[entry for call in calls for entry in call]] if zero.steps_once(self.engine) else calls
+
+    def group(self, number: int) -> dict[str, Any]:
+        """A group, by its number."""
+        return self._given[number].group
+
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        """All groups, by their numbers."""
+        return [given.group for given in self._given]
+
+    def check_named(self) -> None:
+        """Raise ValueError unless every parameter has a name of its own."""
+        names = [name for given in self._given for name in given.names]
+        for given in self._given:
+            if not given.named and self.engine is None and given.names:
+                raise ValueError(
+                    f"a portable checkpoint needs names, but {given.names[0]} was given without: make the optimizer of "
+                    "model.named_parameters() (in groups: {'params': [(name, parameter), ...]})"
+                )
+        if len(set(names)) < len(names):
+            double = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"two parameters have the name {double}")
+
     def _entries(self, group: dict[str, Any], bound: Mapping[Tensor, fsdp.Location]) -> Iterator[Entry]:
         params: list[Tensor] = group["params"]
         if not params:
@@ -207,7 +244,7 @@ class Members:
                 )
             trained = parameter.requires_grad or parameter.grad is not None
             shape = bound[parameter].shape if parameter in bound else parameter.shape
-            yield Entry(name, parameter, options, shape, parameter, False, trained)
+            yield Entry(name, parameter, options, shape, parameter, False, trained, number)
 
     def _flat_entries(self, flats: list[Tensor], number: int, options: PreconditionerOptions) -> Iterator[Entry]:
         """The parameters in ZeRO's flat tensors."""
@@ -218,7 +255,9 @@ class Members:
             for parameter in parameters:
                 if parameter not in names:
                     raise ValueError(f"ZeRO keeps a parameter of shape {zero.whole_shape(parameter)} in another group")
-                yield Entry(names[parameter], parameter, options, zero.whole_shape(parameter), flat, True, True, key)
+                yield Entry(
+                    names[parameter], parameter, options, zero.whole_shape(parameter), flat, True, True, number, key
+                )
 
     def _names_of_replacements(self, params: list[Tensor], number: int) -> list[str]:
         """The names of the parameters that ``params`` have replaced one by one, all or the trained ones."""
@@ -240,6 +279,10 @@ def _lasting(group: Mapping[str, Any]) -> dict[str, Any]:
     return {
         k: v for k, v in group.items() if k not in ("params", "param_names", "lr", "initial_lr", "momentum", "betas")
     }
+
+
+def _number(key: Hashable) -> tuple[int, ...]:
+    return (key,) if isinstance(key, int) else (key[1],)  # type: ignore[index]
 
 
 def _few(shapes: Sequence[torch.Size]) -> str:

@@ -17,14 +17,14 @@ class Ranks:
         self.group = group
         self.size = dist.get_world_size(group) if group is not None else 1
         self.rank = dist.get_rank(group) if group is not None else 0
-        self._host_group = _host_group(group) if group is not None else None
+        self.host_group = _host_group(group) if group is not None else None
 
     def gather(self, value: Any) -> list[Any]:
         """``value`` of every rank, on every rank."""
         if self.group is None:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self._host_group)
+        dist.all_gather_object(values, value, group=self.host_group)
         return values
 
     def any(self, flags: Sequence[bool]) -> tuple[bool, ...]:
@@ -32,7 +32,7 @@ class Ranks:
         if self.group is None:
             return tuple(flags)
         joined = torch.tensor(flags, dtype=torch.uint8)
-        dist.all_reduce(joined, dist.ReduceOp.MAX, group=self._host_group)
+        dist.all_reduce(joined, dist.ReduceOp.MAX, group=self.host_group)
         return tuple(bool(flag) for flag in joined.tolist())
 
     def raise_together(self, error: Exception | None) -> None:

@@ -1,0 +1,276 @@
+"""What a portable checkpoint stores of an optimizer: names and numbers for its manifest, tensors for its files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+from .bindings import Bindings
+from .integrations.fsdp import Location, local_tensor
+from .members import Entry
+from .optimizer import Shampoo4
+from .options import PreconditionerOptions
+from .packing import shaping_difference
+from .plan import Owned
+from .ranks import Ranks
+
+_VALUES = "values"  # of the parameter itself, beside the names of its base states
+
+
+class Interval(Tensor):
+    """A rank's part of a vector that is spread over ranks, as DCP takes it: elements ``start`` on of ``total``."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    start: int
+    total: int
+
+    @staticmethod
+    def of(part: Tensor, start: int, total: int) -> Interval:
+        interval = part.detach().as_subclass(Interval)
+        interval.start, interval.total = start, total
+        return interval
+
+    def size(self, dim: int | None = None) -> Any:
+        """Of the whole vector, which is what DCP compares with what is stored."""
+        return torch.Size([self.total]) if dim is None else self.total
+
+    def _part(self) -> Tensor:
+        return self.as_subclass(Tensor)
+
+    def _chunk(self) -> ChunkStorageMetadata:
+        return ChunkStorageMetadata(torch.Size([self.start]), torch.Size([self._part().numel()]))
+
+    def __create_write_items__(self, fqn: str, _: object) -> list[WriteItem]:
+        properties = TensorProperties.create_from_tensor(self._part())
+        data = TensorWriteData(self._chunk(), properties, torch.Size([self.total]))
+        return [WriteItem(MetadataIndex(fqn, torch.Size([self.start])), WriteItemType.SHARD, tensor_data=data)]
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [self._chunk()]
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
+        return self._part()
+
+
+def collect(optimizer: Shampoo4, bindings: Bindings, ranks: Ranks) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The manifest's part on parameters, and this rank's tensors, by their keys; collective.
+
+    Raises ValueError, on every rank alike, if parameters have no names of their own.
+    """
+    error: Exception | None = None
+    described: list[tuple[str, int, dict[str, Any]]] = []
+    held = bindings.everything(optimizer.param_groups)
+    try:
+        bindings.members.check_named()
+        described = [(entry.name, place.replica, _describe_base(optimizer, entry)) for entry, place, _ in held]
+    except ValueError as found:
+        error = found
+    ranks.raise_together(error)
+    base: dict[str, dict[str, Any]] = {}
+    writers: dict[str, int] = {}  # the replica that writes: they take turns
+    for index, entries in enumerate(zip(*ranks.gather(described), strict=True)):
+        name = entries[0][0]
+        base[name] = next((found for _, _, found in entries if found), {})
+        replicas = sorted({replica for _, replica, _ in entries})
+        writers[name] = replicas[index % len(replicas)]
+
+    tensors: dict[str, Tensor] = {}
+    for entry, location, offset in held:
+        if location.replica != writers[entry.name] or location.start == location.stop:
+            continue
+        for key, vector in _vectors(optimizer, entry).items():
+            part = vector[offset : offset + location.stop - location.start]
+            tensors[f"{key}/{entry.name}"] = Interval.of(part, location.start, location.shape.numel())
+    tensors.update(_factors(bindings))
+    groups = [
+        {name: value for name, value in group.items() if name not in ("params", "param_names") and _is_plain(value)}
+        for group in bindings.members.groups
+    ]
+    parameters: dict[str, dict[str, Any]] = {
+        entry.name: {
+            "shape": list(entry.shape),
+            "options": entry.options.shaping_bytes(),
+            "group": entry.group,
+            "base": base[entry.name],
+        }
+        for entry, _, _ in held
+    }
+    for binding in bindings.all():
+        for matrix in binding.matrices:
+            blocks = {f"{block.row},{block.column}": matrix.block_bytes(block) for block in matrix.blocks}
+            parameters[matrix.name]["factors"] = {"step": matrix.step, "rooted": matrix.rooted, "blocks": blocks}
+    rule = type(optimizer._base).__name__
+    return {"base": rule, "groups": groups, "parameters": parameters}, tensors
+
+
+def check(manifest: Mapping[str, Any], optimizer: Shampoo4, bindings: Bindings) -> None:
+    """Raise ValueError, with both values, unless what ``manifest`` describes fits this optimizer."""
+    bindings.members.check_named()
+    rule = type(optimizer._base).__name__
+    if manifest["base"] != rule:
+        raise ValueError(f"the checkpoint is of base optimizer {manifest['base']}, this one has {rule}")
+    saved: Mapping[str, Any] = manifest["parameters"]
+    entries = {entry.name: entry for entry, _, _ in bindings.everything(optimizer.param_groups)}
+    missing, unknown = sorted(entries.keys() - saved.keys()), sorted(saved.keys() - entries.keys())
+    if missing or unknown:
+        raise ValueError(
+            f"the checkpoint has no {', '.join(missing[:3])}"
+            if missing
+            else f"there is no {', '.join(unknown[:3])} here"
+        )
+    for name, entry in entries.items():
+        if list(entry.shape) != saved[name]["shape"]:
+            raise ValueError(f"{name} has shape {saved[name]['shape']} in the checkpoint and {list(entry.shape)} here")
+        stored = {**asdict(entry.options), **saved[name]["options"]}
+        difference = shaping_difference(PreconditionerOptions.of_group(stored), entry.options)
+        if difference:
+            raise ValueError(f"{name} in the checkpoint has {difference}")
+    matrices = {matrix.name: matrix for binding in bindings.all() for matrix in binding.matrices}
+    for name, matrix in matrices.items():
+        blocks = {f"{block.row},{block.column}": matrix.block_bytes(block) for block in matrix.blocks}
+        found = saved[name].get("factors", {}).get("blocks")
+        if found != blocks:
+            raise ValueError(f"{name} has factors {_few(found)} in the checkpoint and {_few(blocks)} here")
+
+
+class Restoration:
+    """New tensors to read a checkpoint into, which replace the optimizer's once all of them are there."""
+
+    def __init__(self, manifest: Mapping[str, Any], optimizer: Shampoo4, bindings: Bindings) -> None:
+        self._manifest, self._optimizer, self._bindings = manifest, optimizer, bindings
+        self._states: dict[Tensor, dict[str, Any]] = {}
+        self._values: list[tuple[Tensor, Tensor]] = []  # where to, and what
+        self._factors = {key: torch.empty_like(data) for key, data in _factors(bindings).items()}
+        self.tensors: dict[str, Tensor] = dict(self._factors)
+        self._held = bindings.everything(optimizer.param_groups)
+        for entry, location, offset in self._held:
+            self._add(entry, location, offset)
+
+    def _add(self, entry: Entry, location: Location, offset: int) -> None:
+        saved = self._manifest["parameters"][entry.name]["base"]
+        state = self._states.setdefault(entry.holder, {})
+        length, total = location.stop - location.start, location.shape.numel()
+        holder = local_tensor(entry.holder)
+        target = holder.detach().new_empty(length)
+        self._values.append((holder.detach().reshape(-1)[offset : offset + length], target))
+        if length:
+            self.tensors[f"{_VALUES}/{entry.name}"] = Interval.of(target, location.start, total)
+        for key, described in saved.items():
+            if "dtype" not in described:
+                self._set_number(entry, state, key, described)
+                continue
+            if key not in state:
+                dtype = getattr(torch, described["dtype"])
+                dtype = entry.holder.dtype if dtype.is_floating_point else dtype  # as torch's load_state_dict casts
+                state[key] = torch.zeros_like(entry.holder, dtype=dtype, requires_grad=False)
+            part = local_tensor(state[key]).view(-1)[offset : offset + length]
+            if length:
+                self.tensors[f"{key}/{entry.name}"] = Interval.of(part, location.start, total)
+
+    def _set_number(self, entry: Entry, state: dict[str, Any], key: str, described: Mapping[str, Any]) -> None:
+        value = described["value"]
+        if key in state and float(state[key]) != value:
+            raise ValueError(
+                f"ZeRO keeps one {key} for all parameters of a group, but {entry.name} has {value:g} in the checkpoint "
+                f"and others {float(state[key]):g}"
+            )
+        if not described["tensor"]:
+            state[key] = value
+            return
+        group = self._bindings.members.group(entry.group)
+        on_device = key != "step" or group.get("capturable") or group.get("fused")
+        state[key] = torch.tensor(float(value), device=entry.holder.device if on_device else None)
+
+    def apply(self) -> None:
+        """Put what was read in place."""
+        for holder, state in self._states.items():
+            self._optimizer.state.pop(holder, None)
+            if state:
+                self._optimizer.state[holder] = state
+        with torch.no_grad():
+            for place, values in self._values:
+                place.copy_(values)
+        for binding in self._bindings.all():
+            for index, matrix in enumerate(binding.matrices):
+                saved = self._manifest["parameters"][matrix.name]["factors"]
+                matrix.step, matrix.rooted = saved["step"], saved["rooted"]
+                for block in matrix.blocks:
+                    key = _block_key(matrix.name, block)
+                    if key in self._factors:
+                        binding.preconditioner.from_bytes(Owned(index, block), self._factors[key])
+        groups = {entry.group: self._manifest["parameters"][entry.name]["group"] for entry, _, _ in self._held}
+        for number, saved_number in groups.items():
+            group = self._bindings.members.group(number)
+            group.update(_as_before(self._manifest["groups"][saved_number], group))
+
+
+def _as_before(saved: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
+    """Options from a manifest, with tuples where the group has tuples and tensors where it has tensors."""
+    options = dict(saved)
+    for name, value in saved.items():
+        if isinstance(group.get(name), tuple):
+            options[name] = tuple(value)
+        elif isinstance(group.get(name), Tensor):
+            options[name] = torch.full_like(group[name], value)
+    return options
+
+
+def _is_plain(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _factors(bindings: Bindings) -> dict[str, Tensor]:
+    """The factors of this rank's blocks, as bytes."""
+    return {
+        _block_key(matrix.name, block): binding.preconditioner.to_bytes(Owned(index, block))
+        for binding in bindings.all()
+        for index, matrix in enumerate(binding.matrices)
+        for block in matrix.blocks
+        if binding.plan.owner_of[Owned(index, block)] == binding.ranks.rank
+    }
+
+
+def _block_key(name: str, block: Any) -> str:
+    return f"factors/{name}/{block.row},{block.column}"
+
+
+def _vectors(optimizer: Shampoo4, entry: Entry) -> dict[str, Tensor]:
+    """A holder's values and elementwise base states, flattened, of this rank."""
+    holder = local_tensor(entry.holder).detach()
+    vectors = {_VALUES: holder.reshape(-1)}
+    for key, value in optimizer.state.get(entry.holder, {}).items():
+        if isinstance(value, Tensor) and value.shape == entry.holder.shape:
+            vectors[key] = local_tensor(value).reshape(-1)
+    return vectors
+
+
+def _describe_base(optimizer: Shampoo4, entry: Entry) -> dict[str, Any]:
+    described: dict[str, Any] = {}
+    for key, value in optimizer.state.get(entry.holder, {}).items():
+        if isinstance(value, Tensor) and value.shape == entry.holder.shape:
+            described[key] = {"dtype": str(value.dtype).removeprefix("torch.")}
+        elif isinstance(value, Tensor) and value.numel() == 1:
+            described[key] = {"value": float(value), "tensor": True}
+        elif isinstance(value, (int, float)):
+            described[key] = {"value": value, "tensor": False}
+        else:
+            raise ValueError(
+                f"{key} of {entry.name} ({type(value).__name__}) is no elementwise state: no way to store it"
+            )
+    return described
+
+
+def _few(blocks: Mapping[str, Any] | None) -> str:
+    return f"{len(blocks)} blocks of {sum(blocks.values())} bytes" if blocks else "no blocks"

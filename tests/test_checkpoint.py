@@ -1,0 +1,244 @@
+"""The portable checkpoint: saved under any host, loaded under any other on any number of ranks; and what is refused."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import worlds as hosts
+import zero_worlds as zero
+from test_contract import make_optimizer
+from torch import Tensor, nn
+
+from sharded_shampoo4 import Shampoo4, checkpoint
+
+KIND = "mlp"
+OPTIONS = {"max_preconditioner_dim": 30, "min_quant_numel": 0}
+FIRST, THEN = range(5), range(5, 10)
+ALL = (*hosts.HOSTS, *zero.HOSTS)
+
+
+class Training:
+    """A model with an optimizer under a host, and gradients to replay."""
+
+    def __init__(self, host: str, seed: int = 0, **options: Any) -> None:
+        self.host = host
+        model = hosts.make_model(KIND, seed)
+        if host.startswith("zero"):
+            self.optimizer = make_optimizer(model, "none", {**OPTIONS, **options})
+            self.model = zero.start(zero.Replay(model), zero.configuration(host), self.optimizer)
+        else:
+            self.model = hosts.wrap(model, host)
+            self.optimizer = make_optimizer(self.model, host, {**OPTIONS, **options})
+
+    @property
+    def handle(self) -> Any:
+        """What is given to save and load."""
+        return self.model if self.host.startswith("zero") else self.optimizer
+
+    def train(self, steps: range) -> dict[str, Tensor]:
+        for step in steps:
+            gradients = hosts.make_gradients(KIND, step)
+            if self.host.startswith("zero"):
+                zero.step(self.model, gradients)
+            else:
+                hosts.set_gradients(self.model, self.host, gradients)
+                self.optimizer.step()
+        return self.parameters()
+
+    def parameters(self) -> dict[str, Tensor]:
+        by_zero = self.host.startswith("zero")
+        return zero.full_parameters(self.model) if by_zero else hosts.full_parameters(self.model, self.host)
+
+    def end(self) -> None:
+        if self.host.startswith("zero"):
+            self.model.destroy()
+
+
+def save_all(rank: int, folder: str) -> None:
+    zero.prepare()
+    for host in ALL:
+        training = Training(host)
+        training.train(FIRST)
+        checkpoint.save(training.handle, f"{folder}/{host}")
+        training.end()
+
+
+def load_all(rank: int, folder: str) -> dict[tuple[str, str], Any]:
+    zero.prepare()
+    found = {}
+    for source in (*ALL, "none"):
+        for host in ALL:
+            training = Training(host, seed=1)
+            checkpoint.load(training.handle, f"{folder}/{source}")
+            loaded = training.parameters()
+            found[source, host] = loaded, training.train(THEN), training.optimizer.state_bytes()
+            training.end()
+    return found
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a checkpoint of each host on two ranks, and of one process."""
+    folder = tmp_path_factory.mktemp("saved")
+    hosts.run_ranks(2, save_all, str(folder))
+    with hosts.one_thread():
+        training = Training("none")
+        training.train(FIRST)
+        checkpoint.save(training.optimizer, folder / "none")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Weights at the checkpoint, and at the end of a run without a stop."""
+    with hosts.one_thread():
+        training = Training("none")
+        return training.train(FIRST), training.train(THEN)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_every_checkpoint_continues_everywhere_bitwise(saved: Path, expected: Any, world_size: int) -> None:
+    results = hosts.run_ranks(world_size, load_all, str(saved))
+    assert len(results[0]) == 72
+    for rank in results:
+        for pair, (loaded, end, _) in rank.items():
+            for name in expected[0]:
+                assert torch.equal(loaded[name], expected[0][name]), (pair, name)
+                assert torch.equal(end[name], expected[1][name]), (pair, name)
+
+
+def test_one_process_continues_what_many_have_saved(saved: Path, expected: Any) -> None:
+    with hosts.one_thread():
+        for source in ALL:
+            training = Training("none", seed=1)
+            checkpoint.load(training.optimizer, saved / source)
+            end = training.train(THEN)
+            assert all(torch.equal(end[name], expected[1][name]) for name in end), source
+
+
+# -- mismatches and damage ---------------------------------------------------------------------------------------------
+
+
+def trained(folder: Path, **options: Any) -> Shampoo4:
+    """A small optimizer after some steps, saved in ``folder``."""
+    optimizer = Training("none", **options)
+    optimizer.train(FIRST)
+    checkpoint.save(optimizer.optimizer, folder)
+    return optimizer.optimizer
+
+
+def snapshot(optimizer: Shampoo4) -> list[bytes]:
+    """Everything that a failed load must leave as it is."""
+    state = optimizer.state_dict()
+    tensors = [value for entry in state["state"].values() for value in entry.values() if isinstance(value, Tensor)]
+    tensors += [p.detach() for group in optimizer.param_groups for p in group["params"]]
+    return [tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes() for tensor in tensors]
+
+
+MISMATCHES: dict[str, tuple[dict[str, Any], str]] = {
+    "bits": ({"bits": 8}, r"bits=4 where this optimizer has bits=8"),
+    "code book": ({"codebook": "dynamic_tree"}, r"codebook='linear2' where .* codebook='dynamic_tree'"),
+    "scales": ({"quant_block_size": 32}, r"quant_block_size=64 where .* quant_block_size=32"),
+    "block size": ({"max_preconditioner_dim": 40}, r"max_preconditioner_dim=30 where .* max_preconditioner_dim=40"),
+    "split": ({"split": "remainder"}, r"split='even' where .* split='remainder'"),
+    "what is quantised": ({"quantize": "preconditioner"}, r"quantize='eigenbasis' where .* quantize='preconditioner'"),
+    "threshold": ({"min_quant_numel": 600}, r"min_quant_numel=0 where .* min_quant_numel=600"),
+    "base": ({"base": "sgd", "momentum": 0.9}, r"base optimizer AdamW, this one has SGD"),
+}
+
+
+@pytest.mark.parametrize("name", MISMATCHES)
+def test_options_that_shape_bytes_must_agree(name: str, tmp_path: Path) -> None:
+    options, message = MISMATCHES[name]
+    trained(tmp_path)
+    other = Training("none", **options)
+    other.train(FIRST)
+    before = snapshot(other.optimizer)
+    with pytest.raises(ValueError, match=message):
+        checkpoint.load(other.optimizer, tmp_path)
+    assert snapshot(other.optimizer) == before
+
+
+def test_names_and_shapes_must_agree(tmp_path: Path) -> None:
+    trained(tmp_path)
+    renamed = [("body" + name.removeprefix("stem"), p) for name, p in hosts.make_model(KIND).named_parameters()]
+    with pytest.raises(ValueError, match="the checkpoint has no body"):
+        checkpoint.load(Shampoo4(renamed, **OPTIONS), tmp_path)
+    fewer = list(hosts.make_model(KIND).named_parameters())[:-1]
+    with pytest.raises(ValueError, match=r"there is no head\.bias here"):
+        checkpoint.load(Shampoo4(fewer, **OPTIONS), tmp_path)
+    other = [(name, nn.Parameter(p.detach()[:7])) for name, p in hosts.make_model(KIND).named_parameters()]
+    with pytest.raises(ValueError, match=r"stem.weight has shape \[44, 20\] in the checkpoint and \[7, 20\] here"):
+        checkpoint.load(Shampoo4(other, **OPTIONS), tmp_path)
+    with pytest.raises(ValueError, match="needs names, but parameter 0 of group 0"):
+        checkpoint.save(Shampoo4(hosts.make_model(KIND).parameters()), tmp_path)
+    with pytest.raises(TypeError, match="Shampoo4"):
+        checkpoint.save(torch.optim.SGD(hosts.make_model(KIND).parameters()), tmp_path)
+
+
+def test_missing_truncated_and_newer_ones(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no complete checkpoint"):
+        checkpoint.load(Training("none").optimizer, tmp_path)
+    optimizer = trained(tmp_path)
+    before = snapshot(optimizer)
+    (data,) = tmp_path.glob("data-*")
+    for path in sorted(data.iterdir()):
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(
+            ValueError, match=f"{path.name} has {len(whole) // 2} bytes where {len(whole)} were written"
+        ):
+            checkpoint.load(optimizer, tmp_path)
+        path.unlink()
+        with pytest.raises(ValueError, match=f"{path.name} is missing"):
+            checkpoint.load(optimizer, tmp_path)
+        path.write_bytes(whole)
+    path = tmp_path / checkpoint.MANIFEST
+    sealed = json.loads(path.read_text())
+    sealed["manifest"]["format"] = 99
+    sealed["checksum"] = checkpoint._text_checksum(sealed["manifest"])
+    path.write_text(json.dumps(sealed))
+    with pytest.raises(ValueError, match="has format 99, this version reads up to 1"):
+        checkpoint.load(optimizer, tmp_path)
+    assert snapshot(optimizer) == before
+
+
+def test_flipped_bits_never_load_as_numbers(tmp_path: Path) -> None:
+    """Sixty bits each of all files, one at a time."""
+    optimizer = trained(tmp_path)
+    before = snapshot(optimizer)
+    generator = torch.Generator().manual_seed(0)
+    files = [path for path in sorted(tmp_path.rglob("*")) if path.is_file()]
+    assert len(files) >= 3
+    for path in files:
+        whole = path.read_bytes()
+        for _ in range(60):
+            place, bit = (int(torch.randint(n, (), generator=generator)) for n in (len(whole), 8))
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :])
+            with pytest.raises((ValueError, FileNotFoundError)):
+                checkpoint.load(optimizer, tmp_path)
+        path.write_bytes(whole)
+    assert snapshot(optimizer) == before
+    checkpoint.load(optimizer, tmp_path)
+
+
+def test_a_new_save_replaces_the_old_one_and_leaves_nothing_else(tmp_path: Path) -> None:
+    training = Training("none")
+    for steps in (range(2), range(2, 4), range(4, 6)):
+        expected = training.train(steps)
+        checkpoint.save(training.optimizer, tmp_path)
+    (tmp_path / "data-unfinished").mkdir()
+    other = Training("none", seed=1)
+    with pytest.warns(UserWarning, match="data-unfinished of a save that was cut off: passed over"):
+        checkpoint.load(other.optimizer, tmp_path)
+    assert all(torch.equal(value, expected[name]) for name, value in other.parameters().items())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        checkpoint.save(training.optimizer, tmp_path)
+        checkpoint.load(other.optimizer, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
