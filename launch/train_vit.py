@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import os
+import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -33,13 +34,14 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, get_scheduler
 from vit_args import parse_args
 from vit_augment import BatchTransform
-from vit_checkpoint import Checkpoints, LossBook, Progress
+from vit_checkpoint import Checkpoints, LossBook, PortableState, Progress, StopSignals
 from vit_data import Plan, make_loaders, mixed_seed, natural_channels, normalisation, prepare_images
 from vit_model import LAYERS, build_config, build_model, image_side
 from vit_optim import build_optimizer, estimated_bytes, state_bytes
 from vit_report import MetricsLog, data_name, peak_memory_bytes, plot_curves, print_tables
 from vit_sources import load_image_data
 
+from sharded_shampoo4 import Shampoo4
 from sharded_shampoo4.integrations.accelerate import (
     adjust_deepspeed,
     check_distribution,
@@ -112,9 +114,15 @@ class Run:
         self.progress = Progress()
         self.losses = LossBook(args.gradient_accumulation_steps)
         self.accelerator.register_for_checkpointing(self.scheduler, self.progress)
+        state = None
+        if isinstance(self.inner_optimizer, Shampoo4):
+            others = {"scheduler": self.scheduler, "progress": self.progress}
+            state = PortableState(self.accelerator, self.model, self.inner_optimizer, others)
         options = {**vars(args), "step_images": self.plan.step_images, "epoch_steps": self.plan.epoch_steps}
-        self.checkpoints = Checkpoints(self.accelerator, self.output_dir, args.checkpoints_total_limit, options)
+        self.checkpoints = Checkpoints(self.accelerator, self.output_dir, args.checkpoints_total_limit, options, state)
+        self.signals = StopSignals()
         self.log: MetricsLog | None = None
+        self.saved_step = -1
 
     def train(self) -> None:
         """Train to the last step, evaluating after every epoch."""
@@ -144,11 +152,14 @@ class Run:
                 bar.update()
                 if progress.step < last_step:  # the epoch's last step waits for the evaluation
                     self._save_if_due()
+                    self._stop_if_asked()
             if progress.step != last_step:
                 raise RuntimeError(f"epoch {epoch} ended at step {progress.step} instead of {last_step}")
             with self._off_the_clock():
                 self.evaluate()
             self._save_if_due(epoch_ends=True)
+            if progress.step < plan.total_steps:
+                self._stop_if_asked()
         bar.close()
 
     def _micro_batch(self, batch: dict[str, Tensor], number: int) -> None:
@@ -224,6 +235,7 @@ class Run:
 
     def finish(self) -> None:
         """Store the model and the results, draw the curves, print the tables."""
+        self.signals.end()
         self._save_model()
         held = gather_object([state_bytes(self.inner_optimizer)])
         if self.accelerator.is_main_process:
@@ -270,12 +282,28 @@ class Run:
 
     def _save_if_due(self, epoch_ends: bool = False) -> None:
         every = self.args.checkpointing_steps
-        if every is None or not (epoch_ends if every == "epoch" else self.progress.step % every == 0):
+        if every is not None and (epoch_ends if every == "epoch" else self.progress.step % every == 0):
+            self._save()
+
+    def _stop_if_asked(self) -> None:
+        """Save and end, with a status of its own, after SIGTERM or SIGUSR1 to any process."""
+        if not self.signals.stop_now():
             return
+        if self.saved_step != self.progress.step:
+            self._save()
+        logger.warning(
+            f"asked to stop: saved after step {self.progress.step}; --resume_from_checkpoint latest goes on from there"
+        )
+        self.model, self.optimizer = self.accelerator.free_memory(self.model, self.optimizer)
+        self.accelerator.end_training()
+        sys.exit(StopSignals.EXIT_STATUS)
+
+    def _save(self) -> None:
         with self._off_the_clock():
             self.losses.collect(self.accelerator, self.progress)  # after this, a broken run raises and saves nothing
             self.progress.seconds = self._seconds()
             self.checkpoints.save(self.progress.step)
+            self.saved_step = self.progress.step
 
     def _save_model(self) -> None:
         """The model as transformers loads it, with the normalisation that it was trained under."""

@@ -6,15 +6,21 @@ import json
 import math
 import re
 import shutil
+import signal
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
-from torch import Tensor
+from torch import Tensor, nn
+
+from sharded_shampoo4 import Shampoo4, checkpoint
+from sharded_shampoo4.ranks import Ranks
 
 logger = get_logger("train_vit")
 
@@ -88,10 +94,58 @@ class LossBook:
         progress.unlogged_losses += steps
 
 
-class Checkpoints:
-    """Folders ``checkpoint-STEP`` in a run's output folder."""
+class PortableState:
+    """A run with Shampoo4, saved so that it goes on under any host and on any number of processes.
 
-    def __init__(self, accelerator: Accelerator, output_dir: Path, limit: int | None, options: dict[str, Any]) -> None:
+    Args:
+        accelerator: has prepared the model.
+        model: the prepared model.
+        optimizer: the Shampoo4 in what was prepared.
+        others: by name, what else has a state, the same on every process.
+    """
+
+    def __init__(self, accelerator: Accelerator, model: nn.Module, optimizer: Shampoo4, others: dict[str, Any]) -> None:
+        self.accelerator = accelerator
+        self.model = model
+        self.handle = model if hasattr(model, "basic_optimizer") else optimizer  # DeepSpeed's engine knows more
+        self.others = {**others, **({"scaler": accelerator.scaler} if accelerator.scaler is not None else {})}
+
+    def save_state(self, folder: str) -> None:
+        """Write weights, states and progress. Every process must call this together."""
+        checkpoint.save(self.handle, Path(folder) / "optimizer")
+        if self.accelerator.is_main_process:
+            states = {name: other.state_dict() for name, other in self.others.items()}
+            buffers = {name: buffer.detach().cpu() for name, buffer in self._buffers().items()}
+            torch.save({"states": states, "buffers": buffers}, Path(folder) / "run.pt")
+
+    def load_state(self, folder: str) -> None:
+        """Restore what ``save_state`` wrote, here or elsewhere. Every process must call this together."""
+        checkpoint.load(self.handle, Path(folder) / "optimizer")
+        saved = torch.load(Path(folder) / "run.pt", map_location="cpu", weights_only=True)
+        for name, other in self.others.items():
+            if name in saved["states"]:  # a scaler is there with fp16 only
+                other.load_state_dict(saved["states"][name])
+        with torch.no_grad():
+            for name, buffer in self._buffers().items():
+                buffer.copy_(saved["buffers"][name])
+
+    def _buffers(self) -> dict[str, Tensor]:
+        named = self.model.named_buffers()
+        return {name.replace("_fsdp_wrapped_module.", "").removeprefix("module."): buffer for name, buffer in named}
+
+
+class Checkpoints:
+    """Folders ``checkpoint-STEP`` in a run's output folder; ``state`` saves and loads them, or ``accelerator`` does."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        output_dir: Path,
+        limit: int | None,
+        options: dict[str, Any],
+        state: PortableState | None = None,
+    ) -> None:
+        self.state = state or accelerator
         self.accelerator = accelerator
         self.output_dir = output_dir
         self.limit = limit
@@ -103,7 +157,7 @@ class Checkpoints:
         if self.accelerator.is_main_process and folder.exists():
             shutil.rmtree(folder)  # left by a run that was cut off, or by one that went on from before this step
         self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(folder))
+        self.state.save_state(str(folder))
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             _write_in_one_go(folder / MARKER, json.dumps({"step": step, "options": self.options}, indent=1))
@@ -132,7 +186,7 @@ class Checkpoints:
         if problem:
             raise ValueError(problem)
         if folder_name:
-            self.accelerator.load_state(folder_name)
+            self.state.load_state(folder_name)
             logger.info(f"Resumed from {folder_name}")
 
     def _make_room(self, overwrite: bool) -> None:
@@ -184,6 +238,32 @@ class Checkpoints:
         for _, folder in folders:
             if folder not in keep:
                 shutil.rmtree(folder)
+
+
+class StopSignals:
+    """SIGTERM and SIGUSR1, as clusters send them before they take a job's machines: not the end, but a request."""
+
+    EXIT_STATUS = 75  # of a run that was asked to stop, has saved itself and can go on (EX_TEMPFAIL of sysexits.h)
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._ranks: Ranks | None = None
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGUSR1)}
+
+    def end(self) -> None:
+        """Let the signals do what they did before."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        self.received = number
+
+    def stop_now(self) -> bool:
+        """Whether any process was asked to stop. Every process must call this together; waits for no accelerator."""
+        if self._ranks is None:
+            several = dist.is_initialized() and dist.get_world_size() > 1
+            self._ranks = Ranks(dist.group.WORLD if several else None)
+        return self._ranks.any([self.received is not None])[0]
 
 
 def _write_in_one_go(path: Path, text: str) -> None:

@@ -32,9 +32,9 @@ def accelerate(config: str, processes: int) -> tuple[object, ...]:
     return (*command, "--config_file", file, "--num_processes", processes, "--main_process_port", 0)
 
 
-def run(*command: object) -> subprocess.CompletedProcess[str]:
-    """Run a command offline, on the CPU, one thread a process; its result, whatever the exit status."""
-    environment = {
+def environment() -> dict[str, str]:
+    """Offline, on the CPU, one thread a process."""
+    return {
         **os.environ,
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",
@@ -42,7 +42,11 @@ def run(*command: object) -> subprocess.CompletedProcess[str]:
         "CXX": "/bin/false",  # nothing is compiled at run time
         "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
     }
-    return subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=300)
+
+
+def run(*command: object) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end; its result, whatever the exit status."""
+    return subprocess.run(list(map(str, command)), env=environment(), capture_output=True, text=True, timeout=300)
 
 
 def results(output_dir: Path) -> dict[str, Any]:

@@ -69,6 +69,14 @@ BY_JSON: dict[str, tuple[str, str, dict[str, Any]]] = {
 CONFIGS = {"ddp": "DDP on 2 processes", "fsdp1": "FSDP1 on 2 processes", "hsdp": "HSDP 2x2 on 4 processes"}
 
 
+# A run of two processes that goes on elsewhere: where it was, where it goes, images per process and micro-batch there.
+MOVES = {
+    "fsdp2 to one process": ("fsdp2", None, 16),
+    "zero2 to fsdp2": ("zero2", "fsdp2", 8),
+    "ddp to zero3": ("ddp", "zero3", 8),
+}
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
     """All launches, two at a time: a function from a launch's name to its folder and process, which waits for it."""
@@ -82,6 +90,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
         pending[host].result()
         shutil.copytree(base / host, base / name, ignore=shutil.ignore_patterns("checkpoint-18", "model"))
         return launch(host, name, "--resume_from_checkpoint", "latest")
+
+    def move(name: str) -> subprocess.CompletedProcess[str]:
+        source, target, images = MOVES[name]
+        pending[source].result()
+        shutil.copytree(base / source, base / name, ignore=shutil.ignore_patterns("checkpoint-18", "model"))
+        launcher = accelerate(target, 2) if target else ()
+        own = ("--per_device_train_batch_size", images, "--resume_from_checkpoint", "latest")
+        return train(base / name, *OPTIMIZER, *FLAGS, *own, launcher=launcher)
 
     def by_json(name: str) -> subprocess.CompletedProcess[str]:
         launcher, file, changes = BY_JSON[name]
@@ -108,6 +124,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
             pending[f"small-{config}"] = pool.submit(small, config)
         for name in BY_JSON:
             pending[name] = pool.submit(by_json, name)
+        for name in MOVES:
+            pending[name] = pool.submit(move, name)
         for host in HOSTS:
             pending[f"{host}-resumed"] = pool.submit(go_on, host, f"{host}-resumed")
 
@@ -187,6 +205,15 @@ def test_a_resumed_launch_is_the_same_run(runs: Runs, host: str) -> None:
     assert metrics(resumed) == metrics(full)
     weights, again = (load_file(folder / "model" / "model.safetensors") for folder in (full, resumed))
     assert all(torch.equal(weights[name], again[name]) for name in weights)
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_a_run_goes_on_under_another_host_and_rank_count(runs: Runs, single: Path, name: str) -> None:
+    folder, process = runs(name)
+    assert f"Resumed from {folder / 'checkpoint-9'}" in process.stderr
+    target = MOVES[name][1]
+    assert results(folder)["host"] == (HOSTS[target] if target else "one process")
+    assert losses(folder) == pytest.approx(losses(single), abs=TOLERANCE)
 
 
 @pytest.mark.parametrize("config", CONFIGS)
