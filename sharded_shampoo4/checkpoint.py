@@ -25,6 +25,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
@@ -67,7 +68,7 @@ def save(optimizer: Any, directory: str | os.PathLike[str]) -> None:
         with _one_process_is_meant():
             dcp_save(tensors, storage_writer=writer, process_group=ranks.host_group, no_dist=ranks.size == 1)
         files = _checksums(data, ranks)
-    except Exception as found:  # DCP wraps whatever happened, on every rank
+    except (Exception, CheckpointException) as found:  # whatever happened to any rank, on every rank
         error = found if isinstance(found, OSError) else OSError(f"{data} could not be written: {_innermost(found)}")
         files = {}
     ranks.raise_together(error)
@@ -115,7 +116,7 @@ def load(optimizer: Any, directory: str | os.PathLike[str]) -> None:
         group, alone = ranks.host_group, ranks.size == 1
         with _one_process_is_meant():
             dcp_load(restoration.tensors, storage_reader=reader, process_group=group, no_dist=alone)
-    except Exception as found:
+    except (Exception, CheckpointException) as found:
         error = ValueError(f"{folder} could not be read: {_innermost(found)}")
     ranks.raise_together(error)
     restoration.apply()
