@@ -20,7 +20,7 @@ from .integrations import fsdp, zero
 from .layout import matrix_shape
 from .members import Entry, Members
 from .plan import Shard
-from .preconditioner import Matrix
+from .preconditioner import Matrix, worse
 from .ranks import Ranks
 
 Unbound = packing.PackedState | packing.PackedPieces
@@ -232,6 +232,15 @@ class Bindings:
         """Bytes of this rank's factors."""
         bound = sum(binding.preconditioner.nbytes for binding in self.all())
         return bound + sum(entry.data.numel() for entry in self.unbound.values())
+
+    def health(self) -> dict[str, list[float]]:
+        """The worst of each matrix's factors on all ranks, in the order of HEALTH; collective."""
+        worst: dict[str, list[float]] = {}
+        for binding in self.all():
+            for found in binding.ranks.gather(binding.preconditioner.health()):
+                for name, values in found.items():
+                    worst[name] = worse(worst.get(name), values)
+        return worst
 
     def owners(self) -> dict[Tensor, str]:
         """The ranks that own blocks of each parameter."""

@@ -20,6 +20,10 @@ Index = slice | Tensor  # which factors of a pool: a run of neighbours (a view, 
 # Elements of the (factors, n, n) matrices that one statistics or root step has in hand, some eight times over.
 REFRESH_ELEMENTS = 2**22
 
+# What FactorPool.health tells of a factor: the distance of its basis from an orthogonal one, ||V^T V - I||_F / sqrt(n),
+# as it is stored and after the rectification before a root; its eigenvalues' range; the most failures in a row.
+HEALTH = ("orthogonality_error", "rectified_error", "smallest_eigenvalue", "largest_eigenvalue", "failures")
+
 _STATISTICS, _ROOT = 0, 1  # the two counts of failures in a row
 
 
@@ -154,6 +158,21 @@ class FactorPool:
         """The inverse roots (k, n, n), float32, of the factors ``where``. Not to be written to."""
         return self._decode("root", where)
 
+    def health(self, where: Tensor) -> Tensor:
+        """How the factors ``where`` are, float64 (k, 5): see HEALTH. NaN for the errors of factors without a basis."""
+        rows = []
+        for chunk in self._chunks(where):
+            if "eigenvalues" in self.tensors:
+                values, stored = self._eigenbasis(chunk, 0)
+                errors = [_orthogonality_error(stored)]
+                errors.append(_orthogonality_error(eigenbasis.rectify(stored, self.options.rectify_steps[1])))
+            else:
+                values, _ = linalg.eigh(self._decode("statistics", chunk).to(self.refresh_dtype))
+                errors = [torch.full_like(values[:, 0], torch.nan)] * 2
+            failures = self.tensors["failures"][chunk].amax(1)
+            rows.append(torch.stack([*errors, values.amin(1), values.amax(1), failures.to(values.dtype)], dim=1))
+        return torch.cat(rows).double()
+
     def _eigenbasis(self, where: Index, rectify_steps: int) -> tuple[Tensor, Tensor]:
         basis = self._decode("basis", where).to(self.refresh_dtype).mT
         return self.tensors["eigenvalues"][where].to(self.refresh_dtype), eigenbasis.rectify(basis, rectify_steps)
@@ -186,6 +205,13 @@ class FactorPool:
     @property
     def nbytes(self) -> int:
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
+
+
+def _orthogonality_error(basis: Tensor) -> Tensor:
+    gram = linalg.matmul(basis.mT, basis)
+    gram.diagonal(dim1=-2, dim2=-1).sub_(1.0)
+    error: Tensor = torch.linalg.vector_norm(gram, dim=(1, 2)) / basis.shape[-1] ** 0.5
+    return error
 
 
 def _finite(values: Tensor) -> Tensor:

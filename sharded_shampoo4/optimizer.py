@@ -12,6 +12,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from . import packing
 from .binding import Binding
 from .bindings import Bindings, Unbound
+from .factors import HEALTH
 from .integrations import fsdp as hosts
 from .integrations import zero
 from .members import Members
@@ -321,6 +322,19 @@ class Shampoo4(Optimizer):
     def state_bytes(self) -> dict[str, int]:
         """Bytes of the states on this rank, measured: ``{"preconditioner": int, "base": int}``."""
         return {"preconditioner": self._bindings.nbytes, "base": tensor_bytes(self.state.values())}
+
+    @torch.no_grad()
+    def health(self) -> dict[str, dict[str, float]]:
+        """How the factors of each preconditioned parameter are, by its name; collective, and not for every step.
+
+        ``orthogonality_error``: of the worst eigenbasis V, ||V^T V - I||_F / sqrt(order), as it is stored;
+        ``rectified_error``: the same after the rectification before a root (both NaN where no eigenbasis is stored);
+        ``smallest_eigenvalue`` and ``largest_eigenvalue`` of the statistics; ``failures``: the most failed updates in a
+        row of any factor; ``bytes`` of all its factors. Empty before the first step.
+        """
+        worst = self._bindings.health()
+        sizes = {matrix.name: matrix.nbytes for binding in self._bindings.all() for matrix in binding.matrices}
+        return {name: {**dict(zip(HEALTH, worst[name], strict=True)), "bytes": sizes[name]} for name in sizes}
 
     def describe(self) -> str:
         """A table: each parameter, whether it is preconditioned or why not, its blocks, their owners and bytes.

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .factors import FactorPool, Index, factor_bytes
+from .factors import HEALTH, FactorPool, Index, factor_bytes
 from .layout import Block, cut_blocks
 from .linalg import matmul
 from .options import PreconditionerOptions
@@ -99,6 +99,14 @@ class Matrix:
             stop = start + self.block_bytes(block)
             yield block, slice(start, stop)
             start = stop
+
+
+def worse(first: list[float] | None, second: list[float]) -> list[float]:
+    """Of two factors' health, in the order of HEALTH, the larger errors and failures and the wider range."""
+    if first is None:
+        return second
+    chosen = [min if name == "smallest_eigenvalue" else max for name in HEALTH]
+    return [choose(a, b) if a == a and b == b else a + b for choose, a, b in zip(chosen, first, second, strict=True)]
 
 
 class BlockBatch:
@@ -219,6 +227,16 @@ class Preconditioner:
                         "lower the learning rate, clip gradients or raise matrix_eps"
                     )
         return None
+
+    def health(self) -> dict[str, list[float]]:
+        """The worst of each matrix's factors on this rank, in the order of HEALTH."""
+        by_pool = {id(pool): pool.health(torch.arange(pool.count, device=pool.device)).tolist() for pool in self.pools}
+        worst: dict[str, list[float]] = {}
+        for (index, _), sides in self._places.items():
+            for pool, at in sides:
+                name = self.matrices[index].name
+                worst[name] = worse(worst.get(name), by_pool[id(pool)][at])
+        return worst
 
     def to_bytes(self, owned: Owned) -> Tensor:
         """The left and the right factor of a block of this rank, as uint8."""
