@@ -38,7 +38,7 @@ from vit_checkpoint import Checkpoints, LossBook, PortableState, Progress, StopS
 from vit_data import Plan, make_loaders, mixed_seed, natural_channels, normalisation, prepare_images
 from vit_model import LAYERS, build_config, build_model, image_side
 from vit_optim import build_optimizer, estimated_bytes, state_bytes
-from vit_report import MetricsLog, data_name, peak_memory_bytes, plot_curves, print_tables
+from vit_report import MetricsLog, data_name, peak_memory_bytes, plot_curves, plot_health, print_tables
 from vit_sources import load_image_data
 
 from sharded_shampoo4 import Shampoo4
@@ -122,6 +122,7 @@ class Run:
         self.checkpoints = Checkpoints(self.accelerator, self.output_dir, args.checkpoints_total_limit, options, state)
         self.signals = StopSignals()
         self.log: MetricsLog | None = None
+        self.health_log: MetricsLog | None = None
         self.saved_step = -1
 
     def train(self) -> None:
@@ -232,6 +233,10 @@ class Run:
         self.progress.evaluation = {"eval_accuracy": accuracy, "eval_loss": total_loss / count}
         self.progress.best_accuracy = max(self.progress.best_accuracy, accuracy)
         self._write(self.progress.evaluation)
+        if self.args.log_health and isinstance(self.inner_optimizer, Shampoo4):
+            health = self.inner_optimizer.health()
+            if self.health_log is not None:
+                self.health_log.write({"step": self.progress.step, "health": health})
 
     def finish(self) -> None:
         """Store the model and the results, draw the curves, print the tables."""
@@ -246,6 +251,8 @@ class Run:
             options = results["options"]
             title = f"{options['model'] or 'model'} on {data_name(options)}, {options['optimizer']}"
             plot_curves(self.log.read(), picture, title)
+            if self.health_log is not None:
+                plot_health(self.health_log.read(), self.output_dir / "health.png", title)
             print_tables(results)
             for name, path in (("results", "all_results.json"), ("curves", "curves.png"), ("model", "model")):
                 print(f"{name:8}{self.output_dir / path}")
@@ -263,6 +270,8 @@ class Run:
         self.checkpoints.begin(args.resume_from_checkpoint, args.overwrite_output_dir)
         if accelerator.is_main_process:
             self.log = MetricsLog(self.output_dir / "metrics.jsonl", resumed_at=self.progress.step)
+            if args.log_health:
+                self.health_log = MetricsLog(self.output_dir / "health.jsonl", resumed_at=self.progress.step)
         if args.with_tracking:
             plain = {k: v for k, v in vars(args).items() if isinstance(v, (int, float, str, bool))}
             accelerator.init_trackers("tensorboard", plain)

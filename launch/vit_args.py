@@ -159,6 +159,7 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
     add("--checkpoints_total_limit", type=_positive, help="keep the newest N checkpoints")
     add("--resume_from_checkpoint", metavar="PATH|latest", help="latest: the newest in --output_dir, if any")
     add("--logging_steps", type=_positive, default=10)
+    add("--log_health", action="store_true", help="the factors' state after every epoch: health.jsonl, health.png")
     add("--with_tracking", action="store_true", help="also log to --report_to")
     add("--report_to", choices=("tensorboard",), default="tensorboard")
 

@@ -33,6 +33,7 @@ _HARMLESS = (  # options that change no number of the training
     "checkpoints_total_limit",
     "resume_from_checkpoint",
     "logging_steps",
+    "log_health",
     "with_tracking",
     "report_to",
     "per_device_eval_batch_size",

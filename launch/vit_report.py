@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import resource
+import statistics
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(each) for name, each in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value  # JSON has no infinity
 
 
@@ -113,6 +117,16 @@ def data_name(options: dict[str, Any]) -> str:
     return Path(source).name if Path(source).is_dir() else source
 
 
+_STYLE: dict[Any, Any] = {
+    "font.size": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "axes.titlesize": 12,
+}
+
+
 def plot_curves(lines: list[dict[str, Any]], path: Path, title: str) -> None:
     """Training and evaluation loss, evaluation accuracy and learning rate over the steps, as a PNG."""
     import matplotlib
@@ -122,15 +136,7 @@ def plot_curves(lines: list[dict[str, Any]], path: Path, title: str) -> None:
 
     train = [line for line in lines if "loss" in line]
     evals = [line for line in lines if "eval_loss" in line]
-    settings: dict[Any, Any] = {
-        "font.size": 11,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "grid.alpha": 0.25,
-        "axes.titlesize": 12,
-    }
-    with plt.rc_context(settings):
+    with plt.rc_context(_STYLE):
         figure, (loss, accuracy, rate) = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
         _draw(loss, train, "loss", "training", _BLUE, marker="")
         _draw(loss, evals, "eval_loss", "evaluation", _RED)
@@ -167,3 +173,40 @@ def _draw(axes: Any, lines: list[dict[str, Any]], key: str, label: str, color: s
     points = [(line["step"], line[key]) for line in lines if line[key] is not None]
     if points:
         axes.plot(*zip(*points, strict=True), label=label, color=color, linewidth=1.8, marker=marker, markersize=4)
+
+
+def plot_health(lines: list[dict[str, Any]], path: Path, title: str) -> None:
+    """Orthogonality errors, eigenvalues' ranges and failures of all preconditioned parameters over the steps, a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    lines = [line for line in lines if line["health"]]
+    steps = [line["step"] for line in lines]
+
+    def over_steps(key: str, choose: Callable[[Iterable[float]], float]) -> list[float]:
+        told = [[each[key] for each in line["health"].values() if each[key] is not None] for line in lines]
+        return [choose(values) if values else math.nan for values in told]
+
+    with plt.rc_context(_STYLE):
+        figure, (errors, eigenvalues, failures) = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
+        errors.plot(steps, over_steps("orthogonality_error", max), "o-", color=_RED, label="as stored, worst")
+        errors.plot(steps, over_steps("orthogonality_error", statistics.median), "o--", color=_RED, label="median")
+        errors.plot(steps, over_steps("rectified_error", max), "o-", color=_BLUE, label="rectified, worst")
+        errors.set_title("distance from orthogonal")
+        errors.set_ylim(bottom=0)
+        errors.legend(frameon=False)
+        eigenvalues.plot(steps, over_steps("largest_eigenvalue", max), "o-", color=_BLUE, label="largest")
+        eigenvalues.plot(steps, over_steps("smallest_eigenvalue", min), "o-", color=_GREY, label="smallest")
+        eigenvalues.set_yscale("symlog", linthresh=1e-12)
+        eigenvalues.set_title("eigenvalues of the statistics")
+        eigenvalues.legend(frameon=False)
+        failures.plot(steps, over_steps("failures", max), "o-", color=_RED)
+        failures.set_title("failed updates in a row, worst")
+        failures.set_ylim(bottom=0)
+        for axes in (errors, eigenvalues, failures):
+            axes.set_xlabel("step")
+        figure.suptitle(title, fontweight="bold")
+        figure.savefig(path, dpi=150)
+        plt.close(figure)

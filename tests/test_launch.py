@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -55,7 +56,7 @@ LAUNCHED: dict[str, tuple[object, ...]] = {
     "adamw": ("--optimizer", "adamw", *WITH_STOP),
 }
 IN_PROCESS: dict[str, tuple[object, ...]] = {
-    "shampoo32": (*OFTEN, *SHORT, "--decay_all"),
+    "shampoo32": (*OFTEN, *SHORT, "--decay_all", "--log_health"),
     "shampoo4-naive": (*OFTEN, *SHORT),
     "sgd": (*SHORT, "--max_train_steps", 60, "--learning_rate", 0.02),
 }
@@ -111,6 +112,11 @@ def test_every_other_optimizer_trains(name: str, tmp_path: Path, one_process: No
     assert 0 < held["base"] <= estimates["adamw"]["base"]
     if name == "shampoo32":
         assert held == estimates["shampoo32"]
+        told = [json.loads(line) for line in (tmp_path / "health.jsonl").read_text().splitlines()]
+        assert told[-1]["step"] == 30 and len(told[-1]["health"]) == 14
+        query = told[-1]["health"]["vit.layers.0.attention.q_proj.weight"]
+        assert query["orthogonality_error"] is None and query["failures"] == 0 < query["largest_eigenvalue"]
+        assert (tmp_path / "health.png").stat().st_size > 10_000
     else:
         assert 5 * held["preconditioner"] < estimates["shampoo32"]["preconditioner"]
         assert (held["preconditioner"] > 0) == (name == "shampoo4-naive")
