@@ -113,7 +113,7 @@ def test_every_other_optimizer_trains(name: str, tmp_path: Path, one_process: No
     if name == "shampoo32":
         assert held == estimates["shampoo32"]
         told = [json.loads(line) for line in (tmp_path / "health.jsonl").read_text().splitlines()]
-        assert told[-1]["step"] == 30 and len(told[-1]["health"]) == 14
+        assert told[-1]["step"] == 30 and len(told[-1]["health"]) == 15  # 6 a layer, patches, positions, head
         query = told[-1]["health"]["vit.layers.0.attention.q_proj.weight"]
         assert query["orthogonality_error"] is None and query["failures"] == 0 < query["largest_eigenvalue"]
         assert (tmp_path / "health.png").stat().st_size > 10_000
