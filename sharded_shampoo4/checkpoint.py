@@ -79,6 +79,8 @@ def save(optimizer: Any, directory: str | os.PathLike[str]) -> None:
             for other in folder.glob("data-*"):
                 if other != data:
                     shutil.rmtree(other, ignore_errors=True)
+            for draft in folder.glob(f"{MANIFEST}.*"):
+                draft.unlink(missing_ok=True)
         except OSError as found:
             error = found
     ranks.raise_together(error)

@@ -72,6 +72,27 @@ def test_a_kill_at_whatever_moment_leaves_a_checkpoint(host: str, world_size: in
     print(f"{KILLS} kills survived on {world_size} ranks, {unfinished} in the middle of a save; {last} steps")
 
 
+def test_a_cut_just_before_the_last_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The window that random kills hardly ever hit."""
+
+    def cut(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with hosts.one_thread():
+        training = Training("none")
+        training.train(range(2))
+        checkpoint.save(training.optimizer, tmp_path)
+        training.train(range(2, 4))
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(os, "replace", cut)
+            checkpoint.save(training.optimizer, tmp_path)
+        assert len(list(tmp_path.iterdir())) == 4
+        assert loaded_step(tmp_path) == 2
+        checkpoint.save(training.optimizer, tmp_path)
+        assert loaded_step(tmp_path) == 4
+        assert len(list(tmp_path.iterdir())) == 2
+
+
 def save_on_a_full_disk(rank: int, folder: str) -> tuple[str, float]:
     training = Training("fsdp2")
     training.train(range(3))
