@@ -145,6 +145,7 @@ class Bindings:
                 candidates.append(Candidate(entry.parameter, matrix, shard, entry.holder, offset))
             if old is None:
                 self._warn_if_lost(chosen, state)
+                _separate_step_counts(entries, state)
         except ValueError as found:
             error = found
         ranks.raise_together(error)
@@ -178,7 +179,7 @@ class Bindings:
         """Say so if the base goes on where the factors begin: DeepSpeed's universal checkpoint knows no factors."""
         resumed = [e.name for e in chosen if e.flat and _steps(state, e.holder) and e.parameter not in self.unbound]
         if resumed:
-            self.members.check_unchanged()
+            self.members.check_own_options()
             warnings.warn(
                 f"the base optimizer's states of {', '.join(resumed[:3])}{', ...' if len(resumed) > 3 else ''} were "
                 "loaded without preconditioners (as from DeepSpeed's universal checkpoint): the factors start anew, "
@@ -258,6 +259,18 @@ def _matrices(entries: Sequence[Entry]) -> tuple[list[Entry], list[Matrix]]:
         [entry for entry, matrix in pairs if matrix is not None],
         [matrix for _, matrix in pairs if matrix is not None],
     )
+
+
+def _separate_step_counts(entries: Sequence[Entry], state: Mapping[Tensor, Any]) -> None:
+    """Give every flat tensor its own count of steps.
+
+    DeepSpeed 0.19.8 gives all sub-groups the same tensor when it loads a universal checkpoint at stage 3: it would be
+    counted up by each of them.
+    """
+    for holder in {entry.holder for entry in entries if entry.flat}:
+        own = state.get(holder, {})
+        if isinstance(own.get("step"), Tensor):
+            own["step"] = own["step"].clone()
 
 
 def _steps(state: Mapping[Tensor, Any], holder: Tensor) -> float:

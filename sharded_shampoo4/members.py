@@ -146,18 +146,20 @@ class Members:
                 "engine.step(), and one engine for one optimizer"
             )
 
-    def check_unchanged(self) -> None:
-        """Raise ValueError if a group's options are no longer its own.
+    def check_own_options(self) -> None:
+        """Raise ValueError if a group that had options of its own has those of the first group now.
 
-        DeepSpeed 0.19.8 gives every group those of the first when it loads a universal checkpoint at stage 3.
+        DeepSpeed 0.19.8 does that when it loads a universal checkpoint at stage 3.
         """
-        for number, given in enumerate(self._given):
+        first, *others = self._given
+        for number, given in enumerate(others, 1):
             for name, value in given.options.items():
-                if given.group.get(name) != value:
+                taken = first.group.get(name)
+                if value != first.options.get(name) and value != taken and given.group.get(name) == taken:
                     raise ValueError(
-                        f"{name} of param group {number} was {value!r} and is {given.group.get(name)!r} after loading: "
-                        "DeepSpeed's universal checkpoint gives every group the options of the first at stage 3; set "
-                        "them again after load_checkpoint()"
+                        f"{name} of param group {number} was {value!r} and is {taken!r} after loading, as in the first "
+                        "group: DeepSpeed's universal checkpoint does that at stage 3; set it again after "
+                        "load_checkpoint()"
                     )
 
     def has_matrix(self) -> bool:

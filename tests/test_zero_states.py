@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import subprocess
 import sys
 import tempfile
@@ -19,7 +20,7 @@ import worlds as hosts
 import zero_worlds as zero
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-from test_zero import BF16, CASES, CPU, OPTIONS, Case, make_gradients, make_model, start, train
+from test_zero import BF16, CASES, CPU, OPTIONS, Case, groups_of, make_gradients, make_model, start, train
 from torch import Tensor, nn
 
 from sharded_shampoo4 import Shampoo4, estimate_memory
@@ -105,34 +106,43 @@ def test_zero_to_fp32_still_works(stage: int) -> None:
 # -- DeepSpeed's universal checkpoint, at another number of ranks ------------------------------------------------------
 
 
-def save_for_all_worlds(rank: int, folder: str) -> dict[int, dict[str, Tensor]]:
+UNIVERSAL = {"2": Case("zero2"), "3": Case("zero3"), "groups": Case("zero3", optimizer="groups")}
+
+
+def save_for_all_worlds(rank: int, folder: str) -> dict[str, dict[str, Tensor]]:
     zero.prepare()
     weights = {}
-    for stage in (2, 3):
-        case = Case(f"zero{stage}")
+    for name, case in UNIVERSAL.items():
         engine = start(case)
         train(engine, case, FIRST)
-        engine.save_checkpoint(f"{folder}/{stage}", tag="saved")
-        weights[stage] = zero.full_parameters(engine)
+        engine.save_checkpoint(f"{folder}/{name}", tag="saved")
+        weights[name] = zero.full_parameters(engine)
         engine.destroy()
     return weights
 
 
-def load_from_another_world(rank: int, folder: str) -> dict[int, dict[str, Any]]:
+def load_from_another_world(rank: int, folder: str) -> dict[str, dict[str, Any]]:
     zero.prepare()
     results = {}
-    for stage in (2, 3):
-        case = Case(f"zero{stage}", {"checkpoint": {"load_universal": True}})
+    for name, saved in UNIVERSAL.items():
+        case = dataclasses.replace(saved, config={"checkpoint": {"load_universal": True}})
         engine = start(case)
-        engine.load_checkpoint(f"{folder}/{stage}", tag="universal")
+        engine.load_checkpoint(f"{folder}/{name}", tag="universal")
+        if name == "groups":
+            refusal = said(lambda: train(engine, case, range(5, 6)))  # noqa: B023
+            for group, own in zip(engine.basic_optimizer.param_groups, groups_of([]), strict=True):
+                group.update(
+                    {"weight_decay": OPTIONS["weight_decay"], "bits": 4, "statistics_interval": 2, **own, "params": []}
+                )
         loaded = zero.full_parameters(engine)
         state = next(iter(engine.basic_optimizer.state.values()))
-        with warnings.catch_warnings(record=True) as said:
+        with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
             train(engine, case, range(5, 6))
-        results[stage] = {
+        results[name] = {
             "weights": loaded,
-            "said": [str(warning.message) for warning in said if "start anew" in str(warning.message)],
+            "said": [str(warning.message) for warning in warned if "start anew" in str(warning.message)],
+            "refusal": refusal if name == "groups" else None,
             "steps": float(state["step"]),
             "moments": float(state["exp_avg"].abs().sum()),
         }
@@ -142,17 +152,19 @@ def load_from_another_world(rank: int, folder: str) -> dict[int, dict[str, Any]]
 
 def test_the_base_moves_to_another_rank_count_and_the_factors_start_anew_aloud(tmp_path: Path) -> None:
     expected = hosts.run_ranks(2, save_for_all_worlds, str(tmp_path))[0]
-    for stage in (2, 3):
-        source, target = tmp_path / str(stage) / "saved", tmp_path / str(stage) / "universal"
+    for name in UNIVERSAL:
+        source, target = tmp_path / name / "saved", tmp_path / name / "universal"
         command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
         command += ["--input_folder", str(source), "--output_folder", str(target)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=200)
         assert done.returncode == 0, done.stdout + done.stderr
     for rank in hosts.run_ranks(3, load_from_another_world, str(tmp_path)):
-        for stage, found in rank.items():
-            assert all(torch.equal(found["weights"][key], expected[stage][key]) for key in expected[stage])
+        for name, found in rank.items():
+            assert all(torch.equal(found["weights"][key], expected[name][key]) for key in expected[name])
             assert found["steps"] == 6 and found["moments"] > 0
-            assert len(found["said"]) == 1 and "without preconditioners" in found["said"][0]
+            assert len(found["said"]) >= 1 and "without preconditioners" in found["said"][0]
+        # DeepSpeed gives all groups the options of the first.
+        assert "bits of param group 1 was 8 and is 4" in rank["groups"]["refusal"]
 
 
 # -- a rank's share ----------------------------------------------------------------------------------------------------
