@@ -214,3 +214,15 @@ def test_extreme_gradients_stay_finite(scale: float, bits: int) -> None:
         if scale > 1e-10:
             assert torch.isclose(parameter.grad.double().norm(), gradient.double().norm(), rtol=1e-5)
     assert all((pool.tensors["failures"] == 0).all() for pool in optimizer._bindings.last.preconditioner.pools)
+
+
+def test_parameters_that_were_replaced_beyond_recognition() -> None:
+    """Whatever shards a model in a way that is not known must not leave the base optimizer alone at work."""
+    parameters = [matrix(4, 5), matrix(6, 7)]
+    optimizer = Shampoo4(parameters)
+    flat = torch.nn.Parameter(torch.zeros(62))
+    flat.grad = torch.ones(62)
+    optimizer.param_groups[0]["params"] = [flat]
+    with pytest.raises(ValueError, match=r"given 2 parameters of shapes \(4, 5\), \(6, 7\) and now has 1 of shapes"):
+        optimizer.step()
+    assert not flat.any()

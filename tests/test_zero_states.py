@@ -308,6 +308,11 @@ def refusals(rank: int) -> dict[str, Any]:
     heard["lost"] = said(lambda: train(engine, case, range(1)))
     engine.destroy()
 
+    vectors = zero.Replay(nn.LayerNorm(8))
+    engine = zero.start(vectors, zero.configuration("zero2"), Shampoo4(vectors.named_parameters()))
+    heard["no matrix"] = said(lambda: zero.step(engine, {"weight": torch.ones(8)}))
+    engine.destroy()
+
     config = zero.configuration("zero3")
     with deepspeed.zero.Init(config_dict_or_path=config):
         model = make_model(case)
@@ -338,6 +343,7 @@ def test_what_is_refused() -> None:
         assert "a state_dict with whole parameters" in heard["part from a whole"]
         assert "rank 1 has not loaded a preconditioner of stem.weight" in heard["lost"]
         assert "partitioned by deepspeed.zero.Init" in heard["without an engine"]
+        assert "no matrix to precondition" in heard["no matrix"] and "ValueError" in heard["no matrix"]
         assert "unknown option 'statistic_interval'" in heard["misspelt"]
         assert "did you mean 'statistics_interval'" in heard["misspelt"]
         assert "consolidate_state_dict() on every rank" in heard["stage 0, alone"]
@@ -363,6 +369,13 @@ def test_options_that_this_machine_cannot_run_are_refused_too(options: dict[str,
     with pytest.raises(ValueError) as error:
         refuse_untested(engine)
     assert named in str(error.value)
+
+
+@pytest.mark.parametrize("feature", ["has_moe_layers", "pipeline_parallelism"])
+def test_parallelism_that_was_not_tested_is_refused(feature: str) -> None:
+    engine = types.SimpleNamespace(_config=None, zero_optimization_stage=lambda: 0, **{feature: True})
+    with pytest.raises(ValueError, match=r"mixture of experts|pipeline parallelism"):
+        refuse_untested(engine)
 
 
 def test_ordinary_offloading_is_not_refused() -> None:
