@@ -188,12 +188,15 @@ class Binding:
 
     def pieces(self, index: int) -> PackedPieces:
         """This rank's part of a matrix's preconditioner."""
-        matrix = self.matrices[index]
-        owned = [Owned(index, block) for block in matrix.blocks]
-        mine = [number for number, block in enumerate(owned) if self.plan.owner_of[block] == self.ranks.rank]
-        factors = [self.preconditioner.to_bytes(owned[number]) for number in mine]
+        matrix, mine = self.matrices[index], self.own_blocks(index)
+        factors = [self.preconditioner.to_bytes(owned) for owned in mine.values()]
         data = torch.cat([matrix.header.to(matrix.device), *factors])
-        return PackedPieces(matrix.options, matrix.shape, mine, data)
+        return PackedPieces(matrix.options, matrix.shape, list(mine), data)
+
+    def own_blocks(self, index: int) -> dict[int, Owned]:
+        """The blocks of a matrix that this rank owns, by their numbers."""
+        owned = (Owned(index, block) for block in self.matrices[index].blocks)
+        return {number: block for number, block in enumerate(owned) if self.plan.owner_of[block] == self.ranks.rank}
 
     def unpack(self, index: int, packed: Tensor) -> None:
         """Restore this rank's part of what :meth:`pack` gave, here or on any other number of ranks."""

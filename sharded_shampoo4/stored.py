@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
+from .binding import Binding
 from .bindings import Bindings
 from .integrations.fsdp import Location, local_tensor
 from .members import Entry
@@ -19,6 +20,7 @@ from .optimizer import Shampoo4
 from .options import PreconditionerOptions
 from .packing import shaping_difference
 from .plan import Owned
+from .preconditioner import Matrix
 from .ranks import Ranks
 
 _VALUES = "values"  # of the parameter itself, beside the names of its base states
@@ -105,8 +107,8 @@ def collect(optimizer: Shampoo4, bindings: Bindings, ranks: Ranks) -> tuple[dict
     }
     for binding in bindings.all():
         for matrix in binding.matrices:
-            blocks = {f"{block.row},{block.column}": matrix.block_bytes(block) for block in matrix.blocks}
-            parameters[matrix.name]["factors"] = {"step": matrix.step, "rooted": matrix.rooted, "blocks": blocks}
+            steps = {"step": matrix.step, "rooted": matrix.rooted}
+            parameters[matrix.name]["factors"] = {**steps, "blocks": _block_bytes(matrix)}
     rule = type(optimizer._base).__name__
     return {"base": rule, "groups": groups, "parameters": parameters}, tensors
 
@@ -135,7 +137,7 @@ def check(manifest: Mapping[str, Any], optimizer: Shampoo4, bindings: Bindings) 
             raise ValueError(f"{name} in the checkpoint has {difference}")
     matrices = {matrix.name: matrix for binding in bindings.all() for matrix in binding.matrices}
     for name, matrix in matrices.items():
-        blocks = {f"{block.row},{block.column}": matrix.block_bytes(block) for block in matrix.blocks}
+        blocks = _block_bytes(matrix)
         found = saved[name].get("factors", {}).get("blocks")
         if found != blocks:
             raise ValueError(f"{name} has factors {_few(found)} in the checkpoint and {_few(blocks)} here")
@@ -148,7 +150,12 @@ class Restoration:
         self._manifest, self._optimizer, self._bindings = manifest, optimizer, bindings
         self._states: dict[Tensor, dict[str, Any]] = {}
         self._values: list[tuple[Tensor, Tensor]] = []  # where to, and what
-        self._factors = {key: torch.empty_like(data) for key, data in _factors(bindings).items()}
+        self._factors = {
+            _block_key(matrix.name, owned.block): torch.empty(
+                matrix.block_bytes(owned.block), dtype=torch.uint8, device=matrix.device
+            )
+            for _, matrix, owned in _own_blocks(bindings)
+        }
         self.tensors: dict[str, Tensor] = dict(self._factors)
         self._held = bindings.everything(optimizer.param_groups)
         for entry, location, offset in self._held:
@@ -160,7 +167,8 @@ class Restoration:
         length, total = location.stop - location.start, location.shape.numel()
         holder = local_tensor(entry.holder)
         target = holder.detach().new_empty(length)
-        self._values.append((holder.detach().reshape(-1)[offset : offset + length], target))
+        place = holder.detach().view(-1)[offset : offset + length] if holder.is_contiguous() else holder.detach()
+        self._values.append((place, target))
         if length:
             self.tensors[f"{_VALUES}/{entry.name}"] = Interval.of(target, location.start, total)
         for key, described in saved.items():
@@ -170,7 +178,7 @@ class Restoration:
             if key not in state:
                 dtype = getattr(torch, described["dtype"])
                 dtype = entry.holder.dtype if dtype.is_floating_point else dtype  # as torch's load_state_dict casts
-                state[key] = torch.zeros_like(entry.holder, dtype=dtype, requires_grad=False)
+                state[key] = torch.zeros_like(entry.holder, dtype=dtype, memory_format=torch.contiguous_format).detach()
             part = local_tensor(state[key]).view(-1)[offset : offset + length]
             if length:
                 self.tensors[f"{key}/{entry.name}"] = Interval.of(part, location.start, total)
@@ -197,15 +205,13 @@ class Restoration:
                 self._optimizer.state[holder] = state
         with torch.no_grad():
             for place, values in self._values:
-                place.copy_(values)
+                place.copy_(values.view(place.shape))
         for binding in self._bindings.all():
-            for index, matrix in enumerate(binding.matrices):
+            for matrix in binding.matrices:
                 saved = self._manifest["parameters"][matrix.name]["factors"]
                 matrix.step, matrix.rooted = saved["step"], saved["rooted"]
-                for block in matrix.blocks:
-                    key = _block_key(matrix.name, block)
-                    if key in self._factors:
-                        binding.preconditioner.from_bytes(Owned(index, block), self._factors[key])
+        for binding, matrix, owned in _own_blocks(self._bindings):
+            binding.preconditioner.from_bytes(owned, self._factors[_block_key(matrix.name, owned.block)])
         groups = {entry.group: self._manifest["parameters"][entry.name]["group"] for entry, _, _ in self._held}
         for number, saved_number in groups.items():
             group = self._bindings.members.group(number)
@@ -231,15 +237,25 @@ def _is_plain(value: Any) -> bool:
     return True
 
 
+def _own_blocks(bindings: Bindings) -> Iterator[tuple[Binding, Matrix, Owned]]:
+    """All blocks that this rank owns."""
+    for binding in bindings.all():
+        for index, matrix in enumerate(binding.matrices):
+            for owned in binding.own_blocks(index).values():
+                yield binding, matrix, owned
+
+
 def _factors(bindings: Bindings) -> dict[str, Tensor]:
     """The factors of this rank's blocks, as bytes."""
     return {
-        _block_key(matrix.name, block): binding.preconditioner.to_bytes(Owned(index, block))
-        for binding in bindings.all()
-        for index, matrix in enumerate(binding.matrices)
-        for block in matrix.blocks
-        if binding.plan.owner_of[Owned(index, block)] == binding.ranks.rank
+        _block_key(matrix.name, owned.block): binding.preconditioner.to_bytes(owned)
+        for binding, matrix, owned in _own_blocks(bindings)
     }
+
+
+def _block_bytes(matrix: Matrix) -> dict[str, int]:
+    """The bytes of a matrix's factors, block by block."""
+    return {f"{block.row},{block.column}": matrix.block_bytes(block) for block in matrix.blocks}
 
 
 def _block_key(name: str, block: Any) -> str:

@@ -242,3 +242,24 @@ def test_a_new_save_replaces_the_old_one_and_leaves_nothing_else(tmp_path: Path)
         checkpoint.save(training.optimizer, tmp_path)
         checkpoint.load(other.optimizer, tmp_path)
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_weights_that_are_not_contiguous(tmp_path: Path) -> None:
+    def make(seed: int) -> tuple[nn.Module, Shampoo4]:
+        torch.manual_seed(seed)
+        layer = nn.Conv2d(6, 8, 3).to(memory_format=torch.channels_last)
+        return layer, Shampoo4(layer.named_parameters(), statistics_interval=1, root_interval=1)
+
+    def step(layer: nn.Module, optimizer: Shampoo4) -> None:
+        for parameter in layer.parameters():
+            parameter.grad = torch.ones_like(parameter).cumsum(0)
+        optimizer.step()
+
+    (first, optimizer), (second, other) = make(0), make(1)
+    step(first, optimizer)
+    checkpoint.save(optimizer, tmp_path)
+    checkpoint.load(other, tmp_path)
+    for _ in range(2):
+        assert torch.equal(first.weight, second.weight) and not first.weight.is_contiguous()
+        step(first, optimizer)
+        step(second, other)
