@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState  # type: ignore[import-untyped]
-from accelerate.utils import DistributedType, DummyOptim, parse_flag_from_env, patch_environment  # type: ignore[import-untyped]
+from accelerate.utils import DistributedType, parse_flag_from_env, patch_environment  # type: ignore[import-untyped]
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -156,9 +156,9 @@ def check_distribution(accelerator: Accelerator, model: nn.Module, optimizer: An
             f"asked for {asked}, got {got} (Accelerate's type: {accelerator.distributed_type.value}, device: "
             f"{accelerator.device}). Without an accelerator, call rehearse_on_cpu() before Accelerator(...)"
         )
-    if accelerator.distributed_type == DistributedType.DEEPSPEED and type(optimizer) is not DummyOptim:
+    if accelerator.distributed_type == DistributedType.DEEPSPEED and isinstance(optimizer, Optimizer):
         running = inner_optimizer(accelerator, model, optimizer)
-        if optimizer is not None and optimizer is not running:
+        if optimizer is not running:
             raise RuntimeError(
                 f"asked for {type(optimizer).__name__}, but {type(running).__name__} runs: Accelerate replaces "
                 "optimizers that are offloaded. Call adjust_deepspeed() before prepare()"
