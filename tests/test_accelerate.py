@@ -19,7 +19,8 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from launch_helpers import LAUNCH, ROOT, accelerate, losses, metrics, results, run, train
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
-from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
+from trainer_script import ARGUMENTS, INTERVALS, Classifier
+from transformers import Trainer, TrainingArguments, ViTForImageClassification
 
 # isort: split
 import train_vit  # found through launch_helpers
@@ -249,8 +250,6 @@ def test_the_script_stops_when_it_is_not_what_was_asked_for(monkeypatch: pytest.
 
 # -- the Trainer -------------------------------------------------------------------------------------------------------
 
-OPTIONS = {"statistics_interval": 2, "root_interval": 4}
-
 
 def digits() -> list[dict[str, Any]]:
     data = load_digits()
@@ -258,39 +257,20 @@ def digits() -> list[dict[str, Any]]:
     return [{"pixel_values": image, "labels": int(label)} for image, label in zip(images, data.target, strict=True)]
 
 
-class Classifier(torch.nn.Module):
-    """Around a ViT, which the Trainer of transformers 5.23 saves under other names than it loads."""
-
-    def __init__(self, config: ViTConfig) -> None:
-        super().__init__()
-        self.net = ViTForImageClassification(config)
-
-    def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor) -> Any:
-        return self.net(pixel_values=pixel_values, labels=labels)
-
-
 def make_trainer(folder: Path, **arguments: Any) -> Trainer:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
-    config = ViTConfig(image_size=8, patch_size=2, num_channels=1, num_labels=10, **sizes)
     args = TrainingArguments(
         str(folder),
         max_steps=14,
         save_steps=7,
-        logging_steps=1,
-        per_device_train_batch_size=16,
-        learning_rate=2e-3,
-        weight_decay=0.05,
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
+        **ARGUMENTS,
         **arguments,
     )
     return Trainer(
-        Classifier(config),
+        Classifier(),
         args,
         train_dataset=digits(),
-        optimizer_cls_and_kwargs=shampoo4(args, **OPTIONS),
+        optimizer_cls_and_kwargs=shampoo4(args, **INTERVALS),
         callbacks=[ConsolidateStates()],
     )
 

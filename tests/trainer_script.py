@@ -41,6 +41,15 @@ STEPS, SAVED = 24, 9  # saved between two refreshes of the factors and between t
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
 # How the host saves: by the Trainer itself, and in the ways of FSDP (the first is the Trainer's choice).
 WAYS = {"ddp": ("own",), "fsdp2": ("FULL_STATE_DICT", "SHARDED_STATE_DICT"), "zero2": ("own",), "zero3": ("own",)}
+ARGUMENTS: dict[str, Any] = {
+    "logging_steps": 1,
+    "per_device_train_batch_size": 16,
+    "learning_rate": 2e-3,
+    "weight_decay": 0.05,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "use_cpu": True,
+}
 INTERVALS = {"statistics_interval": 2, "root_interval": 4}
 
 
@@ -99,13 +108,7 @@ def make_trainer(folder: Path, host: str, way: str, seed: int, *callbacks: Train
         str(folder),
         max_steps=STEPS,
         save_steps=SAVED,
-        logging_steps=1,
-        per_device_train_batch_size=16,
-        learning_rate=2e-3,
-        weight_decay=0.05,
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
+        **ARGUMENTS,
         accelerator_config={"use_configured_state": True},  # what rehearse_on_cpu() has set up
         fsdp=host == "fsdp2",
         fsdp_config=fsdp if host == "fsdp2" else None,
