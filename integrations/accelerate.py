@@ -1,15 +1,16 @@
 """Accelerate: run what the launch configuration asks for also without an accelerator, check it, save whole states.
 
-    rehearse_on_cpu()                                       # before Accelerator(...)
-    accelerator = Accelerator()
+    rehearse_on_cpu()                                       # before the Accelerator is made
+    accelerator = PortableAccelerator()                     # save_state() here, load_state() on other hosts and ranks
     adjust_deepspeed(accelerator, gradient_clipping=1.0)    # before prepare(); does nothing without DeepSpeed
     model, prepared = accelerator.prepare(model, optimizer)  # together: FSDP2 replaces the optimizer's parameters
     check_distribution(accelerator, model, optimizer)
-    consolidate_before_saving(accelerator, prepared)        # before the first save_state()
 
 Why: on a machine without an accelerator ``accelerate launch`` starts all processes, but each of them believes itself
 alone, and FSDP falls back to DDP; neither is an error (Accelerate 1.15). Under DeepSpeed, Accelerate replaces any
 optimizer that is offloaded by DeepSpeed's Adam, and gradients are clipped by DeepSpeed, never by ``clip_grad_norm_()``.
+States that a plain ``Accelerator`` saves belong to the host that wrote them, and FSDP1's are refused; a program that
+keeps it calls ``consolidate_before_saving()`` once.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import logging
 import math
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,9 +34,87 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from sharded_shampoo4 import Shampoo4, checkpoint
+
 logger = logging.getLogger(__name__)
 
 _ALONE = "one process"
+
+
+class PortableAccelerator(Accelerator):  # type: ignore[misc]
+    """An ``Accelerator`` whose saved states go on under any host and on any number of processes.
+
+    Weights and the states of Shampoo4 are in ``shampoo4``, in the form of :mod:`sharded_shampoo4.checkpoint` (a second
+    pair of model and optimizer in ``shampoo4_1``, and so on); schedulers, samplers, random numbers, scaler and what was
+    registered for checkpointing lie beside it as Accelerate saves them. FSDP's state dict types make no difference. On
+    another number of processes some of them begin with random numbers of their own.
+
+    Without a Shampoo4 among the prepared optimizers it is an ordinary ``Accelerator``.
+    """
+
+    _models: list[Any]
+    _optimizers: list[Any]
+
+    def save_state(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> str:
+        """As in ``Accelerator``; every process must call it.
+
+        Raises:
+            OSError, ValueError: on every process alike.
+        """
+        pairs = self._portable_pairs()
+        if not pairs:
+            return str(super().save_state(output_dir, *args, **kwargs))
+        with self._without_pairs():
+            folder = Path(super().save_state(output_dir, *args, **kwargs)).expanduser()
+        for name, (model, optimizer) in pairs.items():
+            checkpoint.save(optimizer, folder / name, model=model)
+        return str(folder)
+
+    def load_state(self, input_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
+        """As in ``Accelerator``; every process must call it.
+
+        Raises:
+            FileNotFoundError, ValueError: on every process alike: there is no such checkpoint, or it does not fit.
+        """
+        pairs = self._portable_pairs()
+        if not pairs:
+            super().load_state(input_dir, *args, **kwargs)
+            return
+        if input_dir is None:
+            raise ValueError("load_state() of a PortableAccelerator needs the folder")
+        for name, (model, optimizer) in pairs.items():
+            checkpoint.load(optimizer, Path(input_dir).expanduser() / name, model=model)
+        with self._without_pairs():
+            super().load_state(input_dir, *args, **kwargs)
+
+    def _portable_pairs(self) -> dict[str, tuple[nn.Module, Any]]:
+        """Models with what is given to ``checkpoint.save`` for them, by the names of their folders."""
+        optimizers = self._optimizers
+        if self.distributed_type == DistributedType.DEEPSPEED:
+            optimizers = [getattr(model, "basic_optimizer", None) for model in self._models]
+        inner = [getattr(optimizer, "optimizer", optimizer) for optimizer in optimizers]
+        ours = [isinstance(optimizer, Shampoo4) for optimizer in inner]
+        if not any(ours):
+            return {}
+        if not all(ours) or len(inner) != len(self._models):
+            names = ", ".join(type(optimizer).__name__ for optimizer in inner)
+            raise ValueError(
+                f"a PortableAccelerator saves models with one Shampoo4 each, in this order, but {len(self._models)} "
+                f"models and {names} were prepared"
+            )
+        by_deepspeed = self.distributed_type == DistributedType.DEEPSPEED
+        pairs = zip(self._models, self._models if by_deepspeed else inner, strict=True)
+        return {f"shampoo4_{index}" if index else "shampoo4": pair for index, pair in enumerate(pairs)}
+
+    @contextlib.contextmanager
+    def _without_pairs(self) -> Iterator[None]:
+        """Have Accelerate see neither models nor optimizers."""
+        kept = self._models, self._optimizers
+        self._models, self._optimizers = [], []
+        try:
+            yield
+        finally:
+            self._models, self._optimizers = kept
 
 
 def rehearse_on_cpu() -> bool:

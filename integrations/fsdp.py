@@ -81,6 +81,24 @@ def local_tensor(tensor: Tensor) -> Tensor:
     return tensor if dtensor is None else dtensor._local_tensor
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """``model`` without DistributedDataParallel, a DeepSpeed engine or torch.compile around it."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel) or hasattr(model, "basic_optimizer"):
+            model = model.module  # type: ignore[assignment]
+        elif isinstance(compiled := getattr(model, "_orig_mod", None), nn.Module):
+            model = compiled
+        else:
+            return model
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without what wrappers put into it."""
+    for wrapper in ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod."):
+        name = name.replace(wrapper, "")
+    return name
+
+
 def is_dtensor(tensor: Tensor) -> bool:
     """Whether ``tensor`` is sharded by FSDP2 or HSDP."""
     return _as_dtensor(tensor) is not None

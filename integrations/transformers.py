@@ -1,12 +1,16 @@
-"""The Trainer of transformers: an optimizer factory, and states that are whole when the Trainer saves them.
+"""The Trainer of transformers: an optimizer factory, and checkpoints that go on under any host and rank count.
 
-    trainer = Trainer(
+    trainer = PortableTrainer(
         model,
         args,
         train_dataset=images,
         optimizer_cls_and_kwargs=shampoo4(args, statistics_interval=10, root_interval=50),
-        callbacks=[ConsolidateStates()],
     )
+    trainer.train(resume_from_checkpoint=True)      # on as many processes as there are, under whatever host
+
+A Trainer of one's own becomes such a one by ``class MyTrainer(PortableStates, Trainer)``. One that is not needs the
+callback ``ConsolidateStates()``, and its checkpoints go on under the host and, with DeepSpeed, the number of processes
+that wrote them.
 
 ``Trainer(optimizers=...)`` works as well, but not under FSDP. To rehearse FSDP2 on a machine without an accelerator,
 set ``ACCELERATE_USE_FSDP=true``, call ``rehearse_on_cpu()`` before ``TrainingArguments(...)`` and give those
@@ -15,22 +19,29 @@ set ``ACCELERATE_USE_FSDP=true``, call ``rehearse_on_cpu()`` before ``TrainingAr
 
 from __future__ import annotations
 
+import logging
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import get_parameter_names
-from transformers.trainer_utils import SaveStrategy
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
-from sharded_shampoo4 import Shampoo4
+from sharded_shampoo4 import Shampoo4, checkpoint
 
 from .accelerate import consolidate
+from .fsdp import plain_name
 
+logger = logging.getLogger(__name__)
+
+_REPLACED = ("_save_optimizer_and_scheduler", "_load_from_checkpoint", "_prepare_for_training", "_load_best_model")
 # Names that the Trainer does not decay, beside everything in a LayerNorm (Trainer.get_decay_parameter_names).
 _NOT_DECAYED = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
-_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 
 
 def shampoo4(args: TrainingArguments | None = None, **options: Any) -> tuple[type[Shampoo4Factory], dict[str, Any]]:
@@ -60,7 +71,7 @@ class Shampoo4Factory:
         named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         groups = [
             {
-                "params": [(_plain(name), parameter) for name, parameter in named if (name in decayed) is decays],
+                "params": [(plain_name(name), parameter) for name, parameter in named if (name in decayed) is decays],
                 "weight_decay": weight_decay if decays else 0.0,
             }
             for decays in (True, False)
@@ -71,6 +82,78 @@ class Shampoo4Factory:
 
             bind(optimizer, model)
         return optimizer
+
+
+class PortableStates:
+    """For a Trainer's bases: what it saves in a checkpoint goes on under any host and on any number of processes.
+
+    Weights and states are in the checkpoint's folder ``shampoo4``, in the form of :mod:`sharded_shampoo4.checkpoint`,
+    instead of in the files of the host; scheduler, random numbers and the Trainer's own state lie beside it. A
+    checkpoint without that folder is resumed as any Trainer does. The number of images of a step should stay the same.
+    """
+
+    _FOLDER = "shampoo4"
+    _SCHEDULER = "scheduler.pt"
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        missing = [name for name in _REPLACED if not hasattr(Trainer, name)]
+        if missing:
+            raise TypeError(f"this version of transformers has no Trainer.{missing[0]}(): PortableStates knows 5.x")
+
+    def train(self: Any, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """As in ``Trainer``; True goes on with the newest complete checkpoint and warns of others that it passes over.
+
+        Raises:
+            ValueError: True, and there is none.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = str(_newest(Path(self.args.output_dir)))
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)  # type: ignore[misc]
+
+    def _save_optimizer_and_scheduler(self: Any, output_dir: str) -> None:
+        optimizer, scheduler = self._portable_optimizer(), self.lr_scheduler
+        checkpoint.save(optimizer, Path(output_dir) / self._FOLDER, model=self.model_wrapped)
+        if self.args.should_save and not _is_deepspeeds(scheduler):
+            torch.save(scheduler.state_dict(), Path(output_dir) / self._SCHEDULER)
+
+    def _load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not self._portable_in(resume_from_checkpoint):  # else the weights come with the states
+            super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+
+    def _prepare_for_training(self: Any, max_steps: int, loader: Any, resume_from_checkpoint: str | None) -> Any:
+        portable = self._portable_in(resume_from_checkpoint)
+        by_host = None if portable else resume_from_checkpoint
+        prepared = super()._prepare_for_training(max_steps, loader, by_host)  # type: ignore[misc]
+        if portable:
+            self._portable_load(resume_from_checkpoint)
+            self._load_scaler(resume_from_checkpoint)
+            if not _is_deepspeeds(self.lr_scheduler):
+                file = Path(resume_from_checkpoint or "") / self._SCHEDULER
+                self.lr_scheduler.load_state_dict(torch.load(file, weights_only=True))
+        return prepared
+
+    def _load_best_model(self: Any) -> None:
+        best = self.state.best_model_checkpoint
+        if (self.is_deepspeed_enabled or self.is_fsdp_enabled) and self._portable_in(best):
+            logger.info(f"Loading best model from {best} (score: {self.state.best_metric}).")
+            self._portable_load(best)
+        else:
+            super()._load_best_model()  # type: ignore[misc]
+
+    def _portable_optimizer(self: Any) -> Any:
+        """What ``checkpoint.save`` takes: DeepSpeed's engine, or the optimizer."""
+        return self.model_wrapped if self.is_deepspeed_enabled else self.optimizer
+
+    def _portable_in(self, folder: str | None) -> bool:
+        return folder is not None and (Path(folder) / self._FOLDER).is_dir()
+
+    def _portable_load(self: Any, folder: str) -> None:
+        checkpoint.load(self._portable_optimizer(), Path(folder) / self._FOLDER, model=self.model_wrapped)
+
+
+class PortableTrainer(PortableStates, Trainer):  # type: ignore[misc]
+    """A ``Trainer`` with :class:`PortableStates`."""
 
 
 class ConsolidateStates(TrainerCallback):
@@ -96,13 +179,21 @@ class ConsolidateStates(TrainerCallback):
             _consolidate_if(args.save_strategy == SaveStrategy.BEST, kwargs["optimizer"])
 
 
+def _newest(folder: Path) -> Path:
+    """The checkpoint with the most steps; those that were cut off lack the Trainer's state, which it writes last."""
+    found = sorted(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    for path in reversed(found):
+        if (path / TRAINER_STATE_NAME).exists():
+            return path
+        logger.warning(f"{path} was never finished (no {TRAINER_STATE_NAME}) and is passed over")
+    raise ValueError(f"{folder} has no complete checkpoint to resume from")
+
+
+def _is_deepspeeds(scheduler: Any) -> bool:
+    """Whether this stands for a scheduler that DeepSpeed's configuration names: the engine saves it."""
+    return type(scheduler).__name__ == "DeepSpeedSchedulerWrapper"
+
+
 def _consolidate_if(due: bool, optimizer: Optimizer) -> None:
     if due:
         consolidate(optimizer)
-
-
-def _plain(name: str) -> str:
-    """A parameter's name without what wrappers put into it."""
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name

@@ -19,7 +19,7 @@ DeepSpeed: :mod:`.deepspeed` does.
 from __future__ import annotations
 
 import sys
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -66,6 +66,10 @@ _ZERO = (
 )
 
 
+_COUNTERS = ("global_steps", "global_samples", "skipped_steps")
+_LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
 def is_partitioned(parameters: Iterable[Tensor]) -> bool:
     """Whether ZeRO 1, 2 or 3 has taken any of these parameters over."""
     return any(_is_stage_3(parameter) or hasattr(parameter, "_hp_mapping") for parameter in parameters)
@@ -104,6 +108,45 @@ def flats(held: Sequence[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
     own = set(map(id, parameters))
     groups = zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True)
     return [flat for flat, members in groups if members and id(members[0]) in own]
+
+
+def partition(parameter: Any) -> tuple[Tensor, Location] | None:
+    """This rank's elements of a frozen parameter at stage 3, and where they lie in it; None for other parameters."""
+    if not is_initialised_partitioned(parameter):
+        return None
+    size, shape = parameter.ds_tensor.numel(), whole_shape(parameter)
+    start = min(dist.get_rank(parameter.ds_process_group) * size, shape.numel())
+    location = interval(shape, start, min(start + size, shape.numel()), 0)
+    return parameter.ds_tensor.data.view(-1)[: location.stop - location.start], location
+
+
+def progress(engine: Any) -> dict[str, Any]:
+    """What an engine keeps beside weights and states: its counters, loss scale and scheduler, as plain values."""
+    scaler = _loss_scaler(engine)
+    return {
+        "counters": {name: getattr(engine, name) for name in _COUNTERS},
+        "loss_scale": {name: getattr(scaler, name) for name in _LOSS_SCALE if hasattr(scaler, name)},
+        "scheduler": engine.lr_scheduler.state_dict() if hasattr(engine.lr_scheduler, "state_dict") else {},
+    }
+
+
+def restore_progress(engine: Any, saved: Mapping[str, Any]) -> None:
+    """Undo :func:`progress`. A loss scale that the configuration fixes stays as it is."""
+    for name, value in saved["counters"].items():
+        setattr(engine, name, value)
+    scaler = _loss_scaler(engine)
+    if getattr(scaler, "dynamic", False) or getattr(scaler, "dynamic_loss_scale", False):
+        for name, value in saved["loss_scale"].items():
+            if hasattr(scaler, name):
+                setattr(scaler, name, value)
+    if saved["scheduler"] and engine.lr_scheduler is not None:
+        engine.lr_scheduler.load_state_dict(saved["scheduler"])
+
+
+def _loss_scaler(engine: Any) -> Any:
+    """What has the loss scale: a scaler at stages 1 to 3, a configuration in the optimizers of stage 0."""
+    optimizer = engine.optimizer
+    return getattr(optimizer, "loss_scaler", None) or getattr(optimizer, "loss_scale_config", None)
 
 
 def steps_once(engine: Any) -> bool:

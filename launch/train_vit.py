@@ -34,7 +34,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, get_scheduler
 from vit_args import parse_args
 from vit_augment import BatchTransform
-from vit_checkpoint import Checkpoints, LossBook, PortableState, Progress, StopSignals
+from vit_checkpoint import Checkpoints, LossBook, Progress, StopSignals
 from vit_data import Plan, make_loaders, mixed_seed, natural_channels, normalisation, prepare_images
 from vit_model import LAYERS, build_config, build_model, image_side
 from vit_optim import build_optimizer, estimated_bytes, state_bytes
@@ -43,9 +43,9 @@ from vit_sources import load_image_data
 
 from sharded_shampoo4 import Shampoo4
 from sharded_shampoo4.integrations.accelerate import (
+    PortableAccelerator,
     adjust_deepspeed,
     check_distribution,
-    consolidate_before_saving,
     describe_distribution,
     full_state_dict,
     inner_optimizer,
@@ -102,7 +102,6 @@ class Run:
         check_distribution(self.accelerator, self.model, optimizer)
         self.inner_optimizer = inner_optimizer(self.accelerator, self.model, self.optimizer)
         self.host = describe_distribution(self.accelerator, self.model)
-        consolidate_before_saving(self.accelerator, self.inner_optimizer)
         # Not prepared: Accelerate would step it once per process and so run through the schedule too fast.
         self.scheduler = get_scheduler(
             args.lr_scheduler_type,
@@ -114,12 +113,8 @@ class Run:
         self.progress = Progress()
         self.losses = LossBook(args.gradient_accumulation_steps)
         self.accelerator.register_for_checkpointing(self.scheduler, self.progress)
-        state = None
-        if isinstance(self.inner_optimizer, Shampoo4):
-            others = {"scheduler": self.scheduler, "progress": self.progress}
-            state = PortableState(self.accelerator, self.model, self.inner_optimizer, others)
         options = {**vars(args), "step_images": self.plan.step_images, "epoch_steps": self.plan.epoch_steps}
-        self.checkpoints = Checkpoints(self.accelerator, self.output_dir, args.checkpoints_total_limit, options, state)
+        self.checkpoints = Checkpoints(self.accelerator, self.output_dir, args.checkpoints_total_limit, options)
         self.signals = StopSignals()
         self.log: MetricsLog | None = None
         self.health_log: MetricsLog | None = None
@@ -379,7 +374,7 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
         os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = args.deepspeed_config
         os.environ.setdefault("ACCELERATE_DEEPSPEED_ZERO3_INIT", "false")  # the same first weights at every stage
     rehearse_on_cpu()
-    accelerator = Accelerator(
+    accelerator = PortableAccelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
         log_with=args.report_to if args.with_tracking else None,

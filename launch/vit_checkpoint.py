@@ -17,9 +17,8 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
-from torch import Tensor, nn
+from torch import Tensor
 
-from sharded_shampoo4 import Shampoo4, checkpoint
 from sharded_shampoo4.ranks import Ranks
 
 logger = get_logger("train_vit")
@@ -95,58 +94,10 @@ class LossBook:
         progress.unlogged_losses += steps
 
 
-class PortableState:
-    """A run with Shampoo4, saved so that it goes on under any host and on any number of processes.
-
-    Args:
-        accelerator: has prepared the model.
-        model: the prepared model.
-        optimizer: the Shampoo4 in what was prepared.
-        others: by name, what else has a state, the same on every process.
-    """
-
-    def __init__(self, accelerator: Accelerator, model: nn.Module, optimizer: Shampoo4, others: dict[str, Any]) -> None:
-        self.accelerator = accelerator
-        self.model = model
-        self.handle = model if hasattr(model, "basic_optimizer") else optimizer  # DeepSpeed's engine knows more
-        self.others = {**others, **({"scaler": accelerator.scaler} if accelerator.scaler is not None else {})}
-
-    def save_state(self, folder: str) -> None:
-        """Write weights, states and progress. Every process must call this together."""
-        checkpoint.save(self.handle, Path(folder) / "optimizer")
-        if self.accelerator.is_main_process:
-            states = {name: other.state_dict() for name, other in self.others.items()}
-            buffers = {name: buffer.detach().cpu() for name, buffer in self._buffers().items()}
-            torch.save({"states": states, "buffers": buffers}, Path(folder) / "run.pt")
-
-    def load_state(self, folder: str) -> None:
-        """Restore what ``save_state`` wrote, here or elsewhere. Every process must call this together."""
-        checkpoint.load(self.handle, Path(folder) / "optimizer")
-        saved = torch.load(Path(folder) / "run.pt", map_location="cpu", weights_only=True)
-        for name, other in self.others.items():
-            if name in saved["states"]:  # a scaler is there with fp16 only
-                other.load_state_dict(saved["states"][name])
-        with torch.no_grad():
-            for name, buffer in self._buffers().items():
-                buffer.copy_(saved["buffers"][name])
-
-    def _buffers(self) -> dict[str, Tensor]:
-        named = self.model.named_buffers()
-        return {name.replace("_fsdp_wrapped_module.", "").removeprefix("module."): buffer for name, buffer in named}
-
-
 class Checkpoints:
-    """Folders ``checkpoint-STEP`` in a run's output folder; ``state`` saves and loads them, or ``accelerator`` does."""
+    """Folders ``checkpoint-STEP`` in a run's output folder."""
 
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        output_dir: Path,
-        limit: int | None,
-        options: dict[str, Any],
-        state: PortableState | None = None,
-    ) -> None:
-        self.state = state or accelerator
+    def __init__(self, accelerator: Accelerator, output_dir: Path, limit: int | None, options: dict[str, Any]) -> None:
         self.accelerator = accelerator
         self.output_dir = output_dir
         self.limit = limit
@@ -158,7 +109,7 @@ class Checkpoints:
         if self.accelerator.is_main_process and folder.exists():
             shutil.rmtree(folder)  # left by a run that was cut off, or by one that went on from before this step
         self.accelerator.wait_for_everyone()
-        self.state.save_state(str(folder))
+        self.accelerator.save_state(str(folder))
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             _write_in_one_go(folder / MARKER, json.dumps({"step": step, "options": self.options}, indent=1))
@@ -187,7 +138,7 @@ class Checkpoints:
         if problem:
             raise ValueError(problem)
         if folder_name:
-            self.state.load_state(folder_name)
+            self.accelerator.load_state(folder_name)
             logger.info(f"Resumed from {folder_name}")
 
     def _make_room(self, overwrite: bool) -> None:

@@ -77,13 +77,8 @@ class Bindings:
     def bind_all(self, groups: Sequence[dict[str, Any]], state: Mapping[Tensor, Any], engine: Any) -> None:
         """Bind all parameters, between steps, as the calls of ``step()`` would do; collective."""
         ranks = self._meet(groups, engine)
-        error: Exception | None = None
-        calls: list[list[Entry]] = []
-        try:
+        with ranks.together():
             calls = self.members.calls(groups, self.locations)
-        except ValueError as found:
-            error = found
-        ranks.raise_together(error)
         for entries in calls:
             self._bind_entries(ranks, entries, state, None)
 
@@ -130,9 +125,8 @@ class Bindings:
         key = _key(entries)
         old = self._by_key.get(key)
         places = {parameter: index for index, parameter in enumerate(old.parameters)} if old else {}
-        error: Exception | None = None
         candidates: list[Candidate] = []
-        try:
+        with ranks.together():
             self.members.refuse_untested()
             self._check_that_something_is_left(entries, matrices)
             for entry, matrix in zip(chosen, matrices, strict=True):
@@ -146,9 +140,6 @@ class Bindings:
             if old is None:
                 self._warn_if_lost(chosen, state)
                 _separate_step_counts(entries, state)
-        except ValueError as found:
-            error = found
-        ranks.raise_together(error)
         others = [binding.plan.loads() for other, binding in self._by_key.items() if other != key]
         binding = Binding(ranks, candidates, [sum(loads) for loads in zip(*others, strict=True)])
         packing.check_that_ranks_agree(ranks, {entry.name: self.unbound.get(entry.parameter) for entry in chosen})

@@ -2,6 +2,7 @@
 
     save(optimizer, directory)      # collective: every rank calls it
     load(optimizer, directory)      # under any host, on any number of ranks; also collective
+    async_save(optimizer, directory).result()       # written while training goes on
 
 A directory holds ``manifest.json`` and a folder ``data-...`` that torch.distributed.checkpoint (DCP) wrote: the factors
 of every block by the name of its parameter, and every parameter's values and base states as one flattened vector, of
@@ -21,17 +22,20 @@ import os
 import shutil
 import uuid
 import warnings
+import weakref
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
-from . import stored
-from .bindings import Bindings
+from . import stored, untrained
 from .integrations import zero
 from .optimizer import Shampoo4
 from .ranks import Ranks
@@ -40,79 +44,73 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 
 
-def save(optimizer: Any, directory: str | os.PathLike[str]) -> None:
+def save(optimizer: Any, directory: str | os.PathLike[str], *, model: nn.Module | None = None) -> None:
     """Write the optimizer's states and its parameters' values to ``directory``; collective.
 
     Args:
-        optimizer: a Shampoo4, whatever ``prepare()`` made of one, or a DeepSpeed engine that has one. Its parameters
-            need names, from ``named_parameters()`` or, under DeepSpeed, from the engine.
+        optimizer: a Shampoo4, whatever ``prepare()`` made of one, or a DeepSpeed engine that has one, whose counters,
+            loss scale and scheduler are saved too. Its parameters need names, from ``named_parameters()`` or, under
+            DeepSpeed, from the engine.
         directory: on storage that all ranks share. A checkpoint that it has already is replaced once the new one is
             complete; files of saves that were cut off are removed.
+        model: wrapped as it is; its frozen parameters and its buffers are then saved as well. A DeepSpeed engine brings
+            its own.
 
     Raises:
         OSError, ValueError: on every rank alike; the checkpoint that was there is untouched.
     """
-    optimizer, engine = _unwrap(optimizer)
-    bindings, ranks = _bind(optimizer, engine)
-    folder = Path(directory)
-    data = folder / ranks.gather(f"data-{uuid.uuid4().hex}")[0]
-    error: Exception | None = None
-    try:
-        data.mkdir(parents=True, exist_ok=True)
-    except OSError as found:
-        error = found
-    ranks.raise_together(error)
-    parameters, tensors = stored.collect(optimizer, bindings, ranks)
-    try:
-        writer = FileSystemWriter(data, sync_files=True)
-        with _one_process_is_meant():
-            dcp_save(tensors, storage_writer=writer, process_group=ranks.host_group, no_dist=ranks.size == 1)
-        files = _checksums(data, ranks)
-    except (Exception, CheckpointException) as found:  # whatever happened to any rank, on every rank
-        error = found if isinstance(found, OSError) else OSError(f"{data} could not be written: {_innermost(found)}")
-        files = {}
-    ranks.raise_together(error)
-    if ranks.rank == 0:
-        try:
-            manifest = {"format": FORMAT_VERSION, "data": data.name, "files": files, **parameters}
-            _replace(folder / MANIFEST, manifest)
-            for other in folder.glob("data-*"):
-                if other != data:
-                    shutil.rmtree(other, ignore_errors=True)
-            for draft in folder.glob(f"{MANIFEST}.*"):
-                draft.unlink(missing_ok=True)
-        except OSError as found:
-            error = found
-    ranks.raise_together(error)
+    subject = _Subject(optimizer, model)
+    subject.wait_for_background()
+    _write(_collect(subject, Path(directory)), subject.ranks)
 
 
-def load(optimizer: Any, directory: str | os.PathLike[str]) -> None:
+def async_save(optimizer: Any, directory: str | os.PathLike[str], *, model: nn.Module | None = None) -> Future[None]:
+    """Like :func:`save`, but the files are written in the background while training goes on; collective.
+
+    What is saved is copied to the host first. Only one save of an optimizer is under way at a time: the next one, or a
+    load, waits for it.
+
+    Returns:
+        ``.result()`` waits until the checkpoint is complete, and raises what :func:`save` would have raised. Call it
+        before the process group is destroyed.
+    """
+    subject = _Subject(optimizer, model)
+    subject.wait_for_background()
+    background = subject.background()
+    job = _collect(subject, Path(directory))
+    job.tensors = {key: stored.on_host(tensor) for key, tensor in job.tensors.items()}
+    background.pending = background.thread.submit(_write, job, background.ranks)
+    return background.pending
+
+
+def load(optimizer: Any, directory: str | os.PathLike[str], *, model: nn.Module | None = None) -> None:
     """Restore what :func:`save` wrote, under this host and on this number of ranks; collective.
 
-    The values of the trained parameters are restored with the states: buffers and frozen parameters are not in it.
+    The values of the trained parameters are restored with the states; frozen parameters and buffers if ``model`` is
+    given, as it was to ``save``.
 
     Raises:
         FileNotFoundError: ``directory`` has no complete checkpoint.
         ValueError: on every rank alike, with both values: a newer format, other parameters, shapes or options that
             shape stored bytes, another base optimizer, missing or damaged files. Nothing has been changed then.
     """
-    optimizer, engine = _unwrap(optimizer)
-    bindings, ranks = _bind(optimizer, engine)
-    folder = Path(directory)
-    error: Exception | None = None
-    manifest: dict[str, Any] = {}
-    try:
+    subject = _Subject(optimizer, model)
+    subject.wait_for_background()
+    ranks, folder = subject.ranks, Path(directory)
+    with ranks.together():
         manifest = read_manifest(folder)
-    except (OSError, ValueError) as found:
-        error = found
-    ranks.raise_together(error)
-    try:
-        stored.check(manifest, optimizer, bindings)
+    with ranks.together():
+        stored.check(manifest, subject.optimizer, subject.bindings)
+        others = subject.others()
+        if subject.model is not None:
+            untrained.check(manifest.get("untrained", {}), others)
         _verify(folder / manifest["data"], manifest["files"], ranks)
-    except (OSError, ValueError) as found:
-        error = found
-    ranks.raise_together(error)
-    restoration = stored.Restoration(manifest, optimizer, bindings)
+    if subject.model is None and manifest.get("untrained"):
+        names = list(manifest["untrained"])
+        left = f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+        warnings.warn(f"frozen parameters and buffers ({left}) are left as they are: give model=", stacklevel=2)
+    restoration = stored.Restoration(manifest, subject.optimizer, subject.bindings, others)
+    error: Exception | None = None
     try:
         reader = FileSystemReader(folder / manifest["data"])
         group, alone = ranks.host_group, ranks.size == 1
@@ -122,8 +120,20 @@ def load(optimizer: Any, directory: str | os.PathLike[str]) -> None:
         error = ValueError(f"{folder} could not be read: {_innermost(found)}")
     ranks.raise_together(error)
     restoration.apply()
-    if engine is not None:
-        zero.refresh_weights(engine)
+    if subject.engine is not None:
+        zero.refresh_weights(subject.engine)
+    _restore_progress(subject.engine, manifest.get("engine"), folder)
+
+
+def _restore_progress(engine: Any, saved: Mapping[str, Any] | None, folder: Path) -> None:
+    """Give DeepSpeed's engine its counters, loss scale and scheduler back, and warn if they cannot move."""
+    has_scheduler = getattr(engine, "lr_scheduler", None) is not None
+    if engine is not None and saved is not None:
+        zero.restore_progress(engine, saved)
+    if has_scheduler and not (saved and saved["scheduler"]):
+        warnings.warn(f"{folder} has no state of DeepSpeed's scheduler, which begins anew", stacklevel=3)
+    elif saved and saved["scheduler"] and not has_scheduler:
+        warnings.warn(f"{folder} has a state of DeepSpeed's scheduler, which is not used here", stacklevel=3)
 
 
 def read_manifest(directory: str | os.PathLike[str]) -> dict[str, Any]:
@@ -155,6 +165,53 @@ def read_manifest(directory: str | os.PathLike[str]) -> dict[str, Any]:
     return manifest
 
 
+class _Subject:
+    """What is saved or loaded: an optimizer, bound to its parameters, with its ranks, its engine and its model."""
+
+    def __init__(self, optimizer: Any, model: nn.Module | None) -> None:
+        self.optimizer, self.engine = _unwrap(optimizer)
+        self.model = self.engine if self.engine is not None else model
+        self.bindings = self.optimizer._bindings
+        self.bindings.bind_all(self.optimizer.param_groups, self.optimizer.state, self.engine)
+        assert self.bindings.ranks is not None
+        self.ranks = self.bindings.ranks
+
+    def others(self) -> list[untrained.Untrained]:
+        """What the model has beside trained parameters."""
+        if self.model is None:
+            return []
+        held = self.bindings.everything(self.optimizer.param_groups)
+        trained = [tensor for entry, _, _ in held for tensor in (entry.parameter, entry.holder)]
+        given = [parameter for _, parameter, _ in self.bindings.members.given() if parameter is not None]
+        trained += [parameter for parameter in given if parameter.requires_grad]
+        return untrained.find(self.model, trained, self.bindings.locations)
+
+    def background(self) -> _Background:
+        """The thread for this optimizer, made by its first save in the background; collective then."""
+        found = _BACKGROUNDS.get(self.optimizer)
+        if found is None:
+            found = _BACKGROUNDS[self.optimizer] = _Background(self.ranks.beside())
+        return found
+
+    def wait_for_background(self) -> None:
+        """Until a save in the background has ended, well or not."""
+        found = _BACKGROUNDS.get(self.optimizer)
+        if found is not None and found.pending is not None:
+            wait([found.pending])
+
+
+class _Background:
+    """A thread that writes, and ranks whose collectives do not mix with those of the training."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self.pending: Future[None] | None = None
+
+
+_BACKGROUNDS: weakref.WeakKeyDictionary[Shampoo4, _Background] = weakref.WeakKeyDictionary()
+
+
 def _unwrap(optimizer: Any) -> tuple[Shampoo4, Any]:
     """The Shampoo4 in whatever wrappers, and DeepSpeed's engine if there is one."""
     engine = None
@@ -168,11 +225,53 @@ def _unwrap(optimizer: Any) -> tuple[Shampoo4, Any]:
     raise TypeError("checkpoints need a Shampoo4 optimizer, a wrapper around one, or a DeepSpeed engine that has one")
 
 
-def _bind(optimizer: Shampoo4, engine: Any) -> tuple[Bindings, Ranks]:
-    bindings = optimizer._bindings
-    bindings.bind_all(optimizer.param_groups, optimizer.state, engine)
-    assert bindings.ranks is not None
-    return bindings, bindings.ranks
+# -- writing -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Job:
+    """One checkpoint to write: where, what its manifest says, and this rank's tensors."""
+
+    folder: Path
+    data: Path
+    manifest: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+def _collect(subject: _Subject, folder: Path) -> _Job:
+    ranks = subject.ranks
+    data = folder / ranks.gather(f"data-{uuid.uuid4().hex}")[0]
+    with ranks.together():
+        data.mkdir(parents=True, exist_ok=True)
+        others = subject.others()
+    manifest, tensors = stored.collect(subject.optimizer, subject.bindings, ranks, others)
+    if subject.engine is not None:
+        manifest["engine"] = zero.progress(subject.engine)
+    return _Job(folder, data, manifest, tensors)
+
+
+def _write(job: _Job, ranks: Ranks) -> None:
+    """Write the files, then the manifest that makes them count; collective."""
+    error: Exception | None = None
+    files: dict[str, list[Any]] = {}
+    try:
+        writer = FileSystemWriter(job.data, sync_files=True)
+        with _one_process_is_meant():
+            dcp_save(job.tensors, storage_writer=writer, process_group=ranks.host_group, no_dist=ranks.size == 1)
+        files = _checksums(job.data, ranks)
+    except (Exception, CheckpointException) as found:  # whatever happened to any rank, on every rank
+        message = f"{job.data} could not be written: {_innermost(found)}"
+        error = found if isinstance(found, OSError) else OSError(message)
+    ranks.raise_together(error)
+    with ranks.together():
+        if ranks.rank == 0:
+            manifest = {"format": FORMAT_VERSION, "data": job.data.name, "files": files, **job.manifest}
+            _replace(job.folder / MANIFEST, manifest)
+            for other in job.folder.glob("data-*"):
+                if other != job.data:
+                    shutil.rmtree(other, ignore_errors=True)
+            for draft in job.folder.glob(f"{MANIFEST}.*"):
+                draft.unlink(missing_ok=True)
 
 
 # -- files -------------------------------------------------------------------------------------------------------------

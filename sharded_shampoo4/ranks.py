@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -35,11 +36,27 @@ class Ranks:
         dist.all_reduce(joined, dist.ReduceOp.MAX, group=self.host_group)
         return tuple(bool(flag) for flag in joined.tolist())
 
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """What one rank raises in here, every rank raises at its end; collective, and nothing in it may be."""
+        error: Exception | None = None
+        try:
+            yield
+        except (OSError, TypeError, ValueError) as found:
+            error = found
+        self.raise_together(error)
+
     def raise_together(self, error: Exception | None) -> None:
         """Raise on every rank what the first rank with an error has to say; nothing if none has."""
         for rank, found in enumerate(self.gather(error)):
             if found is not None:
                 raise found if rank == self.rank else type(found)(f"rank {rank}: {found}")
+
+    def beside(self) -> Ranks:
+        """The same ranks with a group of their own on the host, for what another thread does; collective."""
+        if self.group is None:
+            return Ranks(None)
+        return Ranks(_new_host_group(self.group))
 
     def gather_bytes(self, data: Tensor, sizes: Sequence[int]) -> list[Tensor]:
         """``data``, uint8 vectors of ``sizes`` bytes, of every rank."""
@@ -66,6 +83,10 @@ def _host_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
     """A group of the same ranks that can reduce tensors on the host: ``group`` itself, or a gloo group beside it."""
     if "gloo" in str(dist.get_backend_config(group)):
         return group
+    return _new_host_group(group)
+
+
+def _new_host_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
     made: dist.ProcessGroup = dist.new_group(
         dist.get_process_group_ranks(group), backend="gloo", use_local_synchronization=True
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 
 from .binding import Binding
 from .bindings import Bindings
-from .integrations.fsdp import Location, local_tensor
+from .integrations.fsdp import Location, is_dtensor, local_tensor
 from .members import Entry
 from .optimizer import Shampoo4
 from .options import PreconditionerOptions
@@ -22,6 +22,7 @@ from .packing import shaping_difference
 from .plan import Owned
 from .preconditioner import Matrix
 from .ranks import Ranks
+from .untrained import Untrained
 
 _VALUES = "values"  # of the parameter itself, beside the names of its base states
 
@@ -62,20 +63,25 @@ class Interval(Tensor):
         return self._part()
 
 
-def collect(optimizer: Shampoo4, bindings: Bindings, ranks: Ranks) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def on_host(tensor: Tensor) -> Tensor:
+    """A copy of what :func:`collect` gave, in the host's memory."""
+    if isinstance(tensor, Interval):
+        return Interval.of(tensor._part().to("cpu", copy=True), tensor.start, tensor.total)
+    return tensor.to("cpu", copy=True)
+
+
+def collect(
+    optimizer: Shampoo4, bindings: Bindings, ranks: Ranks, others: Sequence[Untrained]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The manifest's part on parameters, and this rank's tensors, by their keys; collective.
 
-    Raises ValueError, on every rank alike, if parameters have no names of their own.
+    ``others`` is what is to be saved beside what is trained. Raises ValueError, on every rank alike, if parameters have
+    no names of their own.
     """
-    error: Exception | None = None
-    described: list[tuple[str, int, dict[str, Any]]] = []
     held = bindings.everything(optimizer.param_groups)
-    try:
+    with ranks.together():
         bindings.members.check_named()
         described = [(entry.name, place.replica, _describe_base(optimizer, entry)) for entry, place, _ in held]
-    except ValueError as found:
-        error = found
-    ranks.raise_together(error)
     base: dict[str, dict[str, Any]] = {}
     writers: dict[str, int] = {}  # the replica that writes: they take turns
     for index, entries in enumerate(zip(*ranks.gather(described), strict=True)):
@@ -90,7 +96,10 @@ def collect(optimizer: Shampoo4, bindings: Bindings, ranks: Ranks) -> tuple[dict
             continue
         for key, vector in _vectors(optimizer, entry).items():
             part = vector[offset : offset + location.stop - location.start]
-            tensors[f"{key}/{entry.name}"] = Interval.of(part, location.start, location.shape.numel())
+            tensors[f"{key}/{entry.name}"] = _interval(part, location)
+    for other in others:
+        if other.location.replica == 0 and other.location.stop > other.location.start:
+            tensors[_untrained_key(other)] = _interval(other.held.reshape(-1), other.location)
     tensors.update(_factors(bindings))
     groups = [
         {name: value for name, value in group.items() if name not in ("params", "param_names") and _is_plain(value)}
@@ -110,7 +119,8 @@ def collect(optimizer: Shampoo4, bindings: Bindings, ranks: Ranks) -> tuple[dict
             steps = {"step": matrix.step, "rooted": matrix.rooted}
             parameters[matrix.name]["factors"] = {**steps, "blocks": _block_bytes(matrix)}
     rule = type(optimizer._base).__name__
-    return {"base": rule, "groups": groups, "parameters": parameters}, tensors
+    beside = {other.name: other.describe() for other in others}
+    return {"base": rule, "groups": groups, "parameters": parameters, "untrained": beside}, tensors
 
 
 def check(manifest: Mapping[str, Any], optimizer: Shampoo4, bindings: Bindings) -> None:
@@ -146,7 +156,9 @@ def check(manifest: Mapping[str, Any], optimizer: Shampoo4, bindings: Bindings) 
 class Restoration:
     """New tensors to read a checkpoint into, which replace the optimizer's once all of them are there."""
 
-    def __init__(self, manifest: Mapping[str, Any], optimizer: Shampoo4, bindings: Bindings) -> None:
+    def __init__(
+        self, manifest: Mapping[str, Any], optimizer: Shampoo4, bindings: Bindings, others: Sequence[Untrained]
+    ) -> None:
         self._manifest, self._optimizer, self._bindings = manifest, optimizer, bindings
         self._states: dict[Tensor, dict[str, Any]] = {}
         self._values: list[tuple[Tensor, Tensor]] = []  # where to, and what
@@ -160,17 +172,24 @@ class Restoration:
         self._held = bindings.everything(optimizer.param_groups)
         for entry, location, offset in self._held:
             self._add(entry, location, offset)
+        for other in others:
+            target = torch.empty(other.held.numel(), dtype=other.held.dtype, device=other.held.device)
+            self._values.append((other.held, target))
+            if len(target):
+                self.tensors[_untrained_key(other)] = _interval(target, other.location)
 
     def _add(self, entry: Entry, location: Location, offset: int) -> None:
         saved = self._manifest["parameters"][entry.name]["base"]
         state = self._states.setdefault(entry.holder, {})
-        length, total = location.stop - location.start, location.shape.numel()
+        length = location.stop - location.start
         holder = local_tensor(entry.holder)
         target = holder.detach().new_empty(length)
         place = holder.detach().view(-1)[offset : offset + length] if holder.is_contiguous() else holder.detach()
         self._values.append((place, target))
         if length:
-            self.tensors[f"{_VALUES}/{entry.name}"] = Interval.of(target, location.start, total)
+            self.tensors[f"{_VALUES}/{entry.name}"] = _interval(target, location)
+        if holder.numel() == 0 and not is_dtensor(entry.holder):
+            return  # of FSDP1, which gives it no gradients: its count of steps would stand still
         for key, described in saved.items():
             if "dtype" not in described:
                 self._set_number(entry, state, key, described)
@@ -181,7 +200,7 @@ class Restoration:
                 state[key] = torch.zeros_like(entry.holder, dtype=dtype, memory_format=torch.contiguous_format).detach()
             part = local_tensor(state[key]).view(-1)[offset : offset + length]
             if length:
-                self.tensors[f"{key}/{entry.name}"] = Interval.of(part, location.start, total)
+                self.tensors[f"{key}/{entry.name}"] = _interval(part, location)
 
     def _set_number(self, entry: Entry, state: dict[str, Any], key: str, described: Mapping[str, Any]) -> None:
         value = described["value"]
@@ -256,6 +275,14 @@ def _factors(bindings: Bindings) -> dict[str, Tensor]:
 def _block_bytes(matrix: Matrix) -> dict[str, int]:
     """The bytes of a matrix's factors, block by block."""
     return {f"{block.row},{block.column}": matrix.block_bytes(block) for block in matrix.blocks}
+
+
+def _interval(part: Tensor, location: Location) -> Interval:
+    return Interval.of(part, location.start, location.shape.numel())
+
+
+def _untrained_key(other: Untrained) -> str:
+    return f"untrained/{other.name}"
 
 
 def _block_key(name: str, block: Any) -> str:

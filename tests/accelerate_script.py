@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from sharded_shampoo4 import Shampoo4
 from sharded_shampoo4.integrations.accelerate import (
+    PortableAccelerator,
     check_distribution,
     consolidate_before_saving,
     describe_distribution,
@@ -42,8 +42,8 @@ class Consolidating(torch.optim.AdamW):
         return {**super().state_dict(), "consolidated": self.consolidated}
 
 
-def prepared(**options: Any) -> tuple[Accelerator, nn.Module, Any, dict[str, torch.Tensor]]:
-    accelerator = Accelerator(**options)
+def prepared(**options: Any) -> tuple[PortableAccelerator, nn.Module, Any, dict[str, torch.Tensor]]:
+    accelerator = PortableAccelerator(**options)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 13), nn.ReLU(), nn.Linear(13, 5))
     start = {name: value.clone() for name, value in model.state_dict().items()}
@@ -51,7 +51,7 @@ def prepared(**options: Any) -> tuple[Accelerator, nn.Module, Any, dict[str, tor
     return accelerator, model, optimizer, start
 
 
-def step(accelerator: Accelerator, model: nn.Module, optimizer: Any) -> float:
+def step(accelerator: PortableAccelerator, model: nn.Module, optimizer: Any) -> float:
     """One step on this process's part of 8 rows; the mean loss over all processes before it."""
     rows = torch.randn(8, 20, generator=torch.Generator().manual_seed(1))
     part = rows.chunk(accelerator.num_processes)[accelerator.process_index]
@@ -94,23 +94,26 @@ def with_rehearsal(folder: Path, expected: str) -> None:
     assert optimizer.optimizer.consolidated == (1 if expected.startswith("DDP") else 0)
     accelerator.print("losses", *losses)
     model, optimizer = accelerator.free_memory(model, optimizer)
-    first, turned = (train_with_shampoo4(accelerator, turned) for turned in (False, True))
+    first, turned = (train_with_shampoo4(accelerator, turned, folder / "shampoo4") for turned in (False, True))
     if accelerator.is_main_process:
         assert all(torch.equal(first[name], turned[name]) for name in first), "prepare() in both orders is one training"
     AcceleratorState._reset_state()
     GradientState._reset_state()
     PartialState._reset_state()
     assert rehearse_on_cpu()
-    accelerator = Accelerator(mixed_precision="bf16")
-    trained = train_with_shampoo4(accelerator, False)
+    accelerator = PortableAccelerator(mixed_precision="bf16")
+    trained = train_with_shampoo4(accelerator, False, folder / "bf16")
     if accelerator.is_main_process:
         assert all(value.dtype == torch.float32 and value.isfinite().all() for value in trained.values())
     accelerator.print("shampoo4 trained in both orders and in mixed precision")
     accelerator.end_training()
 
 
-def train_with_shampoo4(accelerator: Accelerator, turned: bool) -> dict[str, torch.Tensor]:
-    """Four steps; prepared as (model, optimizer) or turned round. Returns the whole model, on the main process."""
+def train_with_shampoo4(accelerator: PortableAccelerator, turned: bool, folder: Path) -> dict[str, torch.Tensor]:
+    """Four steps; prepared as (model, optimizer) or turned round. Returns the whole model, on the main process.
+
+    Then two more steps, and the same again from the state that was saved before them.
+    """
     torch.manual_seed(0)
     model: Any = nn.Sequential(nn.Linear(20, 13), nn.ReLU(), nn.Linear(13, 5))
     optimizer: Any = Shampoo4(model.named_parameters(), lr=0.01, statistics_interval=1, root_interval=2)
@@ -126,6 +129,10 @@ def train_with_shampoo4(accelerator: Accelerator, turned: bool) -> dict[str, tor
     held = torch.tensor(optimizer.optimizer.state_bytes()["preconditioner"])
     assert accelerator.reduce(held).item() == 2 * 4 * (13**2 + 20**2 + 5**2 + 13**2) + 4 * 8
     trained = {name: value.clone() for name, value in full_state_dict(accelerator, model).items()}
+    accelerator.save_state(folder)
+    losses = [step(accelerator, model, optimizer) for _ in range(2)]
+    accelerator.load_state(folder)
+    assert [step(accelerator, model, optimizer) for _ in range(2)] == losses, "a loaded state goes on as the saved one"
     accelerator.free_memory(model, optimizer)
     return trained
 

@@ -25,9 +25,13 @@ ALL = (*hosts.HOSTS, *zero.HOSTS)
 class Training:
     """A model with an optimizer under a host, and gradients to replay."""
 
-    def __init__(self, host: str, seed: int = 0, **options: Any) -> None:
-        self.host = host
-        model = hosts.make_model(KIND, seed)
+    def __init__(self, host: str, seed: int = 0, kind: str = KIND, **options: Any) -> None:
+        self.host, self.kind = host, kind
+        model = hosts.make_model(kind, seed)
+        if kind == "vit":
+            model.unused.requires_grad_(False)  # some hosts give it zero gradients, others none
+        model.register_buffer("seen", torch.tensor([7.0, 8.0]) + seed)
+        model.register_buffer("passing", torch.tensor(0.5 + seed), persistent=False)
         if host.startswith("zero"):
             self.optimizer = make_optimizer(model, "none", {**OPTIONS, **options})
             self.model = zero.start(zero.Replay(model), zero.configuration(host), self.optimizer)
@@ -40,9 +44,15 @@ class Training:
         """What is given to save and load."""
         return self.model if self.host.startswith("zero") else self.optimizer
 
+    def save(self, folder: str | Path) -> None:
+        checkpoint.save(self.handle, folder, model=self.model)
+
+    def load(self, folder: str | Path) -> None:
+        checkpoint.load(self.handle, folder, model=self.model)
+
     def train(self, steps: range) -> dict[str, Tensor]:
         for step in steps:
-            gradients = hosts.make_gradients(KIND, step)
+            gradients = hosts.make_gradients(self.kind, step)
             if self.host.startswith("zero"):
                 zero.step(self.model, gradients)
             else:
@@ -51,8 +61,11 @@ class Training:
         return self.parameters()
 
     def parameters(self) -> dict[str, Tensor]:
+        """The whole model's, frozen ones too, and its buffer."""
         by_zero = self.host.startswith("zero")
-        return zero.full_parameters(self.model) if by_zero else hosts.full_parameters(self.model, self.host)
+        full = zero.full_parameters(self.model) if by_zero else hosts.full_parameters(self.model, self.host)
+        buffers = dict(self.model.named_buffers())
+        return {**full, "seen": next(buffer.clone() for name, buffer in buffers.items() if name.endswith("seen"))}
 
     def end(self) -> None:
         if self.host.startswith("zero"):
@@ -62,9 +75,9 @@ class Training:
 def save_all(rank: int, folder: str) -> None:
     zero.prepare()
     for host in ALL:
-        training = Training(host)
+        training = Training(host, kind="vit")
         training.train(FIRST)
-        checkpoint.save(training.handle, f"{folder}/{host}")
+        training.save(f"{folder}/{host}")
         training.end()
 
 
@@ -73,8 +86,8 @@ def load_all(rank: int, folder: str) -> dict[tuple[str, str], Any]:
     found = {}
     for source in (*ALL, "none"):
         for host in ALL:
-            training = Training(host, seed=1)
-            checkpoint.load(training.handle, f"{folder}/{source}")
+            training = Training(host, seed=1, kind="vit")
+            training.load(f"{folder}/{source}")
             loaded = training.parameters()
             found[source, host] = loaded, training.train(THEN), training.optimizer.state_bytes()
             training.end()
@@ -87,9 +100,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("saved")
     hosts.run_ranks(2, save_all, str(folder))
     with hosts.one_thread():
-        training = Training("none")
+        training = Training("none", kind="vit")
         training.train(FIRST)
-        checkpoint.save(training.optimizer, folder / "none")
+        training.save(folder / "none")
     return folder
 
 
@@ -97,7 +110,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def expected() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Weights at the checkpoint, and at the end of a run without a stop."""
     with hosts.one_thread():
-        training = Training("none")
+        training = Training("none", kind="vit")
         return training.train(FIRST), training.train(THEN)
 
 
@@ -115,10 +128,31 @@ def test_every_checkpoint_continues_everywhere_bitwise(saved: Path, expected: An
 def test_one_process_continues_what_many_have_saved(saved: Path, expected: Any) -> None:
     with hosts.one_thread():
         for source in ALL:
-            training = Training("none", seed=1)
-            checkpoint.load(training.optimizer, saved / source)
+            training = Training("none", seed=1, kind="vit")
+            training.load(saved / source)
             end = training.train(THEN)
             assert all(torch.equal(end[name], expected[1][name]) for name in end), source
+
+
+def pass_on(rank: int, folder: str) -> dict[str, Tensor]:
+    """One run that each host takes over from the one before, after every two steps."""
+    zero.prepare()
+    for number, host in enumerate(("fsdp1", "fsdp1", "zero3", "fsdp1", "hsdp", "zero1", "fsdp1", "ddp")):
+        training = Training(host, seed=number, kind="vit")
+        if number:
+            training.load(folder)
+        end = training.train(range(2 * number, 2 * number + 2))
+        training.save(folder)
+        training.end()
+    return end
+
+
+def test_a_run_that_is_passed_from_host_to_host(tmp_path: Path) -> None:
+    """Ranks that hold nothing of a parameter must not bring in counts of their own."""
+    with hosts.one_thread():
+        expected = Training("none", kind="vit").train(range(16))
+    for end in hosts.run_ranks(3, pass_on, str(tmp_path)):
+        assert all(torch.equal(end[name], expected[name]) for name in expected)
 
 
 # -- mismatches and damage ---------------------------------------------------------------------------------------------
@@ -231,16 +265,16 @@ def test_a_new_save_replaces_the_old_one_and_leaves_nothing_else(tmp_path: Path)
     training = Training("none")
     for steps in (range(2), range(2, 4), range(4, 6)):
         expected = training.train(steps)
-        checkpoint.save(training.optimizer, tmp_path)
+        training.save(tmp_path)
     (tmp_path / "data-unfinished").mkdir()
     other = Training("none", seed=1)
     with pytest.warns(UserWarning, match="data-unfinished of a save that was cut off: passed over"):
-        checkpoint.load(other.optimizer, tmp_path)
+        other.load(tmp_path)
     assert all(torch.equal(value, expected[name]) for name, value in other.parameters().items())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        checkpoint.save(training.optimizer, tmp_path)
-        checkpoint.load(other.optimizer, tmp_path)
+        training.save(tmp_path)
+        other.load(tmp_path)
     assert len(list(tmp_path.iterdir())) == 2
 
 
@@ -263,3 +297,120 @@ def test_weights_that_are_not_contiguous(tmp_path: Path) -> None:
         assert torch.equal(first.weight, second.weight) and not first.weight.is_contiguous()
         step(first, optimizer)
         step(second, other)
+
+
+def test_frozen_parameters_and_buffers_need_the_model(tmp_path: Path) -> None:
+    training = Training("none", kind="vit")
+    training.train(FIRST)
+    checkpoint.save(training.optimizer, tmp_path)
+    other = Training("none", seed=1, kind="vit")
+    with pytest.raises(ValueError, match=r"no frozen parameter or buffer frozen\.bias, .* saved without model=\?"):
+        other.load(tmp_path)
+    training.save(tmp_path)
+    before = other.parameters()
+    with pytest.warns(UserWarning, match=r"\(unused.weight|frozen.*\) are left as they are: give model="):
+        checkpoint.load(other.optimizer, tmp_path)
+    after, expected = other.parameters(), training.parameters()
+    for name in after:
+        of = before if name == "seen" or name.startswith(("frozen", "unused")) else expected
+        assert torch.equal(after[name], of[name]), name
+    other.model.seen = torch.zeros(3)
+    with pytest.raises(ValueError, match=r"seen \(not trained\) has shape \[2\] in the checkpoint and \[3\] here"):
+        other.load(tmp_path)
+
+
+# -- in the background -------------------------------------------------------------------------------------------------
+
+
+def save_in_the_background(rank: int, folder: str) -> list[bool]:
+    """Two saves while training goes on, and one that fails; each has what there was when it was begun."""
+    zero.prepare()
+    as_expected = []
+    for host in ("ddp", "fsdp2", "zero2", "zero3"):
+        training = Training(host, kind="vit")
+        first = training.train(FIRST)
+        pending = checkpoint.async_save(training.handle, f"{folder}/{host}", model=training.model)
+        then = training.train(THEN)
+        later = checkpoint.async_save(training.handle, f"{folder}/{host} then", model=training.model)
+        training.train(range(10, 12))
+        pending.result()
+        later.result()
+        for expected, name in ((first, host), (then, f"{host} then")):
+            other = Training(host, seed=1, kind="vit")
+            other.load(f"{folder}/{name}")
+            loaded = other.parameters()
+            as_expected.append(all(torch.equal(loaded[key], expected[key]) for key in expected))
+            other.end()
+        training.end()
+    return as_expected
+
+
+def test_saves_in_the_background_have_what_there_was_when_they_began(tmp_path: Path) -> None:
+    for as_expected in hosts.run_ranks(2, save_in_the_background, str(tmp_path)):
+        assert as_expected == [True] * 8
+
+
+def test_an_error_in_the_background_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    training = Training("none")
+    training.train(FIRST)
+    training.save(tmp_path)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_replace", full)
+        pending = checkpoint.async_save(training.optimizer, tmp_path)
+        with pytest.raises(OSError, match="No space left"):
+            pending.result()
+    with pytest.warns(UserWarning, match="cut off"):
+        Training("none").load(tmp_path)
+    checkpoint.async_save(training.optimizer, tmp_path, model=training.model)
+    training.save(tmp_path)  # waits for the one before
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+# -- what an engine of DeepSpeed keeps ---------------------------------------------------------------------------------
+
+
+def save_progress(rank: int, folder: str) -> list[Any]:
+    """An engine's counters, loss scale and scheduler, before and after, and what is warned of elsewhere."""
+    zero.prepare()
+    zero.pretend_fp16()
+    found: list[Any] = []
+    scheduler = {"type": "WarmupLR", "params": {"warmup_num_steps": 10, "warmup_max_lr": 0.01}}
+    fp16 = {"enabled": True, "initial_scale_power": 4, "loss_scale_window": 3, "hysteresis": 1}
+
+    def engine(host: str) -> Any:
+        model = hosts.make_model(KIND)
+        optimizer = make_optimizer(model, "none", OPTIONS)
+        configuration = zero.configuration(host, fp16=fp16, scheduler=scheduler)
+        return zero.start(zero.Replay(model), configuration, optimizer)
+
+    for host, then in (("zero2", "zero3"), ("zero1", "zero0")):
+        first = engine(host)
+        for step in FIRST:
+            gradients = hosts.make_gradients(KIND, step)
+            if step == 1:
+                gradients["head.bias"] = torch.full((10,), float("inf"))  # skipped, and the scale is halved
+            zero.step(first, gradients)
+        checkpoint.save(first, f"{folder}/{host}")
+        second = engine(then)
+        checkpoint.load(second, f"{folder}/{host}")
+        found.append([(e.global_steps, e.skipped_steps, e.optimizer.loss_scale, e.get_lr()) for e in (first, second)])
+        second.destroy()
+        first.destroy()
+    training = Training("ddp")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        checkpoint.load(training.optimizer, f"{folder}/zero2")
+        found.append([str(warning.message) for warning in caught if "scheduler" in str(warning.message)])
+    return found
+
+
+def test_an_engines_progress_moves(tmp_path: Path) -> None:
+    for *engines, warned in hosts.run_ranks(2, save_progress, str(tmp_path)):
+        for before, after in engines:
+            assert before == after
+            assert before[:2] == (5, 1) and before[2] != 16.0
+        assert len(warned) == 1 and "DeepSpeed's scheduler, which is not used here" in warned[0]

@@ -28,11 +28,11 @@ def save_until_killed(rank: int, folder: str, host: str, victim: int, seconds: f
         warnings.simplefilter("ignore")
         begin = 0
         if (Path(folder) / checkpoint.MANIFEST).exists():
-            checkpoint.load(training.optimizer, folder)
+            training.load(folder)
             begin = saved_step(Path(folder))
         for count, step in enumerate(range(begin, begin + 10_000)):
             training.train(range(step, step + 1))
-            checkpoint.save(training.optimizer, folder)
+            training.save(folder)
             if count == 1 and rank == victim:
                 threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
 
@@ -46,7 +46,7 @@ def loaded_step(folder: Path) -> int:
     training = Training("none", seed=1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        checkpoint.load(training.optimizer, folder)
+        training.load(folder)
     step = saved_step(folder)
     expected = Training("none").train(range(step))
     found = training.parameters()
@@ -81,14 +81,14 @@ def test_a_cut_just_before_the_last_rename(tmp_path: Path, monkeypatch: pytest.M
     with hosts.one_thread():
         training = Training("none")
         training.train(range(2))
-        checkpoint.save(training.optimizer, tmp_path)
+        training.save(tmp_path)
         training.train(range(2, 4))
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(os, "replace", cut)
-            checkpoint.save(training.optimizer, tmp_path)
+            training.save(tmp_path)
         assert len(list(tmp_path.iterdir())) == 4
         assert loaded_step(tmp_path) == 2
-        checkpoint.save(training.optimizer, tmp_path)
+        training.save(tmp_path)
         assert loaded_step(tmp_path) == 4
         assert len(list(tmp_path.iterdir())) == 2
 
@@ -96,7 +96,7 @@ def test_a_cut_just_before_the_last_rename(tmp_path: Path, monkeypatch: pytest.M
 def save_on_a_full_disk(rank: int, folder: str) -> tuple[str, float]:
     training = Training("fsdp2")
     training.train(range(3))
-    checkpoint.save(training.optimizer, folder)
+    training.save(folder)
     training.train(range(3, 4))
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write beyond the limit then fails as on a full disk
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -104,7 +104,7 @@ def save_on_a_full_disk(rank: int, folder: str) -> tuple[str, float]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
     begun = time.monotonic()
     try:
-        checkpoint.save(training.optimizer, folder)
+        training.save(folder)
     except OSError as error:
         said = str(error)
     else:

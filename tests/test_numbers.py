@@ -9,18 +9,21 @@ from typing import Any
 import pytest
 import torch
 import worlds as hosts
+import zero_worlds as zero
 from test_contract import make_optimizer
 from torch import Tensor
 
 from sharded_shampoo4 import Shampoo4, linalg
+from sharded_shampoo4.preconditioner import Preconditioner
 
 HOSTS = ("ddp", "fsdp1", "fsdp2", "hsdp")
 OPTIONS = {"max_preconditioner_dim": 30, "min_quant_numel": 0, "lr": 0.0, "weight_decay": 0.0, "max_failures": 3}
 
 
-def finite_factors(optimizer: Shampoo4) -> bool:
-    pools = optimizer._bindings.last.preconditioner.pools
-    tensors = [tensor for pool in pools for tensor in pool.tensors.values() if tensor.is_floating_point()]
+def finite_factors(preconditioner: Preconditioner) -> bool:
+    tensors = [
+        tensor for pool in preconditioner.pools for tensor in pool.tensors.values() if tensor.is_floating_point()
+    ]
     return all(bool(tensor.isfinite().all()) for tensor in tensors)
 
 
@@ -40,7 +43,7 @@ def run(host: str, spoil: Callable[[int, dict[str, Any]], None], steps: int = 12
             break
         told["steps"] += 1
         told["health"] = optimizer.health()
-        told["finite"] = finite_factors(optimizer)
+        told["finite"] = finite_factors(optimizer._bindings.last.preconditioner)
     return told
 
 
@@ -67,6 +70,55 @@ def on_ranks(rank: int) -> dict[tuple[str, str], Any]:
         told[host, "one rank's QR"] = run(host, lambda *_: None)
         linalg.qr = whole
     return told
+
+
+def on_zero(rank: int) -> dict[tuple[str, str], Any]:
+    zero.prepare()
+    told = {}
+    for host in zero.HOSTS:
+        whole = linalg.qr
+        for case, spoil in (("for good", poison(*range(4, 12))), ("one rank's QR", lambda *_: None)):
+            if rank == 1 and case != "for good":
+                linalg.qr = lambda matrices: torch.full_like(matrices, torch.nan)
+            told[host, case] = run_engine(host, spoil)
+            linalg.qr = whole
+    return told
+
+
+def run_engine(host: str, spoil: Callable[[int, dict[str, Any]], None], steps: int = 12) -> dict[str, Any]:
+    """As :func:`run`, by DeepSpeed."""
+    model = hosts.make_model("mlp")
+    optimizer = make_optimizer(model, "none", OPTIONS)
+    engine = zero.start(zero.Replay(model), zero.configuration(host), optimizer)
+    told: dict[str, Any] = {"steps": 0, "error": None}
+    for step in range(steps):
+        gradients = hosts.make_gradients("mlp", step)
+        spoil(step, gradients)
+        try:
+            zero.step(engine, gradients)
+        except RuntimeError as error:
+            told["error"] = str(error)
+            break
+        told["steps"] += 1
+    told["finite"] = all(finite_factors(binding.preconditioner) for binding in optimizer._bindings.all())
+    told["skipped"] = engine.skipped_steps
+    engine.destroy()
+    return told
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_deepspeed_skips_gradients_gone_wrong_and_ranks_raise_together(world_size: int) -> None:
+    """Stages 1 to 3 look for such gradients themselves, in any precision; stage 0 in float16 alone."""
+    ranks = hosts.run_ranks(world_size, on_zero)
+    for host, case in ranks[0]:
+        told = [rank[host, case] for rank in ranks]
+        assert all(each["finite"] for each in told), (host, case)
+        assert len({each["steps"] for each in told}) == 1, (host, case)
+        if case == "for good" and host != "zero0":
+            assert all(not each["error"] and (each["steps"], each["skipped"]) == (12, 8) for each in told), host
+        else:
+            errors = {re.sub(r"^rank \d+: ", "", each["error"]) for each in told}
+            assert len(errors) == 1 and "failed to update 3 times in a row (max_failures=3)" in errors.pop()
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
@@ -114,7 +166,7 @@ def test_hundreds_of_odd_gradients(make: Callable[[], Callable[[int], Tensor]], 
         assert parameter.grad.isfinite().all(), step
         # Less where the direction is so small that the 1e-12 in the grafting's denominator is felt.
         assert parameter.grad.double().norm() <= gradient.double().norm() * 1.0001, step
-    assert finite_factors(optimizer)
+    assert finite_factors(optimizer._bindings.last.preconditioner)
     assert optimizer.health()["odd"]["failures"] == 0
 
 
@@ -126,5 +178,5 @@ def test_squares_that_leave_the_range_are_failures_and_the_factor_stays(bits: in
     for scale, failures in ((1.0, 0), (1e20, 1), (1e20, 2), (1.0, 0), (1e-20, 0)):
         parameter.grad = scale * torch.randn(70, 66)
         optimizer.step()
-        assert parameter.grad.isfinite().all() and finite_factors(optimizer)
+        assert parameter.grad.isfinite().all() and finite_factors(optimizer._bindings.last.preconditioner)
         assert optimizer.health()["huge"]["failures"] == failures, scale

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from launch_helpers import ROOT, run
-from trainer_script import SAVED, STEPS, WAYS
+from trainer_script import MOVES, PORTABLE, SAVED, STEPS, WAYS
 
 Result = list[dict[str, Any]]  # of each process
 CASES = [(host, way) for host, ways in WAYS.items() for way in ways]
@@ -21,15 +21,21 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str,
     """All launches, two at a time: a function from a host and a way of saving to what its processes found."""
     base = tmp_path_factory.mktemp("trainer")
 
-    def launch(host: str) -> Result:
-        (base / host).mkdir()
-        torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2)
-        process = run(*torchrun, ROOT / "tests" / "trainer_script.py", base / host, host)
+    def launch(name: str, host: str, processes: int) -> Result:
+        (base / name).mkdir()
+        torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes)
+        process = run(*torchrun, ROOT / "tests" / "trainer_script.py", base / name, host, base)
         assert process.returncode == 0, process.stderr[-5000:]
-        return json.loads((base / host / "result.json").read_text())
+        return json.loads((base / name / "result.json").read_text())
+
+    def go_on(processes: int) -> Result:
+        for host in WAYS:
+            pending[host].result()
+        return launch(f"moves-{processes}", "moves", processes)
 
     with ThreadPoolExecutor(2) as pool:
-        pending = {host: pool.submit(launch, host) for host in WAYS}
+        pending = {host: pool.submit(launch, host, host, 2) for host in WAYS}
+        pending.update({f"moves-{processes}": pool.submit(go_on, processes) for processes in MOVES})
         yield lambda host, way: [found[way] for found in pending[host].result()]
 
 
@@ -39,8 +45,8 @@ def test_the_host_runs_that_was_asked_for(results: Callable[[str, str], Result],
     assert len(found) == 2
     for process in found:
         assert process["optimizer"] == "Shampoo4" and process["trains_the_model"]
-        types = {"ddp": "MULTI_CPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
-        assert process["distributed_type"] == types[host]
+        types = {"ddp": "MULTI_CPU", "fsdp": "FSDP", "zero": "DEEPSPEED"}
+        assert process["distributed_type"] == types[host.rstrip("123")]
         assert process["stage"] == {"zero2": 2, "zero3": 3}.get(host)
         assert process["wrapped_in_ddp"] is (host == "ddp")
         assert process["dtensors"] == (process["parameters"] if host == "fsdp2" else 0)
@@ -48,7 +54,10 @@ def test_the_host_runs_that_was_asked_for(results: Callable[[str, str], Result],
         # Saved whole where each process has all parameters: not without being collected first.
         assert ("consolidate_state_dict" in process["asked_for_states"]) is (host == "ddp")
         optimizer = {"own": "optimizer.pt", "FULL_STATE_DICT": "optimizer.bin", "SHARDED_STATE_DICT": "optimizer_0"}
-        assert (f"global_step{SAVED}" if host.startswith("zero") else optimizer[way]) in process["files"]
+        if way == PORTABLE:
+            assert "shampoo4" in process["files"] and not {*optimizer.values(), "global_step9"} & {*process["files"]}
+        else:
+            assert (f"global_step{SAVED}" if host.startswith("zero") else optimizer[way]) in process["files"]
 
 
 @pytest.mark.parametrize(("host", "way"), CASES)
@@ -76,3 +85,18 @@ def test_all_hosts_train_the_same(results: Callable[[str, str], Result]) -> None
         # Trainer makes no groups, and biases and norms are decayed too.
         tolerance = 1e-2 if host.startswith("zero") else 1e-3
         assert losses == pytest.approx(found["ddp", "own"], abs=tolerance), host
+
+
+@pytest.mark.parametrize(("processes", "move"), [(n, move) for n, moves in MOVES.items() for move in moves])
+def test_a_run_goes_on_under_another_host_and_rank_count(
+    results: Callable[[str, str], Result], processes: int, move: tuple[str, str]
+) -> None:
+    source, target = move
+    full = results(source, PORTABLE)[0]["full"]
+    found = results(f"moves-{processes}", f"{source} to {target}")
+    assert len(found) == processes
+    for lines in found:
+        assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+        assert lines[:SAVED] == full[:SAVED]
+        assert lines[SAVED:] != full[SAVED:], "another order of additions"
+        assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in full], abs=1e-2)

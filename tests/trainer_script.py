@@ -3,6 +3,10 @@
     torchrun --nproc_per_node 2 tests/trainer_script.py FOLDER {ddp,fsdp2,zero2,zero3}
 
 Process 0 writes FOLDER/result.json: for every process and way of saving, what ran and the log lines of both runs.
+
+    torchrun --nproc_per_node {1,2} tests/trainer_script.py FOLDER moves BASE
+
+resumes, in the same way, portable checkpoints of BASE/HOST/portable under other hosts.
 """
 
 from __future__ import annotations
@@ -34,16 +38,27 @@ from transformers import (
 
 import sharded_shampoo4.integrations.deepspeed  # noqa: F401  makes "Shampoo4" a type of optimizer
 from sharded_shampoo4.integrations.accelerate import consolidate, rehearse_on_cpu
-from sharded_shampoo4.integrations.transformers import ConsolidateStates, shampoo4
+from sharded_shampoo4.integrations.transformers import ConsolidateStates, PortableTrainer, shampoo4
 
 TIME_OUT = 180  # seconds
 STEPS, SAVED = 24, 9  # saved between two refreshes of the factors and between two of the roots
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
 # How the host saves: by the Trainer itself, and in the ways of FSDP (the first is the Trainer's choice).
-WAYS = {"ddp": ("own",), "fsdp2": ("FULL_STATE_DICT", "SHARDED_STATE_DICT"), "zero2": ("own",), "zero3": ("own",)}
+PORTABLE = "portable"  # by PortableTrainer
+WAYS = {
+    "ddp": ("own", PORTABLE),
+    "fsdp2": ("FULL_STATE_DICT", "SHARDED_STATE_DICT", PORTABLE),
+    "zero2": ("own", PORTABLE),
+    "zero3": ("own", PORTABLE),
+}
+# By the number of processes that go on: what two processes have saved, and where it goes on.
+MOVES = {
+    1: (("fsdp2", "ddp"), ("zero3", "ddp"), ("ddp", "zero2")),
+    2: (("ddp", "fsdp2"), ("zero2", "fsdp2"), ("fsdp2", "zero3"), ("zero3", "ddp")),
+}
 ARGUMENTS: dict[str, Any] = {
     "logging_steps": 1,
-    "per_device_train_batch_size": 16,
+    "per_device_train_batch_size": 16,  # on two processes
     "learning_rate": 2e-3,
     "weight_decay": 0.05,
     "report_to": "none",
@@ -76,7 +91,7 @@ def deepspeed_configuration(stage: int) -> dict[str, Any]:
     """All that a user writes; the Trainer settles the rest by its own arguments."""
     return {
         "optimizer": {"type": "Shampoo4", "params": {"lr": "auto", "weight_decay": "auto", **INTERVALS}},
-        "zero_optimization": {"stage": stage},
+        "zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True},
         "gradient_clipping": "auto",
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",
@@ -100,26 +115,32 @@ def make_trainer(folder: Path, host: str, way: str, seed: int, *callbacks: Train
     """What a process that has just started makes. Accelerate's state would outlive the Trainer before it."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+    by_deepspeed, by_fsdp = host.startswith("zero"), host.startswith("fsdp")
+    # As accelerate launch sets them, and torchrun and the deepspeed launcher do not.
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = str(by_deepspeed).lower()
+    os.environ["ACCELERATE_USE_FSDP"] = str(by_fsdp).lower()
     assert rehearse_on_cpu()
     torch.manual_seed(seed)
-    by_deepspeed = host.startswith("zero")
-    fsdp = {"transformer_layer_cls_to_wrap": ["ViTLayer"], "state_dict_type": way}
+    fsdp = {"transformer_layer_cls_to_wrap": ["ViTLayer"]}
+    if way != PORTABLE:
+        fsdp["state_dict_type"] = way
     args = TrainingArguments(
         str(folder),
         max_steps=STEPS,
         save_steps=SAVED,
-        **ARGUMENTS,
+        **{**ARGUMENTS, "per_device_train_batch_size": 32 // PartialState().num_processes},
         accelerator_config={"use_configured_state": True},  # what rehearse_on_cpu() has set up
-        fsdp=host == "fsdp2",
-        fsdp_config=fsdp if host == "fsdp2" else None,
+        fsdp=by_fsdp,
+        fsdp_config=fsdp if by_fsdp else None,
         deepspeed=deepspeed_configuration(int(host[-1])) if by_deepspeed else None,
     )
-    return Trainer(
+    portable = way == PORTABLE
+    return (PortableTrainer if portable else Trainer)(
         Classifier(),
         args,
         train_dataset=digits(),
         optimizer_cls_and_kwargs=None if by_deepspeed else shampoo4(args, **INTERVALS),
-        callbacks=[*callbacks, ConsolidateStates()],
+        callbacks=[*callbacks, *(() if portable else (ConsolidateStates(),))],
     )
 
 
@@ -181,16 +202,22 @@ def train_and_resume(folder: Path, host: str, way: str) -> dict[str, Any]:
     }
 
 
-def main(folder: Path, host: str) -> None:
+def move(folder: Path, base: Path, source: str, target: str) -> list[dict[str, float]]:
+    """The log lines of a run that has begun under ``source``, and goes on here under ``target``."""
+    resumed = make_trainer(folder / f"{source} {target}", target, PORTABLE, 1)
+    resumed.train(resume_from_checkpoint=str(base / source / PORTABLE / f"checkpoint-{SAVED}"))
+    return lines(resumed)
+
+
+def main(folder: Path, host: str, base: Path) -> None:
     faulthandler.dump_traceback_later(TIME_OUT, exit=True)  # the launcher then ends the other process
     warnings.simplefilter("ignore")
-    if host.startswith("zero"):
-        os.environ["ACCELERATE_USE_DEEPSPEED"] = (
-            "true"  # as accelerate launch does, and the deepspeed launcher does not
-        )
-    if host == "fsdp2":
-        os.environ["ACCELERATE_USE_FSDP"] = "true"  # accelerate launch sets it, torchrun does not
-    found = {way: train_and_resume(folder / way, host, way) for way in WAYS[host]}
+    found: dict[str, Any]
+    if host == "moves":
+        moves = MOVES[int(os.environ["WORLD_SIZE"])]
+        found = {f"{source} to {target}": move(folder, base, source, target) for source, target in moves}
+    else:
+        found = {way: train_and_resume(folder / way, host, way) for way in WAYS[host]}
     state = PartialState()
     results: list[Any] = [None] * state.num_processes
     torch.distributed.all_gather_object(results, found)
@@ -200,4 +227,4 @@ def main(folder: Path, host: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[-1]))

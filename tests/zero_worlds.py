@@ -51,6 +51,8 @@ class Replay(nn.Module):
         self.gradients: dict[str, Tensor] = {}
         for name, parameter in model._parameters.items():
             self.register_parameter(name, parameter)
+        for name, buffer in model._buffers.items():
+            self.register_buffer(name, buffer, persistent=name not in model._non_persistent_buffers_set)
         for name, child in model.named_children():
             self.add_module(name, Replay(child))
 
