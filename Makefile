@@ -1,6 +1,7 @@
 # make train   a vision transformer on real images with 4-bit Shampoo: accuracy, state bytes, a picture
 # make test    all tests
 # make lint    ruff and mypy
+# make soak    runs killed and resumed for 30 minutes, by chance
 # make bench   step times and state bytes of this optimizer against its 32-bit mode and AdamW
 PYTHON ?= python3
 VENV ?= .venv
@@ -13,7 +14,7 @@ export TOKENIZERS_PARALLELISM = false
 # DeepSpeed compiles nothing when it is installed.
 export DS_BUILD_OPS = 0
 
-.PHONY: train test lint bench clean
+.PHONY: train test lint soak bench clean
 
 train: $(READY)
 	$(BIN)/accelerate launch --config_file launch/configs/fsdp2.yaml --num_processes 2 --main_process_port 0 \
@@ -26,6 +27,9 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+soak: $(READY)
+	$(BIN)/python tests/soak.py --minutes 30
 
 bench: $(READY)
 	$(BIN)/python launch/bench_step.py

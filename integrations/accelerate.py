@@ -20,6 +20,7 @@ import logging
 import math
 import os
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -117,12 +118,16 @@ class PortableAccelerator(Accelerator):  # type: ignore[misc]
             self._models, self._optimizers = kept
 
 
-def rehearse_on_cpu() -> bool:
+def rehearse_on_cpu(timeout: timedelta | None = None) -> bool:
     """Let the coming ``Accelerator`` run what the launcher asks for, over gloo, where there is no accelerator.
 
     DDP, FSDP1, FSDP2, HSDP and DeepSpeed then do on CPUs what they would do on GPUs, only slower. Call it before
     ``Accelerator(...)``, which must not be given ``cpu=True``. FSDP has to be asked for by the launch configuration
     rather than by a plugin. Where there is an accelerator, or no launcher, nothing happens.
+
+    Args:
+        timeout: how long a process waits for one that does not answer; 30 minutes by default. (On accelerators:
+            ``Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=...)])``.)
 
     Returns:
         Whether this is a rehearsal. The main process logs it.
@@ -139,7 +144,7 @@ def rehearse_on_cpu() -> bool:
 
         skip_cpu_compilation()
     with patch_environment(ACCELERATE_TORCH_DEVICE="cpu"):  # it would be cpu:0 otherwise, which FSDP1 refuses
-        state = PartialState(cpu=True, backend="gloo")
+        state = PartialState(cpu=True, backend="gloo", **({"timeout": timeout} if timeout else {}))
     if parse_flag_from_env("ACCELERATE_USE_FSDP"):
         # Accelerate promotes processes with accelerators to FSDP, and none else. The device stays the CPU.
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU

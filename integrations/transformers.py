@@ -20,6 +20,7 @@ set ``ACCELERATE_USE_FSDP=true``, call ``rehearse_on_cpu()`` before ``TrainingAr
 from __future__ import annotations
 
 import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -112,10 +113,9 @@ class PortableStates:
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)  # type: ignore[misc]
 
     def _save_optimizer_and_scheduler(self: Any, output_dir: str) -> None:
-        optimizer, scheduler = self._portable_optimizer(), self.lr_scheduler
-        checkpoint.save(optimizer, Path(output_dir) / self._FOLDER, model=self.model_wrapped)
-        if self.args.should_save and not _is_deepspeeds(scheduler):
-            torch.save(scheduler.state_dict(), Path(output_dir) / self._SCHEDULER)
+        checkpoint.save(self._portable_optimizer(), Path(output_dir) / self._FOLDER, model=self.model_wrapped)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / self._SCHEDULER)
 
     def _load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if not self._portable_in(resume_from_checkpoint):  # else the weights come with the states
@@ -128,9 +128,7 @@ class PortableStates:
         if portable:
             self._portable_load(resume_from_checkpoint)
             self._load_scaler(resume_from_checkpoint)
-            if not _is_deepspeeds(self.lr_scheduler):
-                file = Path(resume_from_checkpoint or "") / self._SCHEDULER
-                self.lr_scheduler.load_state_dict(torch.load(file, weights_only=True))
+            _load_scheduler(self.lr_scheduler, Path(resume_from_checkpoint or "") / self._SCHEDULER)
         return prepared
 
     def _load_best_model(self: Any) -> None:
@@ -149,7 +147,9 @@ class PortableStates:
         return folder is not None and (Path(folder) / self._FOLDER).is_dir()
 
     def _portable_load(self: Any, folder: str) -> None:
-        checkpoint.load(self._portable_optimizer(), Path(folder) / self._FOLDER, model=self.model_wrapped)
+        with warnings.catch_warnings():  # the Trainer's checkpoint has the schedule, also where DeepSpeed runs it
+            warnings.filterwarnings("ignore", message=".*DeepSpeed's scheduler")
+            checkpoint.load(self._portable_optimizer(), Path(folder) / self._FOLDER, model=self.model_wrapped)
 
 
 class PortableTrainer(PortableStates, Trainer):  # type: ignore[misc]
@@ -189,9 +189,17 @@ def _newest(folder: Path) -> Path:
     raise ValueError(f"{folder} has no complete checkpoint to resume from")
 
 
-def _is_deepspeeds(scheduler: Any) -> bool:
-    """Whether this stands for a scheduler that DeepSpeed's configuration names: the engine saves it."""
-    return type(scheduler).__name__ == "DeepSpeedSchedulerWrapper"
+def _load_scheduler(scheduler: Any, file: Path) -> None:
+    """Restore a scheduler that may have had another number of groups: DeepSpeed's configuration makes only one."""
+    state, own = torch.load(file, weights_only=True), scheduler.state_dict()
+    if state.keys() != own.keys():
+        raise ValueError(f"{file} is of another kind of scheduler: it has {sorted(state)}, this one {sorted(own)}")
+    for name, values in state.items():
+        if isinstance(values, list) and len(values) != len(own[name]):
+            if any(value != values[0] for value in values):
+                raise ValueError(f"{file} has {name} = {values}, for other groups than the {len(own[name])} here")
+            state[name] = values[:1] * len(own[name])
+    scheduler.load_state_dict(state)
 
 
 def _consolidate_if(due: bool, optimizer: Optimizer) -> None:

@@ -19,6 +19,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import InitProcessGroupKwargs, gather_object, set_seed
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, get_scheduler
@@ -373,12 +374,14 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"  # as accelerate launch says it
         os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = args.deepspeed_config
         os.environ.setdefault("ACCELERATE_DEEPSPEED_ZERO3_INIT", "false")  # the same first weights at every stage
-    rehearse_on_cpu()
+    timeout = timedelta(seconds=args.ddp_timeout)
+    rehearse_on_cpu(timeout)
     accelerator = PortableAccelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
         log_with=args.report_to if args.with_tracking else None,
         project_dir=args.output_dir,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
     )
     if not accelerator.is_local_main_process:
         transformers.utils.logging.set_verbosity_error()

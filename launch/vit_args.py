@@ -158,6 +158,7 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
     add("--checkpointing_steps", type=_steps_or_epoch, help="save every N steps, or 'epoch'")
     add("--checkpoints_total_limit", type=_positive, help="keep the newest N checkpoints")
     add("--resume_from_checkpoint", metavar="PATH|latest", help="latest: the newest in --output_dir, if any")
+    add("--ddp_timeout", type=_positive, default=1800, help="seconds to wait for a process that does not answer")
     add("--logging_steps", type=_positive, default=10)
     add("--log_health", action="store_true", help="the factors' state after every epoch: health.jsonl, health.png")
     add("--with_tracking", action="store_true", help="also log to --report_to")

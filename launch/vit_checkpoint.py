@@ -30,6 +30,7 @@ _HARMLESS = (  # options that change no number of the training
     "overwrite_output_dir",
     "checkpointing_steps",
     "checkpoints_total_limit",
+    "ddp_timeout",
     "resume_from_checkpoint",
     "logging_steps",
     "log_health",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from .binding import Binding, Candidate
 from .integrations import fsdp, zero
 from .layout import matrix_shape
 from .members import Entry, Members
+from .options import PreconditionerOptions
 from .plan import Shard
 from .preconditioner import Matrix, worse
 from .ranks import Ranks
@@ -27,10 +29,14 @@ Unbound = packing.PackedState | packing.PackedPieces
 
 
 class Bindings:
-    """All bindings of an optimizer's ``members``, and the factors of parameters that are not bound (yet)."""
+    """All bindings of an optimizer's ``members``, and the factors of parameters that are not bound (yet).
 
-    def __init__(self, members: Members) -> None:
+    ``base`` is the name of the base optimizer.
+    """
+
+    def __init__(self, members: Members, base: str) -> None:
         self.members = members
+        self.base = base
         self.ranks: Ranks | None = None
         self.locations: dict[Tensor, fsdp.Location] = {}  # of parameters that cannot tell where they live
         self.unbound: dict[Tensor, Unbound] = {}
@@ -91,7 +97,22 @@ class Bindings:
         if self.ranks is None:  # first of all: an error on one rank must reach the others
             self.ranks = Ranks(fsdp.process_group([p for group in groups for p in group["params"]]))
             self.members.meet(engine)
+            self._check_that_groups_agree(self.ranks)
         return self.ranks
+
+    def _check_that_groups_agree(self, ranks: Ranks) -> None:
+        """Raise ValueError, on every rank alike, unless all of them have the same base optimizer and its options."""
+        described = [{"base": self.base, **_base_options(group)} for group in self.members.groups]
+        first, *others = ranks.gather(described)
+        for rank, groups in enumerate(others, 1):
+            if len(groups) != len(first):
+                raise ValueError(f"there are {len(first)} param groups on rank 0 and {len(groups)} on rank {rank}")
+            for number, (group, other) in enumerate(zip(first, groups, strict=True)):
+                for option in {**group, **other}:  # in the same order on every rank
+                    value, another = group.get(option), other.get(option)
+                    if value != another:
+                        found = f"{value!r} on rank 0 and {another!r} on rank {rank}"
+                        raise ValueError(f"{option} of param group {number} is {found}")
 
     def _bind_entries(
         self, ranks: Ranks, entries: list[Entry], state: Mapping[Tensor, Any], error: Exception | None
@@ -237,6 +258,13 @@ class Bindings:
     def owners(self) -> dict[Tensor, str]:
         """The ranks that own blocks of each parameter."""
         return {parameter: ranks for binding in self.all() for parameter, ranks in binding.owners().items()}
+
+
+def _base_options(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Those options of a group that are not about the preconditioner, as plain values."""
+    own = {field.name for field in fields(PreconditionerOptions)} | {"params", "param_names"}
+    plain = {k: float(v) if isinstance(v, Tensor) and v.numel() == 1 else v for k, v in group.items() if k not in own}
+    return {name: value for name, value in plain.items() if isinstance(value, (bool, int, float, str, tuple))}
 
 
 def _key(entries: Sequence[Entry]) -> tuple[Hashable, ...]:

@@ -121,7 +121,7 @@ class Shampoo4(Optimizer):
         self._base = rule([torch.nn.Parameter(torch.zeros(1))], **self._base_arguments)
         self._base_makes_state_early = bool(self._base.state)
         self._members = Members()
-        self._bindings = Bindings(self._members)
+        self._bindings = Bindings(self._members, type(self._base).__name__)
         self._consolidated: dict[Tensor, Tensor] = {}  # all factors, until the next step
         defaults = {"lr": lr, "weight_decay": weight_decay, **self._base.defaults, **options.as_group()}
         super().__init__(params, {**defaults, packing.VERSION_KEY: packing.FORMAT_VERSION})
@@ -314,7 +314,7 @@ class Shampoo4(Optimizer):
             self._members = Members()
             for group in self.param_groups:
                 self._members.add(group)
-            self._bindings = Bindings(self._members)
+            self._bindings = Bindings(self._members, type(self._base).__name__)
             self._bindings.load(unbound)
 
     # -- reports -------------------------------------------------------------------------------------------------------

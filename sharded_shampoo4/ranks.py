@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -87,7 +88,14 @@ def _host_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
 
 
 def _new_host_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """A gloo group of the same ranks, which waits for a rank that has died as long as ``group`` does."""
     made: dist.ProcessGroup = dist.new_group(
-        dist.get_process_group_ranks(group), backend="gloo", use_local_synchronization=True
+        dist.get_process_group_ranks(group), timeout=_timeout(group), backend="gloo", use_local_synchronization=True
     )
     return made
+
+
+def _timeout(group: Any) -> timedelta | None:
+    """How long collectives of ``group`` wait; None if it does not say."""
+    backend = group._get_backend(group._device_types[0])
+    return getattr(getattr(backend, "options", None), "_timeout", None)

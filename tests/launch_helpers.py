@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -30,6 +31,13 @@ def accelerate(config: str, processes: int) -> tuple[object, ...]:
     command = (sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch")
     file = LAUNCH / "configs" / f"{config}.yaml"
     return (*command, "--config_file", file, "--num_processes", processes, "--main_process_port", 0)
+
+
+def free_port() -> int:
+    """A port that nothing listens on at the moment."""
+    with socket.socket() as one:
+        one.bind(("", 0))
+        return int(one.getsockname()[1])
 
 
 def environment() -> dict[str, str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from launch_helpers import LAUNCH, ROOT, accelerate, losses, metrics, results, run, train
+from launch_helpers import LAUNCH, ROOT, accelerate, free_port, losses, metrics, results, run, train
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 from trainer_script import ARGUMENTS, INTERVALS, Classifier
@@ -45,12 +44,6 @@ HOSTS = {
     "zero2": "ZeRO-2 on 2 processes",
     "zero3": "ZeRO-3 on 2 processes",
 }
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("", 0))
-        return one.getsockname()[1]
 
 
 LAUNCHERS = {

@@ -138,9 +138,12 @@ def said(function: Callable[[], Any]) -> str:
 def disagreements(rank: int) -> dict[str, str]:
     """Each of these must raise on both ranks, and leave both able to go on."""
 
-    def step(options: dict[str, Any], change: Callable[[dict[str, Any]], None] = lambda g: None) -> None:
+    def step(
+        options: dict[str, Any], change: Callable[[dict[str, Any]], None] = lambda g: None, turned: bool = False
+    ) -> None:
         model = hosts.make_model("mlp")
-        optimizer = Shampoo4(hosts.named(model, "none").items(), **{"statistics_interval": 1, **options})
+        named = list(hosts.named(model, "none").items())[:: -1 if turned else 1]
+        optimizer = Shampoo4(named, **{"statistics_interval": 1, **options})
         gradients = hosts.make_gradients("mlp", 0)
         change(gradients)
         hosts.set_gradients(model, "none", gradients)
@@ -174,6 +177,10 @@ def disagreements(rank: int) -> dict[str, str]:
     return {
         "bits": said(lambda: step({"bits": 8 if rank else 4})),
         "interval": said(lambda: step({"root_interval": 7 + rank})),
+        "order": said(lambda: step({}, turned=rank == 1)),
+        "lr": said(lambda: step({"lr": torch.tensor(1e-3 * 2**rank)})),
+        "betas": said(lambda: step({"betas": (0.9, 0.5 + rank / 4)})),
+        "base": said(lambda: step({"base": "sgd" if rank else "adagrad"})),
         "own gradients": said(lambda: step({}, own)),
         "failures": said(lambda: step({"max_failures": 3}, nan)),
         "fewer": said(fewer),
@@ -188,6 +195,11 @@ def test_ranks_fail_together_and_say_why() -> None:
     for found in hosts.run_ranks(2, disagreements):
         assert found["bits"] == "ValueError: bits of stem.weight is 4 on rank 0 and 8 on rank 1"
         assert found["interval"] == "ValueError: root_interval of stem.weight is 7 on rank 0 and 8 on rank 1"
+        assert "ranks precondition different parameters: rank 0 3 (stem.weight," in found["order"]
+        assert "(head.weight," in found["order"]
+        assert found["lr"].startswith("ValueError: lr of param group 0 is 0.00100000")
+        assert found["betas"] == "ValueError: betas of param group 0 is (0.9, 0.5) on rank 0 and (0.9, 0.75) on rank 1"
+        assert found["base"] == "ValueError: base of param group 0 is 'Adagrad' on rank 0 and 'SGD' on rank 1"
         assert (
             "ranks 0 and 1 hold the same elements of head.weight, but their gradients differ" in found["own gradients"]
         )

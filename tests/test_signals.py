@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from launch_helpers import LAUNCH, accelerate, environment, losses, train
+from launch_helpers import LAUNCH, accelerate, environment, free_port, losses, train
 from safetensors.torch import load_file
 
 FLAGS = (
@@ -44,6 +44,51 @@ def ask_to_stop(folder: Path, number: signal.Signals, *launcher: object) -> int:
         log.seek(0)
         assert "asked to stop: saved after step" in log.read()
     return status
+
+
+def start_by_hand(rank: int, port: int, folder: Path, fsdp: bool, *flags: object) -> subprocess.Popen[bytes]:
+    """One of two processes, without a launcher that would end the one when the other dies."""
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    if fsdp:
+        names.update({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": 2, "FSDP_AUTO_WRAP_POLICY": "NO_WRAP"})
+    command = [
+        sys.executable,
+        LAUNCH / "train_vit.py",
+        "--output_dir",
+        folder,
+        *FLAGS,
+        "--max_train_steps",
+        2000,
+        *flags,
+    ]
+    log = (folder.parent / f"{rank}.txt").open("wb")
+    own = {**environment(), **{name: str(value) for name, value in names.items()}}
+    return subprocess.Popen(list(map(str, command)), env=own, stdout=log, stderr=log)
+
+
+@pytest.mark.parametrize(("number", "timeout"), [(signal.SIGKILL, 1800), (signal.SIGSTOP, 8)])
+def test_no_process_waits_for_one_that_is_gone(number: signal.Signals, timeout: int, tmp_path: Path) -> None:
+    """Killed: its connections break at once. Stuck: within --ddp_timeout."""
+    folder, port = tmp_path / "run", free_port()
+    stuck = number == signal.SIGSTOP
+    processes = [start_by_hand(rank, port, folder, stuck, "--ddp_timeout", timeout) for rank in range(2)]
+    try:
+        deadline = time.monotonic() + 100
+        while time.monotonic() < deadline and not (
+            (folder / "metrics.jsonl").exists() and (folder / "metrics.jsonl").read_text().count("\n") >= 3
+        ):
+            time.sleep(0.1)
+        processes[1].send_signal(number)
+        begun = time.monotonic()
+        assert processes[0].wait(timeout=100) != 0
+        seconds = time.monotonic() - begun
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert (timeout - 2 if stuck else 0) < seconds < (timeout if stuck else 0) + 25, seconds
+    said = (tmp_path / "0.txt").read_text()
+    assert "Error" in said and ("Timed out" in said or "timed out" in said or not stuck), said[-2000:]
 
 
 @pytest.mark.parametrize(("number", "host"), [(signal.SIGTERM, None), (signal.SIGUSR1, "fsdp2")])

@@ -27,6 +27,10 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 HOSTS = ("ddp", "fsdp1", "fsdp2", "hsdp")  # each function below also takes "none": one process
+PRELOADED = [  # by what starts ranks: what each of them would spend up to six seconds on
+    *("torch", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor", "zero_worlds"),
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+]
 
 
 class RankError(RuntimeError):
@@ -35,8 +39,9 @@ class RankError(RuntimeError):
 
 def _context() -> multiprocessing.context.ForkServerContext:
     os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # no processes of its own: nothing is compiled
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "torch.distributed.tensor", "zero_worlds"])
+    context.set_forkserver_preload(PRELOADED)
     return context
 
 
