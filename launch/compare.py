@@ -1,9 +1,15 @@
-"""Compare finished runs of train_vit.py: a table over seeds, and a picture of their training losses.
+"""Train with several optimizers by one recipe, or take finished runs, and show them side by side.
 
-python launch/compare.py runs/* [--output comparison.png]
+    python launch/compare.py runs/*                                     # finished runs of train_vit.py
+    python launch/compare.py --output_dir runs/fashion --seeds 0 1 2 -- --dataset_name fashion-mnist --decay_all
+    python launch/compare.py --output_dir runs/ablation --ablation -- --dataset_name fashion-mnist --decay_all
 
-Runs are taken together when they used the same optimizer; "kept" is the share of 32-bit Shampoo's gain over AdamW in
-the last epoch's training loss, over the seeds that all three have.
+What stands after ``--`` goes to train_vit.py. A run that has finished is not made again, one that was cut off goes on.
+``--ablation`` varies code book, what is quantised, rectification and bits, as the paper's table 3 does, and prints the
+errors of its tables 1 and 5 on a preconditioner of the 32-bit run.
+
+A table over seeds and ``comparison.png``: training loss by step and by time, accuracy by epoch, state bytes. "kept" is
+the share of 32-bit Shampoo's gain over AdamW in the last epoch's training loss, over the seeds that all three have.
 """
 
 from __future__ import annotations
@@ -11,105 +17,159 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import subprocess
+import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from quantization_errors import print_errors
 from rich.console import Console
 from rich.table import Table
 from vit_report import read_lines, readable_bytes
 
-_NAMES = {
-    "adamw": ("AdamW", "#5f6b76"),
-    "shampoo32": ("32-bit Shampoo", "#2a6fbb"),
-    "shampoo4": ("4-bit Shampoo", "#c8452d"),
-    "shampoo4-naive": ("naive 4-bit", "#d9a441"),
-    "sgd": ("SGD", "#7a5195"),
+TRAIN = Path(__file__).with_name("train_vit.py")
+
+# What is compared: flags of train_vit.py by the folder's name.
+OPTIMIZERS: dict[str, tuple[str, ...]] = {
+    name: ("--optimizer", name) for name in ("adamw", "shampoo32", "shampoo4", "shampoo4-naive", "sgd")
 }
+_VARIANTS: dict[str, tuple[str, ...]] = {
+    "naive": ("--optimizer", "shampoo4-naive"),
+    "tree": ("--optimizer", "shampoo4", "--codebook", "dynamic_tree"),
+    "unrectified": ("--optimizer", "shampoo4", "--rectify_steps", "0", "0"),
+    "rectified": ("--optimizer", "shampoo4"),
+}
+ABLATION = {
+    "adamw": OPTIMIZERS["adamw"],
+    "shampoo32": (*OPTIMIZERS["shampoo32"], "--checkpointing_steps", "epoch", "--checkpoints_total_limit", "1"),
+    **{f"{name}-{bits}": (*flags, "--bits", str(bits)) for bits in (4, 3) for name, flags in _VARIANTS.items()},
+}
+_COLORS = ("#5f6b76", "#2a6fbb", "#c8452d", "#d9a441", "#7a5195", "#3a9e6f", "#b0547f", "#6b7a1f", "#1f8a9e", "#9e6b3a")
 
-Runs = dict[str, dict[int, dict[str, Any]]]  # optimizer -> seed -> results
+Runs = dict[str, dict[int, dict[str, Any]]]  # label -> seed -> results
 
 
-def read_runs(folders: list[Path]) -> Runs:
-    """The results of every folder that holds a finished run."""
+def label_of(options: dict[str, Any]) -> str:
+    """What a run's optimizer is called in tables, by its options."""
+    name = options["optimizer"]
+    if not name.startswith("shampoo4"):
+        return {"adamw": "AdamW", "shampoo32": "32-bit Shampoo", "sgd": "SGD"}[name]
+    bits = options["bits"] or 4
+    details = [
+        "naive" if name == "shampoo4-naive" else "",
+        "dynamic tree" if options["codebook"] == "dynamic_tree" else "",
+        "not rectified" if name == "shampoo4" and not any(options["rectify_steps"]) else "",
+    ]
+    return ", ".join([f"{bits}-bit Shampoo", *filter(None, details)])
+
+
+def train(output_dir: Path, variants: dict[str, tuple[str, ...]], seeds: Sequence[int], flags: Sequence[str]) -> None:
+    """Make the runs that have not finished yet, one after the other.
+
+    Raises:
+        SystemExit: a run fails. A loss that is not finite, as with 3 bits and no rectification, is a result.
+    """
+    for seed in seeds:
+        for name, own in variants.items():
+            folder = output_dir / f"{name}-seed{seed}"
+            if (folder / "all_results.json").exists() or (folder / "diverged.txt").exists():
+                continue
+            own = (*own, "--seed", str(seed), "--output_dir", str(folder), "--resume_from_checkpoint", "latest")
+            print(f"training {folder}", flush=True)
+            process = subprocess.run([sys.executable, str(TRAIN), *flags, *own], stderr=subprocess.PIPE, text=True)
+            if process.returncode and "FloatingPointError" in process.stderr:
+                (folder / "diverged.txt").write_text(process.stderr[-2000:])
+            elif process.returncode:
+                raise SystemExit(f"{folder}: status {process.returncode}\n{process.stderr[-3000:]}")
+
+
+def read_runs(folders: Sequence[Path]) -> Runs:
+    """The results of every folder that holds a finished run; other folders are named and left out."""
     runs: Runs = defaultdict(dict)
     for folder in folders:
         path = folder / "all_results.json"
         if not path.exists():
+            print(f"{folder} holds no finished run" + (": it diverged" if (folder / "diverged.txt").exists() else ""))
             continue
         results = json.loads(path.read_text())
         options = results["options"]
-        if options["seed"] in runs[options["optimizer"]]:
-            raise SystemExit(f"{folder}: a second run of {options['optimizer']} with seed {options['seed']}")
-        runs[options["optimizer"]][options["seed"]] = {**results, "folder": folder}
+        label = f"{label_of(options)}, {results['epochs']:g} epochs"
+        if options["seed"] in runs[label]:
+            raise SystemExit(f"{folder}: a second run of {label} with seed {options['seed']}")
+        runs[label][options["seed"]] = {**results, "folder": folder, "name": label_of(options)}
     if not runs:
         raise SystemExit("no finished run among the folders given")
-    return {name: dict(sorted(runs[name].items())) for name in _NAMES if name in runs}
+    if len({label.rpartition(", ")[2] for label in runs}) == 1:  # all as long: no need to say it
+        runs = {label.rpartition(", ")[0]: seeds for label, seeds in runs.items()}
+    order = ("AdamW", "SGD", "32-bit", "4-bit", "3-bit", "8-bit")
+    labels = sorted(runs, key=lambda label: next(i for i, start in enumerate(order) if label.startswith(start)))
+    return {label: dict(sorted(runs[label].items())) for label in labels}
 
 
-def kept_share(runs: Runs, optimizer: str) -> float | None:
-    """Share of 32-bit Shampoo's gain over AdamW that ``optimizer`` has, by the mean training losses."""
-    seeds = set.intersection(*(set(runs.get(name, {})) for name in ("adamw", "shampoo32", optimizer)))
+def kept_share(runs: Runs, label: str) -> float | None:
+    """Share of 32-bit Shampoo's gain over AdamW that ``label`` has, by the mean training losses; None without one."""
+    needed = ("AdamW", "32-bit Shampoo", label)
+    seeds = set.intersection(*(set(runs.get(name, {})) for name in needed))
     if not seeds:
         return None
-    adamw, full, own = (
-        statistics.mean(runs[name][seed]["train_loss"] for seed in seeds) for name in ("adamw", "shampoo32", optimizer)
-    )
-    return (adamw - own) / (adamw - full)
+    adamw, full, own = (statistics.mean(runs[name][seed]["train_loss"] for seed in seeds) for name in needed)
+    return (adamw - own) / (adamw - full) if adamw - full > 0.01 * adamw else None
 
 
 def print_table(runs: Runs) -> None:
+    """One line for each optimizer; values of several seeds in the seeds' order."""
     table = Table()
     columns = ("optimizer", "seeds", "training loss", "accuracy", "kept", "preconditioner", "all state", "seconds")
     for column in columns:
         table.add_column(column, justify="left" if column == "optimizer" else "right")
-    for name, seeds in runs.items():
+    for label, seeds in runs.items():
         results = list(seeds.values())
-        held = results[0]["state_bytes"]
-        kept = kept_share(runs, name)
+        held, kept = results[0]["state_bytes"], kept_share(runs, label)
         table.add_row(
-            _NAMES[name][0],
+            label,
             ", ".join(map(str, seeds)),
             " / ".join(f"{run['train_loss']:.4f}" for run in results),
-            " / ".join(f"{run['eval_accuracy']:.3f}" for run in results),
+            " / ".join(f"{run['eval_accuracy']:.4f}" for run in results),
             "" if kept is None else f"{kept:.2f}",
             readable_bytes(held["preconditioner"]),
             readable_bytes(sum(held.values())),
             f"{statistics.mean(run['total_seconds'] for run in results):.0f}",
         )
-    Console(width=150).print(table)
+    Console(width=170).print(table)
 
 
 def draw(runs: Runs, path: Path) -> None:
-    """Mean training loss over the seeds, the band between the lowest and the highest, and bars of state bytes."""
+    """Training loss by step and by time, accuracy by epoch (means over seeds, in bands of all), and state bytes."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
-    figure, (curves, bars) = plt.subplots(
-        1, 2, figsize=(12, 4.4), layout="constrained", gridspec_kw={"width_ratios": [2, 1]}
-    )
-    for name, seeds in runs.items():
-        label, color = _NAMES[name]
+    figure, panels = plt.subplots(2, 2, figsize=(13, 8.5), layout="constrained")
+    by_step, by_time, by_epoch, bars = panels.flat
+    for (label, seeds), color in zip(runs.items(), _COLORS, strict=False):
         logs = [read_lines(run["folder"] / "metrics.jsonl") for run in seeds.values()]
-        series = [{line["step"]: line["loss"] for line in log if "loss" in line} for log in logs]
-        steps = sorted(set.intersection(*map(set, series)))
-        values = [[one[step] for one in series] for step in steps]
-        curves.plot(steps, [statistics.mean(v) for v in values], color=color, label=label, linewidth=1.8)
-        curves.fill_between(steps, [min(v) for v in values], [max(v) for v in values], color=color, alpha=0.15)
-    curves.set(xlabel="step", ylabel="training loss", xlim=(0, None), yscale="log")
-    curves.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
-    curves.yaxis.set_minor_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
-    curves.grid(alpha=0.25, which="both")
-    curves.legend(frameon=False)
+        steps, losses = _together(logs, "step", "loss")
+        seconds = statistics.mean(run["total_seconds"] for run in seeds.values()) / steps[-1]
+        _band(by_step, steps, losses, color, label)
+        _band(by_time, [step * seconds for step in steps], losses, color, label)
+        _band(by_epoch, *_together(logs, "epoch", "eval_accuracy"), color, label)
+    for panel, name in ((by_step, "step"), (by_time, "seconds, all things included")):
+        panel.set(xlabel=name, ylabel="training loss", xlim=(0, None), yscale="log")
+        panel.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+        panel.yaxis.set_minor_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+        panel.grid(alpha=0.25, which="both")
+    by_epoch.set(xlabel="epoch", ylabel="accuracy on the evaluation images")
+    by_epoch.grid(alpha=0.25)
+    by_step.legend(frameon=False, fontsize=9)
 
-    held = {name: next(iter(seeds.values()))["state_bytes"] for name, seeds in runs.items()}
-    labels = [_NAMES[name][0] for name in held]
+    held = {label: next(iter(seeds.values()))["state_bytes"] for label, seeds in runs.items()}
     base, own = ([value[key] / 1e6 for value in held.values()] for key in ("base", "preconditioner"))
-    bars.barh(labels, base, color="#b9c2cb", label="base optimizer")
-    bars.barh(labels, own, left=base, color=[_NAMES[name][1] for name in held])
+    bars.barh(list(held), base, color="#b9c2cb", label="base optimizer")
+    bars.barh(list(held), own, left=base, color=_COLORS[: len(held)])
     bars.legend(frameon=False, loc="lower right")
     bars.invert_yaxis()
     bars.set(xlabel="MB of optimizer state")
@@ -117,15 +177,63 @@ def draw(runs: Runs, path: Path) -> None:
     plt.close(figure)
 
 
-def main() -> None:
+def _together(logs: Sequence[list[dict[str, Any]]], key: str, value: str) -> tuple[list[float], list[list[float]]]:
+    """Where all logs have ``value``, and its values there."""
+    series = [{line[key]: line[value] for line in log if line.get(value) is not None} for log in logs]
+    places = sorted(set.intersection(*map(set, series)))
+    return places, [[one[place] for one in series] for place in places]
+
+
+def _band(panel: Any, places: Sequence[float], values: Sequence[Sequence[float]], color: str, label: str) -> None:
+    panel.plot(places, [statistics.mean(v) for v in values], color=color, label=label, linewidth=1.8)
+    panel.fill_between(places, [min(v) for v in values], [max(v) for v in values], color=color, alpha=0.15)
+
+
+def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
+    """Our own flags, and those for train_vit.py."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, help="output folders of train_vit.py")
-    parser.add_argument("--output", type=Path, default=Path("comparison.png"))
-    flags = parser.parse_args()
-    runs = read_runs(flags.runs)
+    add = parser.add_argument
+    add("runs", nargs="*", type=Path, help="output folders of finished runs")
+    add("--output_dir", type=Path, help="make runs in this folder, and compare what it holds")
+    add(
+        "--optimizers",
+        nargs="+",
+        choices=list(OPTIMIZERS),
+        default=list(OPTIMIZERS)[:4],
+    )
+    add("--seeds", nargs="+", type=int, default=[0])
+    add("--ablation", action="store_true", help="code book, what is quantised, rectification, 4 and 3 bits")
+    add("--output", type=Path, help="the picture (default: comparison.png in --output_dir, or here)")
+    given = list(sys.argv[1:] if argv is None else argv)
+    flags = given[given.index("--") + 1 :] if "--" in given else []
+    args = parser.parse_args(given[: given.index("--")] if "--" in given else given)
+    if bool(args.runs) == bool(args.output_dir):
+        parser.error("give either folders of finished runs, or --output_dir to make runs in")
+    if args.runs and (flags or args.ablation):
+        parser.error("--ablation and flags for train_vit.py need --output_dir")
+    args.output = args.output or (args.output_dir or Path()) / "comparison.png"
+    return args, flags
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train if asked to, then compare."""
+    args, flags = parse_args(argv)
+    folders = args.runs
+    if args.output_dir:
+        variants = ABLATION if args.ablation else {name: OPTIMIZERS[name] for name in args.optimizers}
+        train(args.output_dir, variants, args.seeds, flags)
+        folders = [args.output_dir / f"{name}-seed{seed}" for seed in args.seeds for name in variants]
+    runs = read_runs(folders)
     print_table(runs)
-    draw(runs, flags.output)
-    print(f"picture  {flags.output}")
+    draw(runs, args.output)
+    print(f"picture  {args.output}")
+    if args.ablation:
+        newest = max((args.output_dir / f"shampoo32-seed{args.seeds[0]}").glob("checkpoint-*"), key=_step)
+        print_errors(newest / "shampoo4")
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.rpartition("-")[2])
 
 
 if __name__ == "__main__":

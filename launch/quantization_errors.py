@@ -1,0 +1,127 @@
+"""What low precision does to the inverse root of a preconditioner: the paper's tables 1 and 5.
+
+    python launch/quantization_errors.py runs/shampoo32/checkpoint-600/shampoo4
+
+The argument is a portable checkpoint of a 32-bit run, of which the largest preconditioner is taken. For each way to
+store it: the normwise relative error of A^(-1/4) in the Frobenius norm, and the angle to the exact one in degrees; also
+on a synthetic matrix of order 1200 with two eigenvalues, 1 and 1000.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from sharded_shampoo4 import Shampoo4, checkpoint, eigenbasis, quantization
+
+BLOCK = 64  # elements that share a scale
+MATRIX_EPS = 1e-6
+RECTIFY_STEPS = 4
+# Code book, bits, what is quantised, whether the eigenbasis is rectified: the rows of table 1, and 3 bits.
+WAYS = [
+    *((book, 8, "A", False) for book in ("dynamic_tree", "linear2")),
+    *(
+        (book, bits, what, rectified)
+        for bits in (4, 3)
+        for book in ("dynamic_tree", "linear2")
+        for what, rectified in (("A", False), ("U", False), ("U", True), ("U and root", True))
+    ),
+]
+
+
+def largest_preconditioner(folder: Path) -> tuple[str, Tensor]:
+    """The side of the highest order in a checkpoint of a 32-bit run, and its name.
+
+    Raises:
+        SystemExit: the checkpoint is of another kind.
+    """
+    manifest = checkpoint.read_manifest(folder)
+    entries = manifest["parameters"]
+    bits = {entry["options"]["bits"] for entry in entries.values() if "factors" in entry}
+    if bits != {32}:
+        raise SystemExit(f"{folder} is of a run with {bits} bits: the errors need one with 32")
+    groups = [
+        {"params": [(name, nn.Parameter(torch.zeros(entry["shape"])))], **entry["options"]}
+        for name, entry in entries.items()
+    ]
+    optimizer = Shampoo4(groups, base={"AdamW": "adamw", "SGD": "sgd", "Adagrad": "adagrad"}[manifest["base"]])
+    checkpoint.load(optimizer, folder)
+    pools = [pool for binding in optimizer._bindings.all() for pool in binding.preconditioner.pools]
+    pool = max((pool for pool in pools if "statistics" in pool.tensors), key=lambda pool: pool.order)
+    return f"a preconditioner of order {pool.order}", pool.tensors["statistics"][0].double()
+
+
+def two_eigenvalues(order: int = 1200) -> Tensor:
+    """Few eigenvalues of 1, the others 1000, in a random basis: A^(-1/4) then has two very different parts."""
+    noise = torch.randn(order, order, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    basis = torch.linalg.qr(noise).Q
+    values = torch.where(torch.arange(order) < (1000 / 0.02) ** -0.25 * order, 1.0, 1000.0).double()
+    return (basis * values) @ basis.mT
+
+
+def errors(matrix: Tensor) -> dict[tuple[str, int, str, bool], tuple[float, float]]:
+    """For each of ``WAYS``, the relative error and the angle of the inverse root of ``matrix``, float64 (n, n)."""
+    values, basis = (found[None] for found in torch.linalg.eigh(matrix))
+    exact = eigenbasis.inverse_root(values, basis, MATRIX_EPS)
+    return {way: _compare(_inverse_root(matrix[None], values, basis, *way), exact) for way in WAYS}
+
+
+def _inverse_root(
+    matrix: Tensor, values: Tensor, basis: Tensor, codebook: str, bits: int, what: str, rectified: bool
+) -> Tensor:
+    def stored(full: Tensor) -> Tensor:
+        options = {"codebook": codebook, "bits": bits, "block": BLOCK}
+        return quantization.dequantize(*quantization.quantize(full, **options), full.shape[-1], **options).double()
+
+    if what == "A":
+        return eigenbasis.inverse_root_of(_off_diagonal(stored, matrix), MATRIX_EPS)
+    rough = stored(basis.mT).mT
+    if rectified:
+        rough = eigenbasis.rectify(rough, RECTIFY_STEPS)
+    root = eigenbasis.inverse_root(values, rough, MATRIX_EPS)
+    return root if what == "U" else _off_diagonal(stored, root)
+
+
+def _off_diagonal(stored: Callable[[Tensor], Tensor], matrix: Tensor) -> Tensor:
+    """``matrix`` with everything but its diagonal as it comes back."""
+    diagonal = matrix.diagonal(dim1=-2, dim2=-1).diag_embed()
+    rest = stored(matrix - diagonal)
+    return rest - rest.diagonal(dim1=-2, dim2=-1).diag_embed() + diagonal
+
+
+def _compare(found: Tensor, exact: Tensor) -> tuple[float, float]:
+    cosine = (found * exact).sum() / (found.norm() * exact.norm())
+    return ((found - exact).norm() / exact.norm()).item(), math.degrees(math.acos(min(1.0, cosine.item())))
+
+
+def print_errors(folder: Path) -> None:
+    """The table for the largest preconditioner of a checkpoint, and for a synthetic matrix."""
+    name, matrix = largest_preconditioner(folder)
+    spectrum = torch.linalg.eigvalsh(matrix)
+    name += f" (condition {(spectrum[-1] / spectrum[0].clamp_min(1e-30)).item():.3g})"
+    found = {name: errors(matrix), "two eigenvalues, order 1200": errors(two_eigenvalues())}
+    table = Table(title="error of A^(-1/4): relative / angle in degrees")
+    for column in ("code book", "bits", "quantised", "rectified", *found):
+        table.add_column(column, justify="left" if column in ("code book", "quantised") else "right")
+    for way in WAYS:
+        codebook, bits, what, rectified = way
+        cells = [f"{error:.4f} / {angle:.3f}" for error, angle in (each[way] for each in found.values())]
+        table.add_row(codebook, str(bits), what, "yes" if rectified else "", *cells)
+    Console(width=150).print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path)
+    print_errors(parser.parse_args().checkpoint)
+
+
+if __name__ == "__main__":
+    main()

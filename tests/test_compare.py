@@ -1,0 +1,56 @@
+"""launch/compare.py and the errors of stored preconditioners."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from launch_helpers import LAUNCH, run
+
+# isort: split
+import quantization_errors  # found through launch_helpers
+
+from sharded_shampoo4 import Shampoo4, checkpoint
+
+
+def test_compare_trains_what_is_missing_and_shows_it(tmp_path: Path) -> None:
+    """Two of three runs are made; the third diverges, is said to, and is not made again."""
+    flags = ("--max_train_steps", 6, "--max_train_samples", 96, "--max_eval_samples", 32, "--num_hidden_layers", 1)
+    command = (sys.executable, LAUNCH / "compare.py", "--output_dir", tmp_path, "--optimizers", "adamw", "shampoo4")
+    first = run(*command, "--", *flags)
+    assert first.returncode == 0, first.stderr[-2000:]
+    assert first.stdout.count("training ") >= 2 and "4-bit Shampoo" in first.stdout and "AdamW" in first.stdout
+    assert (tmp_path / "comparison.png").stat().st_size > 10_000
+    (tmp_path / "sgd-seed0").mkdir()
+    (tmp_path / "sgd-seed0" / "diverged.txt").write_text("the training loss of step 3 is nan")
+    again = run(*command, "sgd", "--", *flags)
+    assert again.returncode == 0 and f"training {tmp_path}" not in again.stdout
+    assert "sgd-seed0 holds no finished run: it diverged" in again.stdout
+    assert run(sys.executable, LAUNCH / "compare.py").returncode == 2
+
+
+def test_errors_of_a_preconditioner_of_a_run(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(90, 90)).Q
+    layer = torch.nn.Linear(70, 90)
+    optimizer = Shampoo4(layer.named_parameters(), bits=32, statistics_interval=1, root_interval=1, shampoo_beta=0.9)
+    total = 1e-6 * torch.eye(90, dtype=torch.float64)
+    for _ in range(60):
+        layer.weight.grad = basis @ (torch.logspace(0, -3, 90)[:, None] * torch.randn(90, 70))
+        total = 0.9 * total + 0.1 * layer.weight.grad.double() @ layer.weight.grad.double().T
+        optimizer.step()
+    checkpoint.save(optimizer, tmp_path)
+    name, matrix = quantization_errors.largest_preconditioner(tmp_path)
+    assert name == "a preconditioner of order 90"
+    torch.testing.assert_close(matrix, total, rtol=1e-5, atol=1e-7)
+    found = quantization_errors.errors(matrix)
+    for book in ("linear2", "dynamic_tree"):
+        naive, rough, rectified = (found[(book, 4, *way)][0] for way in (("A", False), ("U", False), ("U", True)))
+        assert naive > rough > rectified > 0
+    assert found["linear2", 4, "U", True][0] < found["linear2", 3, "U", True][0]
+    four = Shampoo4(layer.named_parameters())
+    checkpoint.save(four, tmp_path / "four")
+    with pytest.raises(SystemExit, match="the errors need one with 32"):
+        quantization_errors.largest_preconditioner(tmp_path / "four")
