@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import yaml
 from transformers import SchedulerType
 from vit_augment import AUGMENTATIONS
 from vit_model import PRESETS
@@ -44,15 +47,34 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     for add_group in (_add_data, _add_model, _add_training, _add_optimizer, _add_shampoo, _add_output):
         add_group(parser)
-    args = parser.parse_args(argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    args = parser.parse_args(given)
+    if args.recipe:
+        args = parser.parse_args([*_recipe_flags(parser, Path(args.recipe)), *given])
     _fill_defaults(args)
     _check(parser, args)
     return args
 
 
+def _recipe_flags(parser: argparse.ArgumentParser, file: Path) -> list[str]:
+    """The flags that a YAML file of names and values stands for."""
+    try:
+        recipe = yaml.safe_load(file.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        parser.error(f"--recipe {file}: {error}")
+    if not isinstance(recipe, dict):
+        parser.error(f"--recipe {file} has no lines such as 'learning_rate: 1e-3'")
+    flags = []
+    for name, value in recipe.items():
+        values = [] if value is True else value if isinstance(value, list) else [value]
+        flags += [f"--{name}", *map(str, values)]
+    return flags
+
+
 def _add_data(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("data")
     add = group.add_argument
+    add("--recipe", metavar="FILE", help="YAML file of flags and values; the command line overrides it")
     add("--dataset_name", help="digits (default), fashion-mnist, or an image data set of the Hugging Face hub")
     add("--dataset_config_name", help="configuration of a hub data set")
     add("--dataset_path", help="folder: a data set stored by save_to_disk, or MNIST-like idx files")
