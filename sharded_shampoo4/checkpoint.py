@@ -114,7 +114,7 @@ def load(optimizer: Any, directory: str | os.PathLike[str], *, model: nn.Module 
     try:
         reader = FileSystemReader(folder / manifest["data"])
         group, alone = ranks.host_group, ranks.size == 1
-        with _one_process_is_meant():
+        with _one_process_is_meant(alone):
             dcp_load(restoration.tensors, storage_reader=reader, process_group=group, no_dist=alone)
     except (Exception, CheckpointException) as found:
         error = ValueError(f"{folder} could not be read: {_innermost(found)}")
@@ -256,8 +256,9 @@ def _write(job: _Job, ranks: Ranks) -> None:
     files: dict[str, list[Any]] = {}
     try:
         writer = FileSystemWriter(job.data, sync_files=True)
-        with _one_process_is_meant():
-            dcp_save(job.tensors, storage_writer=writer, process_group=ranks.host_group, no_dist=ranks.size == 1)
+        group, alone = ranks.host_group, ranks.size == 1
+        with _one_process_is_meant(alone):
+            dcp_save(job.tensors, storage_writer=writer, process_group=group, no_dist=alone)
         files = _checksums(job.data, ranks)
     except (Exception, CheckpointException) as found:  # whatever happened to any rank, on every rank
         message = f"{job.data} could not be written: {_innermost(found)}"
@@ -325,8 +326,11 @@ def _replace(path: Path, manifest: Mapping[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _one_process_is_meant() -> Iterator[None]:
+def _one_process_is_meant(alone: bool) -> Iterator[None]:
     """Without DCP's warning that it works for one process, which it has been told to."""
+    if not alone:
+        yield
+        return
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
         yield
