@@ -73,7 +73,7 @@ def estimate_memory(
     Raises:
         TypeError, ValueError: as :class:`Shampoo4` does; a host that is not known, or cannot have so many ranks.
     """
-    copies = _copies(host, world_size, replicas)
+    copies = copies_of(host, world_size, replicas)
     dtype = torch.float32 if host.startswith("zero") else dtype
     own = {name: shampoo4_options.pop(name) for name in OPTION_NAMES if name in shampoo4_options}
     options = PreconditionerOptions(**own)
@@ -83,7 +83,7 @@ def estimate_memory(
 
     items = list(named_shapes.items() if isinstance(named_shapes, Mapping) else named_shapes)
     shapes = [x.shape if isinstance(x, Tensor) else torch.Size(x) for _, x in items]
-    sharding = _shard_all(host, shapes, world_size, copies)
+    sharding = shard_all(host, shapes, world_size, copies)
     matrices, planned = [], []
     for (name, _), shape, shards in zip(items, shapes, sharding.shards, strict=True):
         matrix_view = matrix_shape(shape) if options.precondition else None
@@ -101,7 +101,7 @@ def estimate_memory(
     return MemoryEstimate(preconditioner, base_bytes, [computed.itemsize * count for count in plan.elements_sent()])
 
 
-def _copies(host: str, world_size: int, replicas: int | None) -> int:
+def copies_of(host: str, world_size: int, replicas: int | None) -> int:
     """How many complete copies of the model a host keeps on ``world_size`` ranks."""
     if host not in _HOSTS:
         raise ValueError(f"host must be one of {', '.join(map(repr, _HOSTS))}, got {host!r}")
@@ -119,7 +119,7 @@ def _copies(host: str, world_size: int, replicas: int | None) -> int:
     return replicas
 
 
-class _Sharding(NamedTuple):
+class Sharding(NamedTuple):
     """Every rank's shard of every parameter; and the elements of a rank's own tensors, and their number."""
 
     shards: list[tuple[Shard, ...]]
@@ -127,27 +127,28 @@ class _Sharding(NamedTuple):
     tensors: int
 
 
-def _shard_all(host: str, shapes: list[torch.Size], world_size: int, copies: int) -> _Sharding:
+def shard_all(host: str, shapes: list[torch.Size], world_size: int, copies: int) -> Sharding:
+    """How a host spreads parameters of these shapes; ``copies`` as :func:`copies_of` tells it."""
     if host in ("zero1", "zero2"):
         return _shard_in_a_row(shapes, world_size)
     if host == "zero3":
         parts = [-(-shape.numel() // world_size) for shape in shapes]
         shards = [_cut(shape.numel(), 0, part, world_size) for shape, part in zip(shapes, parts, strict=True)]
-        return _Sharding(shards, [sum(parts)] * world_size, 1)
+        return Sharding(shards, [sum(parts)] * world_size, 1)
     shards = [_shard_rows(shape, copies, world_size // copies) for shape in shapes]
     # A rank with an empty shard keeps the counts of steps all the same.
     elements = [sum(shard[rank].stop - shard[rank].start for shard in shards) for rank in range(world_size)]
-    return _Sharding(shards, elements, len(shapes))
+    return Sharding(shards, elements, len(shapes))
 
 
-def _shard_in_a_row(shapes: list[torch.Size], world_size: int) -> _Sharding:
+def _shard_in_a_row(shapes: list[torch.Size], world_size: int) -> Sharding:
     """ZeRO 1 and 2: all parameters one after the other, padded to a multiple of twice the ranks, in equal parts."""
     ends = list(itertools.accumulate(shape.numel() for shape in shapes))
     part = -(-(ends[-1] if ends else 0) // (2 * world_size)) * 2
     shards = [
         _cut(shape.numel(), end - shape.numel(), part, world_size) for shape, end in zip(shapes, ends, strict=True)
     ]
-    return _Sharding(shards, [part] * world_size, 1)
+    return Sharding(shards, [part] * world_size, 1)
 
 
 def _cut(numel: int, begin: int, part: int, world_size: int) -> tuple[Shard, ...]:

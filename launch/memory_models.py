@@ -1,0 +1,132 @@
+"""Models by name for the memory report: their configurations, and their parameters' shapes, which are never allocated.
+
+Sources of the sizes that ``vit_model.PRESETS`` does not have:
+
+* ViT-g/14 and ViT-G/14: Zhai et al., "Scaling Vision Transformers" (arXiv 2106.04560), table 2;
+* ViT-e/14: Chen et al., "PaLI" (arXiv 2209.06794), 3.9 billion parameters with its own, larger head;
+* ViT-22B/14: Dehghani et al., "Scaling Vision Transformers to 22 Billion Parameters" (arXiv 2302.05442), table 1. That
+  model has no biases in its query, key and value projections and in its norms, but norms of queries and keys; here it
+  is the plain ViT of these dimensions, which differs by less than 0.1 % of the parameters;
+* Llama-3.2-1B and Llama-3.1-8B: the ``config.json`` of the published models.
+
+All image models have 1000 classes and 224 x 224 images, except the small ones of the presets.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Size, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    LlamaConfig,
+    PretrainedConfig,
+    SwinConfig,
+    ViTConfig,
+)
+from vit_model import LAYERS, PRESETS
+
+Shapes = dict[str, Size]
+
+
+def _vit(hidden: int, layers: int, heads: int, mlp: int) -> dict[str, Any]:
+    return {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": mlp,
+        "image_size": 224,
+        "patch_size": 14,
+    }
+
+
+def _llama(hidden: int, layers: int, mlp: int, tied: bool) -> dict[str, Any]:
+    return {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "intermediate_size": mlp,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128_256,
+        "tie_word_embeddings": tied,
+    }
+
+
+SIZES: dict[str, dict[str, Any]] = {
+    **PRESETS,
+    "vit-giant": _vit(1408, 40, 16, 6144),
+    "vit-gigantic": _vit(1664, 48, 16, 8192),
+    "vit-enormous": _vit(1792, 56, 16, 15360),
+    "vit-22b": _vit(6144, 48, 48, 24576),
+    "llama-1b": _llama(2048, 16, 8192, tied=True),
+    "llama-8b": _llama(4096, 32, 14336, tied=False),
+}
+
+TITLES = {
+    "vit-small": "ViT-S/16",
+    "vit-base": "ViT-B/16",
+    "vit-large": "ViT-L/16",
+    "vit-huge": "ViT-H/14",
+    "vit-giant": "ViT-g/14",
+    "vit-gigantic": "ViT-G/14",
+    "vit-enormous": "ViT-e/14",
+    "vit-22b": "ViT-22B/14",
+    "swin-tiny": "Swin-T",
+    "llama-1b": "Llama-3.2-1B",
+    "llama-8b": "Llama-3.1-8B",
+}
+
+LADDER = (  # ViTs by size
+    "vit-small", "vit-base", "vit-large", "vit-huge", "vit-giant", "vit-gigantic", "vit-enormous", "vit-22b",
+)  # fmt: skip
+
+_CONFIGS: dict[str, type[PretrainedConfig]] = {"vit": ViTConfig, "swin": SwinConfig, "llama": LlamaConfig}
+_LAYERS = {name for names in LAYERS.values() for name in names} | {"LlamaDecoderLayer"}
+
+
+def title(name: str) -> str:
+    """How a model is called in tables."""
+    return TITLES.get(name, name)
+
+
+def build(name: str, layers: int | None = None) -> nn.Module:
+    """The model with random weights on torch's current default device; ``layers`` replaces a ViT's or Llama's depth."""
+    sizes = dict(SIZES[name])
+    if layers is not None:
+        if "num_hidden_layers" not in sizes:
+            raise ValueError(f"{name} has no single number of layers, got layers={layers}")
+        sizes["num_hidden_layers"] = layers
+    family = name.split("-")[0]
+    if family != "llama":
+        sizes["num_labels"] = 1000
+    make = (AutoModelForCausalLM if family == "llama" else AutoModelForImageClassification).from_config
+    model: nn.Module = make(_CONFIGS[family](**sizes))  # type: ignore[no-untyped-call]
+    return model
+
+
+def shapes_of(name: str, layers: int | None = None) -> Shapes:
+    """Names and shapes of the trained parameters, tied ones once, in the order of ``model.named_parameters()``."""
+    with torch.device("meta"):
+        model = build(name, layers)
+    return {key: parameter.shape for key, parameter in model.named_parameters()}
+
+
+def parameter_count(shapes: Shapes) -> int:
+    """Elements of all parameters."""
+    return sum(map(math.prod, shapes.values()))
+
+
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """The modules that FSDP gathers one at a time."""
+    return [module for module in model.modules() if type(module).__name__ in _LAYERS]
+
+
+def random_batch(model: nn.Module) -> torch.Tensor:
+    """One random input: an image, or eight tokens."""
+    config: Any = model.config
+    if config.model_type == "llama":
+        return torch.randint(config.vocab_size, (1, 8))
+    return torch.randn(1, config.num_channels, config.image_size, config.image_size)
