@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# node.sh CONFIG [FLAGS OF train_vit.py]: one node's part of a job on several. To be started once on each node, there:
+# by srun, as slurm/job.sh does it, or as a pod's command. Slurm, or Kubeflow's PET_* variables, say which node it is.
+set -euo pipefail
+config=$1
+shift
+
+nodes=${PET_NNODES:-${SLURM_NNODES:?neither Slurm nor Kubeflow says how many nodes there are}}
+rank=${PET_NODE_RANK:-${SLURM_NODEID:?}} # known on the node only: in a batch script it is 0
+processes=${PROCS_PER_NODE:-${PET_NPROC_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}}
+
+options=()
+case $config in
+hsdp) # parameters are sharded within a node, gradients averaged between nodes
+    options+=(--parallelism_config_dp_replicate_size "$nodes" --parallelism_config_dp_shard_size "$processes") ;;
+zero*) # torchrun's rendezvous, as for the others; Accelerate's own choice is pdsh from the first node
+    options+=(--deepspeed_multinode_launcher standard) ;;
+esac
+
+# A launcher that gets SIGTERM, as an evicted pod's does, hands it on, and kills what still runs after this many seconds.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-60}
+
+# srun hands USR1 to all processes here. It would end the launcher, which does not know it. Ignored from here on, it
+# concerns only the processes that train, once they have set a handler of their own.
+trap '' USR1
+exec accelerate launch --config_file "launch/configs/$config.yaml" \
+    --num_machines "$nodes" --num_processes $((nodes * processes)) --machine_rank "$rank" \
+    --main_process_ip "${PET_MASTER_ADDR:-$MASTER_ADDR}" --main_process_port "${PET_MASTER_PORT:-$MASTER_PORT}" \
+    "${options[@]}" launch/train_vit.py "$@"
