@@ -37,6 +37,8 @@ from torch.utils.hooks import RemovableHandle
 
 from sharded_shampoo4 import Shampoo4, checkpoint
 
+from .fsdp import reshard
+
 logger = logging.getLogger(__name__)
 
 _ALONE = "one process"
@@ -235,6 +237,7 @@ def check_distribution(accelerator: Accelerator, model: nn.Module, optimizer: An
             Also if some parameters of an FSDP2 model are not sharded (unless modules to ignore are configured), or if
             DeepSpeed runs another optimizer.
     """
+    reshard(model)
     asked, got = _asked(accelerator), describe_distribution(accelerator, model)
     if asked != got:
         raise RuntimeError(

@@ -63,7 +63,7 @@ def locate(name: str, parameter: Tensor, bound: Mapping[Tensor, Location]) -> Lo
     """
     location = bound.get(parameter)
     if location is None:
-        _refuse_unbound(name, parameter)
+        refuse_unbound(name, parameter)
         dtensor = _as_dtensor(parameter)
         location = _whole(parameter.shape) if dtensor is None else _locate_dtensor(name, dtensor)
     held = local_tensor(parameter).numel()
@@ -90,6 +90,36 @@ def unwrapped(model: nn.Module) -> nn.Module:
             model = compiled
         else:
             return model
+
+
+def reshard(model: nn.Module) -> None:
+    """Give up whole weights that a forward pass without gradients has left: the shards are what counts.
+
+    FSDP2 would show them in the shards' place, and both would use them in the next forward pass, whatever the shards
+    have become.
+    """
+    module: Any = sys.modules.get("torch.distributed.fsdp")
+    for part in model.modules() if module is not None else ():
+        if isinstance(part, module.FSDPModule):
+            part.reshard()
+        elif isinstance(part, module.FullyShardedDataParallel) and getattr(
+            part._handle, "uses_sharded_strategy", False
+        ):
+            module._runtime_utils._reshard(part, part._handle, True)
+
+
+def refuse_unbound(name: str, parameter: Tensor) -> None:
+    """Raise ValueError if this is a parameter of FSDP1, which :func:`bind` must tell about.
+
+    FSDP1 sets these attributes, and nothing else does.
+    """
+    if getattr(parameter, "_is_flat_param", False):
+        raise ValueError(f"{name} is a flat parameter of FSDP1: wrap the model with use_orig_params=True")
+    if getattr(parameter, "_fsdp_flattened", False):
+        raise ValueError(
+            f"{name} is sharded by FSDP1, which does not tell its shape: after the model is wrapped, call "
+            "sharded_shampoo4.integrations.fsdp.bind(optimizer, model)"
+        )
 
 
 def plain_name(name: str) -> str:
@@ -250,17 +280,6 @@ def _group_of(mesh: DeviceMesh) -> dist.ProcessGroup | None:
 
 
 # -- FSDP1 -------------------------------------------------------------------------------------------------------------
-
-
-def _refuse_unbound(name: str, parameter: Tensor) -> None:
-    """Raise if this is a parameter of FSDP1: it sets these attributes, and nothing else does."""
-    if getattr(parameter, "_is_flat_param", False):
-        raise ValueError(f"{name} is a flat parameter of FSDP1: wrap the model with use_orig_params=True")
-    if getattr(parameter, "_fsdp_flattened", False):
-        raise ValueError(
-            f"{name} is sharded by FSDP1, which does not tell its shape: after the model is wrapped, call "
-            "sharded_shampoo4.integrations.fsdp.bind(optimizer, model)"
-        )
 
 
 def _bound_locations(model: nn.Module) -> dict[Tensor, Location]:

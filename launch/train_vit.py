@@ -31,6 +31,7 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import InitProcessGroupKwargs, gather_object, set_seed
 from torch import Tensor
+from torch.distributed.fsdp import FullyShardedDataParallel
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, get_scheduler
 from vit_args import parse_args
@@ -53,6 +54,7 @@ from sharded_shampoo4.integrations.accelerate import (
     rehearse_on_cpu,
     whole_models,
 )
+from sharded_shampoo4.integrations.fsdp import bind
 
 logger = get_logger("train_vit")
 
@@ -102,6 +104,9 @@ class Run:
         )
         check_distribution(self.accelerator, self.model, optimizer)
         self.inner_optimizer = inner_optimizer(self.accelerator, self.model, self.optimizer)
+        if isinstance(self.model, FullyShardedDataParallel) and isinstance(self.inner_optimizer, Shampoo4):
+            bind(self.inner_optimizer, self.model)
+        self.input_dtype = next(self.model.parameters()).dtype  # not float32 where DeepSpeed trains in bf16 or fp16
         self.host = describe_distribution(self.accelerator, self.model)
         # Not prepared: Accelerate would step it once per process and so run through the schedule too fast.
         self.scheduler = get_scheduler(
@@ -168,7 +173,7 @@ class Run:
         torch.manual_seed(mixed_seed(self.args.seed, self.progress.step, part, accelerator.process_index))
         images, targets = self.transform(batch)
         with accelerator.accumulate(self.model):
-            logits = self.model(pixel_values=images).logits.float()
+            logits = self.model(pixel_values=images.to(self.input_dtype)).logits.float()
             loss = F.cross_entropy(logits, targets, label_smoothing=self.args.label_smoothing)
             accelerator.backward(loss)
             self.losses.add(loss)
@@ -219,7 +224,7 @@ class Run:
         correct, total_loss, count = 0, 0.0, 0
         for batch in self.eval_loader:
             images, labels = self.transform(batch)
-            logits = self.model(pixel_values=images).logits.float()
+            logits = self.model(pixel_values=images.to(self.input_dtype)).logits.float()
             judged = (logits.argmax(-1) == labels, F.cross_entropy(logits, labels, reduction="none"))
             hits, losses = self.accelerator.gather_for_metrics(judged)
             correct += int(hits.sum())

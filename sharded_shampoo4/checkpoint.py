@@ -36,7 +36,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from . import stored, untrained
-from .integrations import zero
+from .integrations import fsdp, zero
 from .optimizer import Shampoo4
 from .ranks import Ranks
 
@@ -171,6 +171,8 @@ class _Subject:
     def __init__(self, optimizer: Any, model: nn.Module | None) -> None:
         self.optimizer, self.engine = _unwrap(optimizer)
         self.model = self.engine if self.engine is not None else model
+        if self.model is not None:
+            fsdp.reshard(self.model)
         self.bindings = self.optimizer._bindings
         self.bindings.bind_all(self.optimizer.param_groups, self.optimizer.state, self.engine)
         assert self.bindings.ranks is not None

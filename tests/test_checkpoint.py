@@ -155,6 +155,33 @@ def test_a_run_that_is_passed_from_host_to_host(tmp_path: Path) -> None:
         assert all(torch.equal(end[name], expected[name]) for name in expected)
 
 
+def save_and_load_after_evaluations(rank: int, folder: str) -> list[bool]:
+    inputs, _ = hosts.make_batch(KIND)
+    same = []
+    for host in ("fsdp2", "hsdp", "fsdp1"):
+        outputs = []
+        for seed in (0, 1):
+            training = Training(host, seed)
+            with torch.no_grad():
+                training.model(inputs)  # leaves FSDP2's root with whole weights
+            if seed:
+                training.load(f"{folder}/{host}")
+            else:
+                training.train(FIRST)
+                with torch.no_grad():
+                    training.model(inputs)
+                training.save(f"{folder}/{host}")
+            with torch.no_grad():
+                outputs.append(training.model(inputs))
+        same.append(torch.equal(*outputs))
+    return same
+
+
+def test_saving_and_loading_after_an_evaluation(tmp_path: Path) -> None:
+    """Whole weights that are left from it are neither frozen ones, nor used again after loading."""
+    assert hosts.run_ranks(2, save_and_load_after_evaluations, str(tmp_path)) == [[True] * 3] * 2
+
+
 # -- mismatches and damage ---------------------------------------------------------------------------------------------
 
 

@@ -167,6 +167,11 @@ def disagreements(rank: int) -> dict[str, str]:
         embedding(torch.tensor([1, 2])).sum().backward()
         Shampoo4(embedding.named_parameters()).step()
 
+    def unbound() -> None:
+        model = hosts.wrap(hosts.make_model("mlp"), "fsdp1")
+        hosts.set_gradients(model, "fsdp1", hosts.make_gradients("mlp", 0))
+        Shampoo4(hosts.named(model, "fsdp1").items()).step()
+
     def unconsolidated() -> None:
         model, optimizer = make("ddp")
         advance(model, "ddp", optimizer, range(2))
@@ -185,6 +190,7 @@ def disagreements(rank: int) -> dict[str, str]:
         "failures": said(lambda: step({"max_failures": 3}, nan)),
         "fewer": said(fewer),
         "sparse": said(sparse),
+        "unbound": said(unbound),
         "unconsolidated": said(unconsolidated),
         "copy": said(lambda: copy.deepcopy(optimizer)),
         "well": said(lambda: step({})),
@@ -206,6 +212,7 @@ def test_ranks_fail_together_and_say_why() -> None:
         assert "preconditioner of head.weight" in found["failures"] and "3 times in a row" in found["failures"]
         assert "ranks precondition different parameters" in found["fewer"]
         assert "the gradient of weight is sparse" in found["sparse"]
+        assert "is sharded by FSDP1, which does not tell its shape" in found["unbound"]
         assert "consolidate_state_dict() on every rank" in found["unconsolidated"]
         assert "cannot be copied or pickled" in found["copy"]
         assert found["well"] == "nothing was raised"
