@@ -102,10 +102,14 @@ def reshard(model: nn.Module) -> None:
     for part in model.modules() if module is not None else ():
         if isinstance(part, module.FSDPModule):
             part.reshard()
-        elif isinstance(part, module.FullyShardedDataParallel) and getattr(
-            part._handle, "uses_sharded_strategy", False
-        ):
+        elif isinstance(part, module.FullyShardedDataParallel) and _has_run(part):
             module._runtime_utils._reshard(part, part._handle, True)
+
+
+def _has_run(unit: Any) -> bool:
+    """Whether an FSDP1 module has parameters of its own, which it shards, and was ever called."""
+    handle = unit._handle
+    return handle is not None and handle.uses_sharded_strategy and hasattr(handle.flat_param, "_local_shard")
 
 
 def refuse_unbound(name: str, parameter: Tensor) -> None:

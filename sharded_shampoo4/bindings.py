@@ -73,6 +73,7 @@ class Bindings:
         entries: list[Entry] = []
         try:
             entries = self.members.entries(groups, self.locations)
+            self._refuse_unbound(entries)
             for entry in entries:
                 _check_gradient(entry.name, entry.holder.grad)
         except (TypeError, ValueError) as found:
@@ -85,6 +86,8 @@ class Bindings:
         ranks = self._meet(groups, engine)
         with ranks.together():
             calls = self.members.calls(groups, self.locations)
+            for entries in calls:
+                self._refuse_unbound(entries)
         for entries in calls:
             self._bind_entries(ranks, entries, state, None)
 
@@ -176,6 +179,12 @@ class Bindings:
                 binding.unpack(index, old.pack(places[entry.parameter]))
         self._by_key[key] = binding
         return binding
+
+    def _refuse_unbound(self, entries: list[Entry]) -> None:
+        """Raise ValueError for parameters of FSDP1 that nobody has told about: they look like vectors."""
+        for entry in entries:
+            if entry.options.precondition and entry.parameter not in self.locations:
+                fsdp.refuse_unbound(entry.name, entry.parameter)
 
     def _check_that_something_is_left(self, entries: list[Entry], matrices: list[Matrix]) -> None:
         """Nothing may become the base optimizer in silence."""

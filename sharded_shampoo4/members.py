@@ -244,8 +244,6 @@ class Members:
                     f"{name} is partitioned by deepspeed.zero.Init, but the optimizer was not given to "
                     "deepspeed.initialize at stage 3"
                 )
-            if options.precondition and parameter not in bound:
-                fsdp.refuse_unbound(name, parameter)
             trained = parameter.requires_grad or parameter.grad is not None
             shape = bound[parameter].shape if parameter in bound else parameter.shape
             yield Entry(name, parameter, options, shape, parameter, False, trained, number)
