@@ -114,9 +114,7 @@ def partition(parameter: Any) -> tuple[Tensor, Location] | None:
     """This rank's elements of a frozen parameter at stage 3, and where they lie in it; None for other parameters."""
     if not is_initialised_partitioned(parameter):
         return None
-    size, shape = parameter.ds_tensor.numel(), whole_shape(parameter)
-    start = min(dist.get_rank(parameter.ds_process_group) * size, shape.numel())
-    location = interval(shape, start, min(start + size, shape.numel()), 0)
+    location = _stage_3_interval(parameter)
     return parameter.ds_tensor.data.view(-1)[: location.stop - location.start], location
 
 
@@ -253,14 +251,20 @@ def _follow(holder: Any, path: str) -> Any:
     return getattr(holder, last, _ABSENT)
 
 
+def _stage_3_interval(parameter: Any) -> Location:
+    """Equal parts of each parameter, the last ones padded or empty."""
+    size, shape = parameter.partition_numel(), whole_shape(parameter)
+    start = min(dist.get_rank(parameter.ds_process_group) * size, shape.numel())
+    return interval(shape, start, min(start + size, shape.numel()), 0)
+
+
 def _locate_stage_3(name: str, parameter: Any, flat: Tensor) -> Fragment:
     _check_group(name, parameter.ds_process_group)
     number, offset, size = parameter._z3_optimizer.grad_position[parameter.ds_id]
     shape = whole_shape(parameter)
     if flat is not parameter._z3_optimizer.fp32_partitioned_groups_flat[number] or size != parameter.partition_numel():
         raise ValueError(f"ZeRO 3 has moved {name} of shape {tuple(shape)} since it was started")
-    start = min(dist.get_rank(parameter.ds_process_group) * size, shape.numel())
-    location = interval(shape, start, min(start + size, shape.numel()), 0)
+    location = _stage_3_interval(parameter)
     _check_inside(name, offset, location, flat)
     return Fragment(location, offset)
 

@@ -136,11 +136,13 @@ def _check_config(config: PretrainedConfig) -> None:
         raise ValueError(
             f"--hidden_size {config.hidden_size} is no multiple of --num_attention_heads {config.num_attention_heads}"
         )
-    last = side // patch // 2 ** (len(config.depths) - 1) if config.model_type == "swin" else 0
-    if config.model_type == "swin" and last < config.window_size:
+    if config.model_type != "swin":
+        return
+    last = side // patch // 2 ** (len(config.depths) - 1)
+    if last < config.window_size:
         raise ValueError(
             f"--window_size {config.window_size} is more than the {last} patches on a side of Swin's last stage: "
             "transformers gives all stages the same window"
         )
-    if config.model_type == "swin" and len(config.depths) != len(config.num_heads):
+    if len(config.depths) != len(config.num_heads):
         raise ValueError(f"--depths {list(config.depths)} and --num_heads {list(config.num_heads)} differ in length")

@@ -73,7 +73,6 @@ class Bindings:
         entries: list[Entry] = []
         try:
             entries = self.members.entries(groups, self.locations)
-            self._refuse_unbound(entries)
             for entry in entries:
                 _check_gradient(entry.name, entry.holder.grad)
         except (TypeError, ValueError) as found:
@@ -86,8 +85,6 @@ class Bindings:
         ranks = self._meet(groups, engine)
         with ranks.together():
             calls = self.members.calls(groups, self.locations)
-            for entries in calls:
-                self._refuse_unbound(entries)
         for entries in calls:
             self._bind_entries(ranks, entries, state, None)
 
@@ -152,6 +149,7 @@ class Bindings:
         candidates: list[Candidate] = []
         with ranks.together():
             self.members.refuse_untested()
+            self._refuse_unbound(entries)
             self._check_that_something_is_left(entries, matrices)
             for entry, matrix in zip(chosen, matrices, strict=True):
                 if entry.parameter in self.unbound:

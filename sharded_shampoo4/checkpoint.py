@@ -100,10 +100,9 @@ def load(optimizer: Any, directory: str | os.PathLike[str], *, model: nn.Module 
     with ranks.together():
         manifest = read_manifest(folder)
     with ranks.together():
-        stored.check(manifest, subject.optimizer, subject.bindings)
         others = subject.others()
-        if subject.model is not None:
-            untrained.check(manifest.get("untrained", {}), others)
+        beside = others if subject.model is not None else None
+        stored.check(manifest, subject.optimizer, subject.bindings, beside)
         _verify(folder / manifest["data"], manifest["files"], ranks)
     if subject.model is None and manifest.get("untrained"):
         names = list(manifest["untrained"])

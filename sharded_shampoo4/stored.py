@@ -123,24 +123,26 @@ def collect(
     return {"base": rule, "groups": groups, "parameters": parameters, "untrained": beside}, tensors
 
 
-def check(manifest: Mapping[str, Any], optimizer: Shampoo4, bindings: Bindings) -> None:
-    """Raise ValueError, with both values, unless what ``manifest`` describes fits this optimizer."""
+def check(
+    manifest: Mapping[str, Any], optimizer: Shampoo4, bindings: Bindings, others: Sequence[Untrained] | None
+) -> None:
+    """Raise ValueError, with both values, unless what ``manifest`` describes fits this optimizer.
+
+    ``others`` is what is to be loaded beside what is trained; None leaves that out.
+    """
     bindings.members.check_named()
     rule = type(optimizer._base).__name__
     if manifest["base"] != rule:
         raise ValueError(f"the checkpoint is of base optimizer {manifest['base']}, this one has {rule}")
     saved: Mapping[str, Any] = manifest["parameters"]
     entries = {entry.name: entry for entry, _, _ in bindings.everything(optimizer.param_groups)}
-    missing, unknown = sorted(entries.keys() - saved.keys()), sorted(saved.keys() - entries.keys())
-    if missing or unknown:
-        raise ValueError(
-            f"the checkpoint has no {', '.join(missing[:3])}"
-            if missing
-            else f"there is no {', '.join(unknown[:3])} here"
+    _check_shapes(saved, {name: entry.shape for name, entry in entries.items()})
+    if others is not None:
+        shapes = {other.name: other.location.shape for other in others}
+        _check_shapes(
+            manifest.get("untrained", {}), shapes, "frozen parameter or buffer ", ": was it saved without model=?"
         )
     for name, entry in entries.items():
-        if list(entry.shape) != saved[name]["shape"]:
-            raise ValueError(f"{name} has shape {saved[name]['shape']} in the checkpoint and {list(entry.shape)} here")
         stored = {**asdict(entry.options), **saved[name]["options"]}
         difference = shaping_difference(PreconditionerOptions.of_group(stored), entry.options)
         if difference:
@@ -151,6 +153,18 @@ def check(manifest: Mapping[str, Any], optimizer: Shampoo4, bindings: Bindings) 
         found = saved[name].get("factors", {}).get("blocks")
         if found != blocks:
             raise ValueError(f"{name} has factors {_few(found)} in the checkpoint and {_few(blocks)} here")
+
+
+def _check_shapes(saved: Mapping[str, Any], here: Mapping[str, torch.Size], kind: str = "", hint: str = "") -> None:
+    missing, unknown = sorted(here.keys() - saved.keys()), sorted(saved.keys() - here.keys())
+    if missing:
+        raise ValueError(f"the checkpoint has no {kind}{', '.join(missing[:3])}{hint}")
+    if unknown:
+        raise ValueError(f"there is no {kind}{', '.join(unknown[:3])} here")
+    for name, shape in here.items():
+        if list(shape) != saved[name]["shape"]:
+            where = f"{name} (not trained)" if kind else name
+            raise ValueError(f"{where} has shape {saved[name]['shape']} in the checkpoint and {list(shape)} here")
 
 
 class Restoration:

@@ -51,22 +51,6 @@ def find(model: nn.Module, trained: Iterable[Tensor], bound: Mapping[Tensor, fsd
     return found
 
 
-def check(saved: Mapping[str, Any], found: Iterable[Untrained]) -> None:
-    """Raise ValueError, with both sides, unless a manifest's descriptions fit what is here."""
-    here = {entry.name: entry for entry in found}
-    missing, unknown = sorted(here.keys() - saved.keys()), sorted(saved.keys() - here.keys())
-    if missing or unknown:
-        raise ValueError(
-            f"the checkpoint has no frozen parameter or buffer {', '.join(missing[:3])}: was it saved without model=?"
-            if missing
-            else f"the checkpoint's frozen parameter or buffer {', '.join(unknown[:3])} is not here"
-        )
-    for name, entry in here.items():
-        if saved[name]["shape"] != list(entry.location.shape):
-            shapes = f"{saved[name]['shape']} in the checkpoint and {list(entry.location.shape)} here"
-            raise ValueError(f"{name} (not trained) has shape {shapes}")
-
-
 def _persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     passing = {id(module._buffers[name]) for module in model.modules() for name in module._non_persistent_buffers_set}
     return ((name, buffer) for name, buffer in model.named_buffers() if id(buffer) not in passing)
