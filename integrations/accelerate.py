@@ -37,7 +37,7 @@ from torch.utils.hooks import RemovableHandle
 
 from sharded_shampoo4 import Shampoo4, checkpoint
 
-from .fsdp import reshard
+from .fsdp import bind, reshard
 
 logger = logging.getLogger(__name__)
 
@@ -52,11 +52,26 @@ class PortableAccelerator(Accelerator):  # type: ignore[misc]
     registered for checkpointing lie beside it as Accelerate saves them. FSDP's state dict types make no difference. On
     another number of processes some of them begin with random numbers of their own.
 
-    Without a Shampoo4 among the prepared optimizers it is an ordinary ``Accelerator``.
+    Under FSDP1 it binds the optimizer to its model. Without a Shampoo4 among the prepared optimizers it is an ordinary
+    ``Accelerator``.
     """
 
     _models: list[Any]
     _optimizers: list[Any]
+
+    def prepare(self, *args: Any, **kwargs: Any) -> Any:
+        """As in ``Accelerator``; a Shampoo4 is bound to the FSDP1 model that it is prepared with.
+
+        Raises:
+            ValueError: what ``fsdp.bind`` says of the model.
+        """
+        prepared = super().prepare(*args, **kwargs)
+        together = prepared if isinstance(prepared, tuple) else (prepared,)
+        optimizers = [handle for handle in together if isinstance(getattr(handle, "optimizer", None), Shampoo4)]
+        models = [model for model in together if isinstance(model, FullyShardedDataParallel)]
+        for optimizer, model in zip(optimizers, models, strict=False):  # FSDP1 takes one model; others raise at a step
+            bind(optimizer, model)
+        return prepared
 
     def save_state(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> str:
         """As in ``Accelerator``; every process must call it.
@@ -92,10 +107,9 @@ class PortableAccelerator(Accelerator):  # type: ignore[misc]
 
     def _portable_pairs(self) -> dict[str, tuple[nn.Module, Any]]:
         """Models with what is given to ``checkpoint.save`` for them, by the names of their folders."""
-        optimizers = self._optimizers
-        if self.distributed_type == DistributedType.DEEPSPEED:
-            optimizers = [getattr(model, "basic_optimizer", None) for model in self._models]
-        inner = [getattr(optimizer, "optimizer", optimizer) for optimizer in optimizers]
+        by_deepspeed = self.distributed_type == DistributedType.DEEPSPEED
+        handles, inside = (self._models, "basic_optimizer") if by_deepspeed else (self._optimizers, "optimizer")
+        inner = [getattr(handle, inside, None) for handle in handles]
         ours = [isinstance(optimizer, Shampoo4) for optimizer in inner]
         if not any(ours):
             return {}
@@ -105,9 +119,8 @@ class PortableAccelerator(Accelerator):  # type: ignore[misc]
                 f"a PortableAccelerator saves models with one Shampoo4 each, in this order, but {len(self._models)} "
                 f"models and {names} were prepared"
             )
-        by_deepspeed = self.distributed_type == DistributedType.DEEPSPEED
-        pairs = zip(self._models, self._models if by_deepspeed else inner, strict=True)
-        return {f"shampoo4_{index}" if index else "shampoo4": pair for index, pair in enumerate(pairs)}
+        pairs = enumerate(zip(self._models, handles, strict=True))
+        return {f"shampoo4_{index}" if index else "shampoo4": pair for index, pair in pairs}
 
     @contextlib.contextmanager
     def _without_pairs(self) -> Iterator[None]:

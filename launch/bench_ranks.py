@@ -34,10 +34,10 @@ Times = list[tuple[float, float]]  # of each step: elapsed and processor seconds
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--world_size", type=int, default=2)
-    parser.add_argument("--matrices", type=int, default=8)
-    parser.add_argument("--order", type=int, default=512)
-    parser.add_argument("--rounds", type=int, default=5, help="timed steps of each kind, after one for warming up")
+    parser.add_argument("--world_size", type=int, default=2, help="processes (2)")
+    parser.add_argument("--matrices", type=int, default=8, help="how many (8)")
+    parser.add_argument("--order", type=int, default=512, help="rows and columns of each (512)")
+    parser.add_argument("--rounds", type=int, default=5, help="timed steps of each kind, after one for warming up (5)")
     flags = parser.parse_args()
 
     load = os.getloadavg()[0]

@@ -55,10 +55,10 @@ def clock(device: torch.device) -> Callable[[], float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden_size", type=int, default=384)
-    parser.add_argument("--num_hidden_layers", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=6, help="rounds of 8 steps, after two for warming up")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--hidden_size", type=int, default=384, help="of the ViT (384)")
+    parser.add_argument("--num_hidden_layers", type=int, default=2, help="(2)")
+    parser.add_argument("--rounds", type=int, default=6, help="rounds of 8 steps, after two for warming up (6)")
+    parser.add_argument("--device", default="cpu", help="such as cuda (cpu)")
     flags = parser.parse_args()
 
     device = torch.device(flags.device)

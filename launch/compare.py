@@ -51,8 +51,11 @@ _COLORS = ("#5f6b76", "#2a6fbb", "#c8452d", "#d9a441", "#7a5195", "#3a9e6f", "#b
 Runs = dict[str, dict[int, dict[str, Any]]]  # label -> seed -> results
 
 
-def label_of(options: dict[str, Any]) -> str:
+def label_of(results: dict[str, Any]) -> str:
     """What a run's optimizer is called in tables, by its options."""
+    options, by_deepspeed = results["options"], results.get("deepspeed_optimizer")
+    if by_deepspeed:
+        return f"{by_deepspeed['type']} of a DeepSpeed configuration"
     name = options["optimizer"]
     if not name.startswith("shampoo4"):
         return {"adamw": "AdamW", "shampoo32": "32-bit Shampoo", "sgd": "SGD"}[name]
@@ -95,16 +98,17 @@ def read_runs(folders: Sequence[Path]) -> Runs:
             continue
         results = json.loads(path.read_text())
         options = results["options"]
-        label = f"{label_of(options)}, {results['epochs']:g} epochs"
+        label = f"{label_of(results)}, {results['epochs']:g} epochs"
         if options["seed"] in runs[label]:
             raise SystemExit(f"{folder}: a second run of {label} with seed {options['seed']}")
-        runs[label][options["seed"]] = {**results, "folder": folder, "name": label_of(options)}
+        runs[label][options["seed"]] = {**results, "folder": folder, "name": label_of(results)}
     if not runs:
         raise SystemExit("no finished run among the folders given")
     if len({label.rpartition(", ")[2] for label in runs}) == 1:  # all as long: no need to say it
         runs = {label.rpartition(", ")[0]: seeds for label, seeds in runs.items()}
     order = ("AdamW", "SGD", "32-bit", "4-bit", "3-bit", "8-bit")
-    labels = sorted(runs, key=lambda label: next(i for i, start in enumerate(order) if label.startswith(start)))
+    place = {label: next((i for i, start in enumerate(order) if label.startswith(start)), len(order)) for label in runs}
+    labels = sorted(runs, key=place.__getitem__)
     return {label: dict(sorted(runs[label].items())) for label in labels}
 
 
@@ -200,8 +204,9 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, l
         nargs="+",
         choices=list(OPTIMIZERS),
         default=list(OPTIMIZERS)[:4],
+        help="what to train (all but sgd)",
     )
-    add("--seeds", nargs="+", type=int, default=[0])
+    add("--seeds", nargs="+", type=int, default=[0], help="one run of each optimizer for each (0)")
     add("--ablation", action="store_true", help="code book, what is quantised, rectification, 4 and 3 bits")
     add("--output", type=Path, help="the picture (default: comparison.png in --output_dir, or here)")
     given = list(sys.argv[1:] if argv is None else argv)

@@ -84,12 +84,13 @@ class Clock:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--host", choices=("fsdp2", "hsdp", "ddp"), default="fsdp2")
-    parser.add_argument("--model", choices=[name for name in PRESETS if name.startswith("vit")], default="vit-small")
-    parser.add_argument("--num_hidden_layers", type=int, default=4)
-    parser.add_argument("--image_size", type=int, default=96)
-    parser.add_argument("--batch_size", type=int, default=8, help="images per process")
-    parser.add_argument("--rounds", type=int, default=3, help=f"rounds of {ROOTS} steps, after one for warming up")
+    parser.add_argument("--host", choices=("fsdp2", "hsdp", "ddp"), default="fsdp2", help="(fsdp2)")
+    models = [name for name in PRESETS if name.startswith("vit")]
+    parser.add_argument("--model", choices=models, default="vit-small", help="(vit-small)")
+    parser.add_argument("--num_hidden_layers", type=int, default=4, help="(4)")
+    parser.add_argument("--image_size", type=int, default=96, help="side in pixels (96)")
+    parser.add_argument("--batch_size", type=int, default=8, help="images per process (8)")
+    parser.add_argument("--rounds", type=int, default=3, help=f"rounds of {ROOTS} steps, after one for warming up (3)")
     flags = parser.parse_args()
 
     accelerated = torch.cuda.is_available()

@@ -119,7 +119,7 @@ def print_errors(folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("checkpoint", type=Path, help="folder that checkpoint.save wrote")
     print_errors(parser.parse_args().checkpoint)
 
 

@@ -11,50 +11,41 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import math
-import os
 import sys
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 import torch.nn.functional as F
 import transformers
-from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import InitProcessGroupKwargs, gather_object, set_seed
+from accelerate.utils import gather_object, set_seed
 from torch import Tensor
-from torch.distributed.fsdp import FullyShardedDataParallel
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, get_scheduler
+from transformers import get_scheduler
 from vit_args import parse_args
 from vit_augment import BatchTransform
 from vit_checkpoint import Checkpoints, LossBook, Progress, StopSignals
 from vit_data import Plan, make_loaders, mixed_seed, natural_channels, normalisation, prepare_images
-from vit_model import LAYERS, build_config, build_model, image_side
+from vit_host import choose_fsdp_units, make_accelerator
+from vit_model import build_config, build_model, image_side
 from vit_optim import build_optimizer, estimated_bytes, state_bytes
-from vit_report import MetricsLog, data_name, peak_memory_bytes, plot_curves, plot_health, print_tables
+from vit_report import MetricsLog, data_name, optimizer_name, peak_memory_bytes, plot_curves, plot_health, print_tables
 from vit_sources import load_image_data
 
 from sharded_shampoo4 import Shampoo4
 from sharded_shampoo4.integrations.accelerate import (
-    PortableAccelerator,
     adjust_deepspeed,
     check_distribution,
     describe_distribution,
     full_state_dict,
     inner_optimizer,
-    rehearse_on_cpu,
     whole_models,
 )
-from sharded_shampoo4.integrations.fsdp import bind
 
 logger = get_logger("train_vit")
 
@@ -97,6 +88,9 @@ class Run:
         by_deepspeed = adjust_deepspeed(self.accelerator, gradient_clipping=args.max_grad_norm)
         if by_deepspeed:
             logger.warning("DeepSpeed's configuration names the optimizer: --optimizer and its options are not used")
+        self.deepspeed_optimizer = (
+            self.accelerator.deepspeed_plugin.deepspeed_config["optimizer"] if by_deepspeed else None
+        )
         optimizer = build_optimizer(args, model, named_elsewhere=by_deepspeed)
         choose_fsdp_units(self.accelerator, model)
         self.model, self.optimizer, self.train_loader, self.eval_loader = self.accelerator.prepare(
@@ -104,8 +98,6 @@ class Run:
         )
         check_distribution(self.accelerator, self.model, optimizer)
         self.inner_optimizer = inner_optimizer(self.accelerator, self.model, self.optimizer)
-        if isinstance(self.model, FullyShardedDataParallel) and isinstance(self.inner_optimizer, Shampoo4):
-            bind(self.inner_optimizer, self.model)
         self.input_dtype = next(self.model.parameters()).dtype  # not float32 where DeepSpeed trains in bf16 or fp16
         self.host = describe_distribution(self.accelerator, self.model)
         # Not prepared: Accelerate would step it once per process and so run through the schedule too fast.
@@ -250,7 +242,7 @@ class Run:
             assert self.log is not None
             picture = self.output_dir / "curves.png"
             options = results["options"]
-            title = f"{options['model'] or 'model'} on {data_name(options)}, {options['optimizer']}"
+            title = f"{options['model'] or 'model'} on {data_name(options)}, {optimizer_name(results)}"
             plot_curves(self.log.read(), picture, title)
             if self.health_log is not None:
                 plot_health(self.health_log.read(), self.output_dir / "health.png", title)
@@ -342,6 +334,8 @@ class Run:
             "eval_images": self.images[1],
             "processes": self.accelerator.num_processes,
             "host": self.host,
+            "mixed_precision": self.accelerator.mixed_precision,
+            "deepspeed_optimizer": self.deepspeed_optimizer,
             "peak_memory_bytes": peak_memory_bytes(self.accelerator.device),
             "state_bytes": {key: max(rank[key] for rank in held) for key in ("preconditioner", "base")},
             "state_bytes_per_process": held,
@@ -367,42 +361,6 @@ class Run:
         begun = time.perf_counter()
         yield
         self.lap_started += time.perf_counter() - begun
-
-
-def make_accelerator(args: argparse.Namespace) -> Accelerator:
-    """The accelerator, and log messages from the main process only."""
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger("train_vit").setLevel(logging.INFO)
-    # Of ViT's patch embeddings under FSDP2; nothing is done to them in place.
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    if args.deepspeed_config:
-        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"  # as accelerate launch says it
-        os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = args.deepspeed_config
-        os.environ.setdefault("ACCELERATE_DEEPSPEED_ZERO3_INIT", "false")  # the same first weights at every stage
-    timeout = timedelta(seconds=args.ddp_timeout)
-    rehearse_on_cpu(timeout)
-    accelerator = PortableAccelerator(
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        mixed_precision=args.mixed_precision,
-        log_with=args.report_to if args.with_tracking else None,
-        project_dir=args.output_dir,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
-    )
-    if not accelerator.is_local_main_process:
-        transformers.utils.logging.set_verbosity_error()
-        datasets.disable_progress_bars()
-    return accelerator
-
-
-def choose_fsdp_units(accelerator: Accelerator, model: PreTrainedModel) -> None:
-    """Let FSDP shard a ViT or Swin transformer layer by layer, where the launch configuration names no layers.
-
-    The model's own list, which Accelerate would take, also names ViT's embeddings. Accelerate 1.15 shards these twice
-    under FSDP2 and fails.
-    """
-    plugin = getattr(accelerator.state, "fsdp_plugin", None)
-    if plugin is not None and plugin.transformer_cls_names_to_wrap is None:
-        plugin.transformer_cls_names_to_wrap = LAYERS.get(model.config.model_type)
 
 
 def warmup_steps(args: argparse.Namespace, total_steps: int) -> int:

@@ -38,12 +38,22 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Tells a flag's default where there is one and the help does not tell it already."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False or "default" in (action.help or ""):
+            return action.help
+        return super()._get_help_string(action)
+
+
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse and check the command line; a flag that is not known in full is an error."""
     parser = argparse.ArgumentParser(
-        description="Train a vision transformer, with 4-bit Shampoo or an optimizer to compare it with.",
+        description="Train a vision transformer, with 4-bit Shampoo or an optimizer to compare it with: one process, "
+        "or many under torchrun, accelerate launch or deepspeed. launch/README.md shows how.",
         allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_HelpFormatter,
     )
     for add_group in (_add_data, _add_model, _add_training, _add_optimizer, _add_shampoo, _add_output):
         add_group(parser)
@@ -104,7 +114,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     add("--model_name_or_path", help="pretrained model to start from, instead of a preset")
     add("--image_size", type=_positive, help="images are brought to this side")
     add("--num_channels", type=_positive, choices=(1, 3), help="1: grey, 3: colour (default: as the data)")
-    add("--patch_size", type=_positive)
+    add("--patch_size", type=_positive, help="side of a square of pixels that becomes a token")
     add("--hidden_size", type=_positive, help="ViT only")
     add("--num_hidden_layers", type=_positive, help="ViT only")
     add("--num_attention_heads", type=_positive, help="ViT only")
@@ -115,42 +125,50 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     add("--window_size", type=_positive, help="Swin only")
     add("--mlp_ratio", type=float, help="Swin only")
     add("--drop_path_rate", type=float, help="Swin only")
-    add("--hidden_dropout_prob", type=float)
-    add("--attention_probs_dropout_prob", type=float)
+    add("--hidden_dropout_prob", type=float, help="dropout in the network")
+    add("--attention_probs_dropout_prob", type=float, help="dropout of the attention")
     add("--gradient_checkpointing", action="store_true", help="recompute activations in the backward pass")
 
 
 def _add_training(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("training")
     add = group.add_argument
-    add("--per_device_train_batch_size", type=_positive)
-    add("--per_device_eval_batch_size", type=_positive, default=512)
-    add("--gradient_accumulation_steps", type=_positive, default=1)
-    add("--num_train_epochs", type=_positive)
+    add("--per_device_train_batch_size", type=_positive, help="images per process and batch (default: by data set)")
+    add("--per_device_eval_batch_size", type=_positive, default=512, help="images per process and batch")
+    add("--gradient_accumulation_steps", type=_positive, default=1, help="batches per optimizer step")
+    add("--num_train_epochs", type=_positive, help="passes over the training images (default: by data set)")
     add("--max_train_steps", type=_positive, help="optimizer steps; overrides --num_train_epochs")
-    add("--lr_scheduler_type", choices=[kind.value for kind in SchedulerType], default="cosine")
+    add("--lr_scheduler_type", choices=[kind.value for kind in SchedulerType], default="cosine", help="of transformers")
     add("--num_warmup_steps", type=int, help="overrides --warmup_ratio")
     add("--warmup_ratio", type=float, default=0.1, help="share of the steps in which the learning rate rises")
     add("--max_grad_norm", type=float, default=1.0, help="clip the gradient's norm; 0 is off")
-    add("--label_smoothing", type=float, default=0.0)
-    add("--mixed_precision", choices=("no", "fp16", "bf16"), help="default: what accelerate was configured with")
+    add("--label_smoothing", type=float, default=0.0, help="share of the target spread over all classes")
+    add(
+        "--mixed_precision",
+        choices=("no", "fp16", "bf16"),
+        help="of the computation (default: what accelerate was configured with)",
+    )
     add("--deepspeed_config", metavar="FILE", help="train with DeepSpeed; for torchrun and the deepspeed launcher")
     add("--local_rank", "--local-rank", type=int, default=-1, help=argparse.SUPPRESS)  # the deepspeed launcher's
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of weights, order, augmentation and dropout")
 
 
 def _add_optimizer(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("optimizer")
     add = group.add_argument
     add("--optimizer", choices=OPTIMIZERS, default="shampoo4", help="naive: quantises the preconditioner itself")
-    add("--learning_rate", type=float, help="default: 1e-3, or 0.1 where SGD is the rule or the base")
-    add("--weight_decay", type=float, default=0.05)
+    add(
+        "--learning_rate",
+        type=float,
+        help="peak of the schedule (default: 1e-3, or 0.1 where SGD is the rule or the base)",
+    )
+    add("--weight_decay", type=float, default=0.05, help="decoupled under AdamW, added to the gradient under SGD")
     add("--decay_all", action="store_true", help="decay every parameter, not only weights of linear and conv layers")
-    add("--adam_beta1", type=float, default=0.9)
-    add("--adam_beta2", type=float, default=0.999)
-    add("--adam_epsilon", type=float, default=1e-8)
-    add("--momentum", type=float, default=0.9, help="SGD")
-    add("--nesterov", action="store_true", help="SGD")
+    add("--adam_beta1", type=float, default=0.9, help="decay of the first moment")
+    add("--adam_beta2", type=float, default=0.999, help="decay of the second moment")
+    add("--adam_epsilon", type=float, default=1e-8, help="added to the root of the second moment")
+    add("--momentum", type=float, default=0.9, help="of SGD")
+    add("--nesterov", action="store_true", help="the variant of SGD's momentum")
 
 
 def _add_shampoo(parser: argparse.ArgumentParser) -> None:
@@ -158,7 +176,12 @@ def _add_shampoo(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     add("--shampoo_base", choices=("adamw", "sgd"), default="adamw", help="rule that takes the preconditioned gradient")
     add("--bits", type=int, choices=(3, 4, 8), help="bits per stored element (default: 4)")
-    add("--codebook", choices=("linear2", "dynamic_tree"), default="linear2")
+    add(
+        "--codebook",
+        choices=("linear2", "dynamic_tree"),
+        default="linear2",
+        help="the levels that elements are rounded to",
+    )
     add("--quant_block_size", type=_positive, default=64, help="elements that share a scale")
     add("--min_quant_numel", type=int, default=4096, help="a factor with fewer elements stays in float32")
     add("--shampoo_beta", type=float, default=0.95, help="decay of the statistics")
@@ -166,10 +189,15 @@ def _add_shampoo(parser: argparse.ArgumentParser) -> None:
     add("--statistics_interval", type=_positive, default=10, help="steps between statistics")
     add("--root_interval", type=_positive, default=50, help="steps between inverse roots")
     add("--rectify_steps", type=int, nargs=2, default=(1, 4), help="before statistics, and before a root")
-    add("--refresh_dtype", choices=("float64", "float32"), default="float64")
+    add("--refresh_dtype", choices=("float64", "float32"), default="float64", help="arithmetic of statistics and roots")
     add("--max_preconditioner_dim", type=_positive, default=1024, help="most rows or columns of a block")
     add("--split", choices=("even", "remainder"), default="even", help="how a long side is cut into blocks")
-    add("--grafting", choices=("parameter", "block", "none"), default="parameter")
+    add(
+        "--grafting",
+        choices=("parameter", "block", "none"),
+        default="parameter",
+        help="over what the gradient's norm is kept",
+    )
 
 
 def _add_output(parser: argparse.ArgumentParser) -> None:
@@ -181,7 +209,7 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
     add("--checkpoints_total_limit", type=_positive, help="keep the newest N checkpoints")
     add("--resume_from_checkpoint", metavar="PATH|latest", help="latest: the newest in --output_dir, if any")
     add("--ddp_timeout", type=_positive, default=1800, help="seconds to wait for a process that does not answer")
-    add("--logging_steps", type=_positive, default=10)
+    add("--logging_steps", type=_positive, default=10, help="optimizer steps between two lines of metrics.jsonl")
     add("--log_health", action="store_true", help="the factors' state after every epoch: health.jsonl, health.png")
     add("--with_tracking", action="store_true", help="also log to --report_to")
     add("--report_to", choices=("tensorboard",), default="tensorboard")

@@ -73,7 +73,7 @@ def print_tables(results: dict[str, Any]) -> None:
     from rich.table import Table
 
     options = results["options"]
-    summary = Table(title=f"{options['optimizer']} on {data_name(options)}", show_header=False, title_style="bold")
+    summary = Table(title=f"{optimizer_name(results)} on {data_name(options)}", show_header=False, title_style="bold")
     summary.add_column(style="cyan")
     summary.add_column(justify="right")
     for name, value in (
@@ -109,6 +109,12 @@ def print_tables(results: dict[str, Any]) -> None:
 
 def _total(held: dict[str, int]) -> str:
     return readable_bytes(held["preconditioner"] + held["base"])
+
+
+def optimizer_name(results: dict[str, Any]) -> str:
+    """What trained: DeepSpeed's configuration may have named it, whatever --optimizer says."""
+    by_deepspeed = results["deepspeed_optimizer"]
+    return f"{by_deepspeed['type']} of DeepSpeed's configuration" if by_deepspeed else results["options"]["optimizer"]
 
 
 def data_name(options: dict[str, Any]) -> str:

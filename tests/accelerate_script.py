@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel
 
 from sharded_shampoo4 import Shampoo4
 from sharded_shampoo4.integrations.accelerate import (
@@ -26,7 +25,6 @@ from sharded_shampoo4.integrations.accelerate import (
     full_state_dict,
     rehearse_on_cpu,
 )
-from sharded_shampoo4.integrations.fsdp import bind
 
 
 class Consolidating(torch.optim.AdamW):
@@ -122,8 +120,6 @@ def train_with_shampoo4(accelerator: PortableAccelerator, turned: bool, folder: 
     else:
         model, optimizer = accelerator.prepare(model, optimizer)
     check_distribution(accelerator, model)
-    if isinstance(model, FullyShardedDataParallel):
-        bind(optimizer, model)
     losses = [step(accelerator, model, optimizer) for _ in range(4)]
     assert losses[-1] < losses[0], losses
     held = torch.tensor(optimizer.optimizer.state_bytes()["preconditioner"])

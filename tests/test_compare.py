@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import torch
 from launch_helpers import LAUNCH, run
 
 # isort: split
-import quantization_errors  # found through launch_helpers
+import compare
+import quantization_errors  # both found through launch_helpers
 
 from sharded_shampoo4 import Shampoo4, checkpoint
 
@@ -29,6 +31,17 @@ def test_compare_trains_what_is_missing_and_shows_it(tmp_path: Path) -> None:
     assert again.returncode == 0 and f"training {tmp_path}" not in again.stdout
     assert "sgd-seed0 holds no finished run: it diverged" in again.stdout
     assert run(sys.executable, LAUNCH / "compare.py").returncode == 2
+
+
+def test_a_run_is_named_by_what_trained_it(tmp_path: Path) -> None:
+    """DeepSpeed's configuration overrides --optimizer, whose default is shampoo4."""
+    options = {"optimizer": "shampoo4", "bits": None, "codebook": "linear2", "rectify_steps": [1, 4], "seed": 0}
+    for name, entry in (("own", None), ("json", {"type": "AdamW", "params": {"lr": 1e-3}})):
+        (tmp_path / name).mkdir()
+        found = {"options": options, "epochs": 1.0, "deepspeed_optimizer": entry}
+        (tmp_path / name / "all_results.json").write_text(json.dumps(found))
+    runs = compare.read_runs([tmp_path / "json", tmp_path / "own"])
+    assert list(runs) == ["AdamW of a DeepSpeed configuration", "4-bit Shampoo"]
 
 
 def test_errors_of_a_preconditioner_of_a_run(tmp_path: Path) -> None:

@@ -1,0 +1,54 @@
+"""The Accelerator of train_vit.py, under whatever launcher."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import warnings
+from datetime import timedelta
+
+import datasets
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+from transformers import PreTrainedModel
+from vit_model import LAYERS
+
+from sharded_shampoo4.integrations.accelerate import PortableAccelerator, rehearse_on_cpu
+
+
+def make_accelerator(args: argparse.Namespace) -> Accelerator:
+    """The accelerator, and log messages from the main process only."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("train_vit").setLevel(logging.INFO)
+    # Of ViT's patch embeddings under FSDP2; nothing is done to them in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    if args.deepspeed_config:
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"  # as accelerate launch says it
+        os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = args.deepspeed_config
+        os.environ.setdefault("ACCELERATE_DEEPSPEED_ZERO3_INIT", "false")  # the same first weights at every stage
+    timeout = timedelta(seconds=args.ddp_timeout)
+    rehearse_on_cpu(timeout)
+    accelerator = PortableAccelerator(
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        mixed_precision=args.mixed_precision,
+        log_with=args.report_to if args.with_tracking else None,
+        project_dir=args.output_dir,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
+    )
+    if not accelerator.is_local_main_process:
+        transformers.utils.logging.set_verbosity_error()
+        datasets.disable_progress_bars()
+    return accelerator
+
+
+def choose_fsdp_units(accelerator: Accelerator, model: PreTrainedModel) -> None:
+    """Let FSDP shard a ViT or Swin transformer layer by layer, where the launch configuration names no layers.
+
+    The model's own list, which Accelerate would take, also names ViT's embeddings. Accelerate 1.15 shards these twice
+    under FSDP2 and fails.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.transformer_cls_names_to_wrap is None:
+        plugin.transformer_cls_names_to_wrap = LAYERS.get(model.config.model_type)

@@ -1,0 +1,26 @@
+"""What the README tells people to write."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from launch_helpers import ROOT, run
+from readme_script import Model
+
+from sharded_shampoo4 import estimate_memory
+
+HOSTS = ("One process, DDP, FSDP2, HSDP", "FSDP1", "DeepSpeed", "Accelerate", "HF Trainer")
+
+
+def test_the_lines_for_every_host_train_with_shared_factors(tmp_path: Path) -> None:
+    launcher = (Path(sys.executable).with_name("torchrun"), "--standalone", "--nproc_per_node", 2)
+    found = run(*launcher, ROOT / "tests" / "readme_script.py", tmp_path)
+    assert found.returncode == 0, found.stderr[-3000:]
+    lines = [line.split(" | ") for line in found.stdout.splitlines() if line.count(" | ") == 3]
+    held = {(rank, host): int(count) for rank, host, name, count in lines if name == "Shampoo4"}
+    assert held.keys() == {(rank, host) for rank in "01" for host in HOSTS}
+    # Both layers' factors, no factor twice, and under every host the same ones.
+    alone = estimate_memory(Model().named_parameters()).preconditioner[0]
+    for host in HOSTS:
+        assert held["0", host] + held["1", host] == alone and min(held["0", host], held["1", host]) > 0, held
