@@ -33,7 +33,8 @@ TRAIN = Path(__file__).with_name("train_vit.py")
 
 # What is compared: flags of train_vit.py by the folder's name.
 OPTIMIZERS: dict[str, tuple[str, ...]] = {
-    name: ("--optimizer", name) for name in ("adamw", "shampoo32", "shampoo4", "shampoo4-naive", "sgd")
+    name: ("--optimizer", name)
+    for name in ("adamw", "shampoo32", "shampoo4", "shampoo4-naive", "shampoo4-compact", "sgd")
 }
 _VARIANTS: dict[str, tuple[str, ...]] = {
     "naive": ("--optimizer", "shampoo4-naive"),
@@ -59,10 +60,11 @@ def label_of(results: dict[str, Any]) -> str:
     name = options["optimizer"]
     if not name.startswith("shampoo4"):
         return {"adamw": "AdamW", "shampoo32": "32-bit Shampoo", "sgd": "SGD"}[name]
-    bits = options["bits"] or 4
+    bits, root, own = options["bits"] or 4, options.get("root", "stored"), name != "shampoo4-compact"
     details = [
-        "naive" if name == "shampoo4-naive" else "",
-        "dynamic tree" if options["codebook"] == "dynamic_tree" else "",
+        name.partition("-")[2],  # naive or compact
+        {"dynamic_tree": "dynamic tree", "normal": "normal levels"}.get(options["codebook"], "") if own else "",
+        f"{root} roots" if own and root != "stored" else "",
         "not rectified" if name == "shampoo4" and not any(options["rectify_steps"]) else "",
     ]
     return ", ".join([f"{bits}-bit Shampoo", *filter(None, details)])
@@ -204,7 +206,7 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, l
         nargs="+",
         choices=list(OPTIMIZERS),
         default=list(OPTIMIZERS)[:4],
-        help="what to train (all but sgd)",
+        help="what to train (all but compact and sgd)",
     )
     add("--seeds", nargs="+", type=int, default=[0], help="one run of each optimizer for each (0)")
     add("--ablation", action="store_true", help="code book, what is quantised, rectification, 4 and 3 bits")

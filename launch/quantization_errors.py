@@ -24,13 +24,13 @@ from sharded_shampoo4 import Shampoo4, checkpoint, eigenbasis, quantization
 BLOCK = 64  # elements that share a scale
 MATRIX_EPS = 1e-6
 RECTIFY_STEPS = 4
-# Code book, bits, what is quantised, whether the eigenbasis is rectified: the rows of table 1, and 3 bits.
+# Code book, bits, what is quantised, whether the eigenbasis is rectified: as in table 1, then with 3 bits and "normal".
 WAYS = [
     *((book, 8, "A", False) for book in ("dynamic_tree", "linear2")),
     *(
         (book, bits, what, rectified)
         for bits in (4, 3)
-        for book in ("dynamic_tree", "linear2")
+        for book in ("dynamic_tree", "linear2", "normal")
         for what, rectified in (("A", False), ("U", False), ("U", True), ("U and root", True))
     ),
 ]

@@ -13,7 +13,9 @@ from transformers import SchedulerType
 from vit_augment import AUGMENTATIONS
 from vit_model import PRESETS
 
-OPTIMIZERS = ("shampoo4", "shampoo32", "shampoo4-naive", "adamw", "sgd")
+from sharded_shampoo4 import Shampoo4
+
+OPTIMIZERS = ("shampoo4", "shampoo4-compact", "shampoo32", "shampoo4-naive", "adamw", "sgd")
 
 # What a data set's run uses where the command line is silent. "other" is for colour images of an ordinary size.
 RECIPES: dict[str, dict[str, Any]] = {
@@ -36,6 +38,9 @@ RECIPES: dict[str, dict[str, Any]] = {
         "augment": "flip-crop",
     },
 }
+
+
+_STORED_AS_PUBLISHED = {"codebook": "linear2", "scale_dtype": "float32", "root": "stored", "rectify_steps": (1, 4)}
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -156,7 +161,12 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
 def _add_optimizer(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("optimizer")
     add = group.add_argument
-    add("--optimizer", choices=OPTIMIZERS, default="shampoo4", help="naive: quantises the preconditioner itself")
+    add(
+        "--optimizer",
+        choices=OPTIMIZERS,
+        default="shampoo4",
+        help="compact: no stored roots; naive: quantises the preconditioner itself",
+    )
     add(
         "--learning_rate",
         type=float,
@@ -178,9 +188,14 @@ def _add_shampoo(parser: argparse.ArgumentParser) -> None:
     add("--bits", type=int, choices=(3, 4, 8), help="bits per stored element (default: 4)")
     add(
         "--codebook",
-        choices=("linear2", "dynamic_tree"),
-        default="linear2",
-        help="the levels that elements are rounded to",
+        choices=("linear2", "dynamic_tree", "normal"),
+        help="the levels that elements are rounded to (default: linear2; compact: normal)",
+    )
+    add("--scale_dtype", choices=("float32", "bfloat16"), help="of the scales (default: float32; compact: bfloat16)")
+    add(
+        "--root",
+        choices=("stored", "triangle", "implicit"),
+        help="how inverse roots are kept (default: stored; compact: implicit)",
     )
     add("--quant_block_size", type=_positive, default=64, help="elements that share a scale")
     add("--min_quant_numel", type=int, default=4096, help="a factor with fewer elements stays in float32")
@@ -188,8 +203,25 @@ def _add_shampoo(parser: argparse.ArgumentParser) -> None:
     add("--matrix_eps", type=float, default=1e-6, help="ridge, relative to the largest eigenvalue")
     add("--statistics_interval", type=_positive, default=10, help="steps between statistics")
     add("--root_interval", type=_positive, default=50, help="steps between inverse roots")
-    add("--rectify_steps", type=int, nargs=2, default=(1, 4), help="before statistics, and before a root")
+    add(
+        "--refresh",
+        choices=("together", "staggered"),
+        default="together",
+        help="all factors in the same steps, or each at its own",
+    )
+    add(
+        "--rectify_steps",
+        type=int,
+        nargs=2,
+        help="before statistics, and before a root (default: 1 4; compact: 1 1)",
+    )
+    add("--refresh_iterations", type=int, choices=(1, 2), default=1, help="QR steps of a statistics update")
     add("--refresh_dtype", choices=("float64", "float32"), default="float64", help="arithmetic of statistics and roots")
+    low = ("float32", "bfloat16")
+    add("--matmul_dtype", choices=low, default="float32", help="of the products that make a direction")
+    add("--exchange_dtype", choices=low, default="float32", help="of what travels between processes")
+    add("--scratch_mib", type=_positive, default=256, help="memory of a step beyond the states")
+    add("--compile", action="store_true", help="fuse dequantisation by torch.compile")
     add("--max_preconditioner_dim", type=_positive, default=1024, help="most rows or columns of a block")
     add("--split", choices=("even", "remainder"), default="even", help="how a long side is cut into blocks")
     add(
@@ -226,6 +258,10 @@ def _fill_defaults(args: argparse.Namespace) -> None:
     if args.learning_rate is None:
         rule = args.shampoo_base if args.optimizer.startswith("shampoo") else args.optimizer
         args.learning_rate = 0.1 if rule == "sgd" else 1e-3
+    kept = {**_STORED_AS_PUBLISHED, **(Shampoo4.compact_settings() if args.optimizer == "shampoo4-compact" else {})}
+    for name in _STORED_AS_PUBLISHED:
+        if getattr(args, name) is None:
+            setattr(args, name, kept[name])
     if args.optimizer == "shampoo32":
         args.bits = args.bits or 32
     elif args.optimizer.startswith("shampoo"):

@@ -26,6 +26,7 @@ logger = get_logger("train_vit")
 MARKER = "complete.json"  # written last: a checkpoint without it is half of one
 _IDENTITY = ("seed", "optimizer", "step_images", "epoch_steps")  # a run that differs in these cannot go on
 _HARMLESS = (  # options that change no number of the training
+    "scratch_mib",
     "output_dir",
     "overwrite_output_dir",
     "checkpointing_steps",

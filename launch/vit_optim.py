@@ -18,12 +18,20 @@ _SHAMPOO_FLAGS = (
     "bits",
     "codebook",
     "quant_block_size",
+    "scale_dtype",
+    "root",
     "min_quant_numel",
     "shampoo_beta",
     "matrix_eps",
     "statistics_interval",
     "root_interval",
+    "refresh",
+    "refresh_iterations",
     "refresh_dtype",
+    "matmul_dtype",
+    "exchange_dtype",
+    "scratch_mib",
+    "compile",
     "max_preconditioner_dim",
     "split",
     "grafting",
@@ -95,7 +103,9 @@ def estimated_bytes(
 ) -> Mapping[str, dict[str, int]]:
     """What AdamW alone, and 32-bit Shampoo, would keep for parameters of these shapes: on the process with most."""
     where = _where(host, processes)
-    with_32_bits = shampoo_options(argparse.Namespace(**{**vars(args), "bits": 32, "optimizer": "shampoo32"}))
+    with_32_bits = shampoo_options(
+        argparse.Namespace(**{**vars(args), "bits": 32, "root": "stored", "optimizer": "shampoo32"})
+    )
     adamw = {"base": "adamw", "precondition": False}
     return {
         name: _estimate(shapes, {**options, **where})

@@ -61,6 +61,7 @@ class Binding:
                 tuple(matrix.blocks),
                 tuple(described[index][3] for described in everyone),
                 (matrix.options, matrix.dtype, matrix.device if ranks.size == 1 else matrix.device.type),
+                matrix.options.scratch_mib,
             )
             for index, matrix in enumerate(self.matrices)
         ]
@@ -68,7 +69,8 @@ class Binding:
         self.preconditioner = Preconditioner(self.matrices, self.plan.batches[ranks.rank])
         self.grafting = Grafting(self.plan, self.matrices)
         devices, dtypes = [m.device for m in self.matrices], [m.dtype for m in self.matrices]
-        self.exchange = Exchange(self.plan, ranks.group, devices, dtypes)
+        rounded = [matrix.options.exchange_dtype == "bfloat16" for matrix in self.matrices]
+        self.exchange = Exchange(self.plan, ranks.group, devices, dtypes, rounded)
         self._replicas_differ = ranks.size > 1  # as far as is known
         self._present: tuple[bool, ...] = ()  # which parameters had a gradient on any rank in the last step
 
@@ -125,14 +127,13 @@ class Binding:
         for matrix, has_gradient in zip(matrices, present, strict=True):
             if has_gradient:
                 matrix.advance()
-        stepping = [matrix for matrix, has_gradient in zip(matrices, present, strict=True) if has_gradient]
         active = tuple(has and matrix.busy for has, matrix in zip(present, matrices, strict=True))
         directed = tuple(has and matrix.rooted for has, matrix in zip(present, matrices, strict=True))
         shards = [self._gradient_shard(index) for index in range(len(matrices))]
         self.grafting.begin()
         if any(active):
             self.exchange.run(shards, active, directed, self._directions)
-        if any(matrix.statistics_due or matrix.root_due for matrix in stepping):
+        if any(has and matrix.check_due for has, matrix in zip(present, matrices, strict=True)):
             self.ranks.raise_together(self.preconditioner.failure())
         self.grafting.apply(shards, directed, self.ranks)
 

@@ -24,6 +24,7 @@ from .options import PreconditionerOptions
 from .plan import Shard
 from .preconditioner import Matrix, worse
 from .ranks import Ranks
+from .schedule import Phases
 
 Unbound = packing.PackedState | packing.PackedPieces
 
@@ -117,7 +118,7 @@ class Bindings:
     def _bind_entries(
         self, ranks: Ranks, entries: list[Entry], state: Mapping[Tensor, Any], error: Exception | None
     ) -> Binding:
-        chosen, matrices = _matrices(entries)
+        chosen, matrices = _matrices(entries, self.members.schedule(self.locations))
         binding = self._by_key.get(_key(entries))
         stale = binding is None or not binding.fits(
             [entry.parameter for entry in chosen], [entry.holder for entry in chosen], matrices
@@ -278,9 +279,9 @@ def _key(entries: Sequence[Entry]) -> tuple[Hashable, ...]:
     return tuple(dict.fromkeys(entry.key for entry in entries if entry.flat))
 
 
-def _matrices(entries: Sequence[Entry]) -> tuple[list[Entry], list[Matrix]]:
+def _matrices(entries: Sequence[Entry], schedule: Mapping[tuple[int, str], Phases]) -> tuple[list[Entry], list[Matrix]]:
     """The parameters to precondition and their fresh matrices, in the order of the groups."""
-    pairs = [(entry, entry.matrix()) for entry in entries]
+    pairs = [(entry, entry.matrix(schedule)) for entry in entries]
     return (
         [entry for entry, matrix in pairs if matrix is not None],
         [matrix for _, matrix in pairs if matrix is not None],

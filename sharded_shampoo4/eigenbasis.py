@@ -24,15 +24,20 @@ def rectify(basis: Tensor, steps: int) -> Tensor:
     return basis
 
 
-def refresh(eigenvalues: Tensor, basis: Tensor, statistic: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+def refresh(
+    eigenvalues: Tensor, basis: Tensor, statistic: Tensor, beta: float, iterations: int = 1
+) -> tuple[Tensor, Tensor]:
     """Absorb a statistic, G G^T or G^T G, into eigenvalues (B, n) and ``basis`` (B, n, n): Algorithm 1.
 
     A = beta V diag(eigenvalues) V^T + (1 - beta) statistic; one step of orthogonal iteration, P = QR(A V), started from
-    the old basis. Returns the Rayleigh quotients diag(P^T A P) and P.
+    the old basis, or several, P = QR(A P). Returns the Rayleigh quotients diag(P^T A P) and P.
     """
     average = beta * linalg.matmul(basis * eigenvalues.unsqueeze(-2), basis.mT) + (1 - beta) * statistic
-    new_basis = linalg.qr(linalg.matmul(average, basis))
-    return (new_basis * linalg.matmul(average, new_basis)).sum(-2), new_basis
+    image = linalg.matmul(average, basis)
+    for _ in range(iterations):
+        basis = linalg.qr(image)
+        image = linalg.matmul(average, basis)
+    return (basis * image).sum(-2), basis
 
 
 def inverse_root(eigenvalues: Tensor, basis: Tensor, matrix_eps: float) -> Tensor:
@@ -41,10 +46,15 @@ def inverse_root(eigenvalues: Tensor, basis: Tensor, matrix_eps: float) -> Tenso
     Eigenvalues are clamped at 0 before the ridge is added, and the sum at the smallest normal float32, so that the root
     of a zero matrix is finite.
     """
+    return linalg.matmul(basis * inverse_powers(eigenvalues, matrix_eps).unsqueeze(-2), basis.mT)
+
+
+def inverse_powers(eigenvalues: Tensor, matrix_eps: float) -> Tensor:
+    """(eigenvalues + matrix_eps lambda_max)^(-1/4) of eigenvalues (B, n): see :func:`inverse_root`."""
     eigenvalues = eigenvalues.clamp_min(0.0)
     ridge = matrix_eps * eigenvalues.amax(-1, keepdim=True)
-    powers = (eigenvalues + ridge).clamp_min(_SMALLEST).pow(-0.25)
-    return linalg.matmul(basis * powers.unsqueeze(-2), basis.mT)
+    # Not pow: its rounding depends on where a value stands in memory, that of roots and quotients does not.
+    return (eigenvalues + ridge).clamp_min(_SMALLEST).sqrt().sqrt().reciprocal()
 
 
 def inverse_root_of(matrices: Tensor, matrix_eps: float) -> Tensor:

@@ -22,6 +22,13 @@ from .plan import Incoming, Outgoing, Plan
 Compute = Callable[[int, list[int], Tensor], Tensor]
 
 
+def wire_dtype(dtypes: Sequence[torch.dtype], rounded: Sequence[bool]) -> torch.dtype:
+    """In what pieces travel, of matrices that are computed in ``dtypes`` and ``rounded`` to bfloat16 or not."""
+    if rounded and all(rounded):
+        return torch.bfloat16
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
 @dataclass(frozen=True)
 class Part:
     """What takes part in one round: lists of pieces are indexed by the other rank."""
@@ -38,14 +45,21 @@ class Exchange:
     """One rank's part in ``plan``, over ``group`` (None: a process by itself)."""
 
     def __init__(
-        self, plan: Plan, group: dist.ProcessGroup | None, devices: list[torch.device], dtypes: list[torch.dtype]
+        self,
+        plan: Plan,
+        group: dist.ProcessGroup | None,
+        devices: list[torch.device],
+        dtypes: list[torch.dtype],
+        rounded: list[bool],
     ) -> None:
         self.plan = plan
         self.group = group
         self.rank = dist.get_rank(group) if group is not None else 0
         self.devices = devices  # on which every matrix is computed; an offloaded shard may be on the host
         self.dtypes = dtypes  # in which every matrix is computed
-        self.wire = torch.float64 if torch.float64 in dtypes else torch.float32
+        # Rounded to bfloat16, gradients and directions, also where they need not travel: ranks change no number.
+        self.rounded = rounded
+        self.wire = wire_dtype(dtypes, rounded)
         self.bytes_sent = 0  # to other ranks, so far
         self._rounds = [plan.round(self.rank, number) for number in range(plan.rounds)]
         self._batches = plan.batches[self.rank]
@@ -121,7 +135,10 @@ class Exchange:
         _copy(places[self.rank], [self._view(shards, p.matrix, p.piece) for p in here])
         places[self.rank] = []
         arriving.write(places)
-        return compute(part.number, part.chosen, gradients)
+        if not self.rounded[matrix]:
+            return compute(part.number, part.chosen, gradients)
+        gradients = gradients.to(torch.bfloat16).to(gradients.dtype)
+        return compute(part.number, part.chosen, gradients).to(torch.bfloat16).to(gradients.dtype)
 
     def _send_directions(self, part: Part, directions: Tensor | None, shards: Sequence[Tensor]) -> _Arriving:
         """Start the directions' way back; those that stay here are written at once."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,8 +18,9 @@ from .options import PreconditionerOptions
 
 Index = slice | Tensor  # which factors of a pool: a run of neighbours (a view, no copy) or their positions
 
-# Elements of the (factors, n, n) matrices that one statistics or root step has in hand, some eight times over.
-REFRESH_ELEMENTS = 2**22
+# Elements of the (factors, n, n) matrices that one statistics or root step has in hand, for each MiB of scratch memory:
+# some fourteen times over, in float64.
+REFRESH_ELEMENTS_PER_MIB = 2**13
 
 # What FactorPool.health tells of a factor: the distance of its basis from an orthogonal one, ||V^T V - I||_F / sqrt(n),
 # as it is stored and after the rectification before a root; its eigenvalues' range; the most failures in a row.
@@ -31,29 +33,58 @@ def factor_layout(order: int, options: PreconditionerOptions) -> dict[str, tuple
     """Name, shape and type of every tensor that one factor keeps: the one place that decides what is stored.
 
     ``eigenvalues`` and ``basis`` (rows are eigenvectors), or the matrix itself, as ``statistics`` in float32 or as a
-    float32 diagonal and low-precision off-diagonal; the same for the inverse ``root``; ``failures`` counts statistics
-    and root steps that failed in a row.
+    float32 diagonal and low-precision off-diagonal; the same for the inverse ``root``, whose off-diagonal may be there
+    once, folded, or not at all; ``failures`` counts statistics and root steps that failed in a row.
     """
-    packed: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-        "codes": ((order, quantization.packed_width(order, options.bits)), torch.uint8),
-        "scales": ((order, quantization.block_count(order, options.quant_block_size)), torch.float32),
-    }
 
-    def stored(name: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        if not options.is_quantized(order):
-            return {name: ((order, order), torch.float32)}
-        return {f"{name}.diagonal": ((order,), torch.float32), **{f"{name}.{key}": packed[key] for key in packed}}
+    def packed(name: str, rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        return {
+            f"{name}.codes": ((rows, quantization.packed_width(columns, options.bits)), torch.uint8),
+            f"{name}.scales": (
+                (rows, quantization.block_count(columns, options.quant_block_size)),
+                getattr(torch, options.scale_dtype),
+            ),
+        }
 
-    if options.is_quantized(order) and options.quantize == "eigenbasis":
-        layout = {"eigenvalues": ((order,), torch.float32), **{f"basis.{key}": packed[key] for key in packed}}
+    vector = ((order,), torch.float32)
+    matrix = ((order, order), torch.float32)
+    failures = ((2,), torch.int32)
+    if not options.is_quantized(order):
+        return {"statistics": matrix, "root": matrix, "failures": failures}
+    if options.quantize == "eigenbasis":
+        layout = {"eigenvalues": vector, **packed("basis", order, order)}
     else:
-        layout = stored("statistics")
-    return {**layout, **stored("root"), "failures": ((2,), torch.int32)}
+        layout = {"statistics.diagonal": vector, **packed("statistics", order, order)}
+    if options.root != "implicit":
+        size = quantization.folded_shape(order) if options.root == "triangle" else (order, order)
+        layout.update({"root.diagonal": vector, **packed("root", *size)})
+    return {**layout, "failures": failures}
 
 
 def factor_bytes(order: int, options: PreconditionerOptions) -> int:
     """Bytes that one factor keeps."""
     return sum(math.prod(shape) * dtype.itemsize for shape, dtype in factor_layout(order, options).values())
+
+
+class Root(NamedTuple):
+    """Inverse roots (k, n, n): ``matrices`` themselves, or eigenvectors as columns and ``powers`` (k, n) of theirs."""
+
+    matrices: Tensor
+    powers: Tensor | None
+
+    def left_of(self, blocks: Tensor) -> Tensor:
+        """The roots times ``blocks`` (k, n, any)."""
+        if self.powers is None:
+            return linalg.matmul(self.matrices, blocks)
+        seen = linalg.matmul(self.matrices.mT, blocks)
+        return linalg.matmul(self.matrices, seen.mul_(self.powers.unsqueeze(-1)))
+
+    def right_of(self, blocks: Tensor) -> Tensor:
+        """``blocks`` (k, any, n) times the roots."""
+        if self.powers is None:
+            return linalg.matmul(blocks, self.matrices)
+        seen = linalg.matmul(blocks, self.matrices)
+        return linalg.matmul(seen.mul_(self.powers.unsqueeze(-2)), self.matrices.mT)
 
 
 class FactorPool:
@@ -72,8 +103,11 @@ class FactorPool:
             name: torch.zeros((count, *shape), dtype=dtype, device=device)
             for name, (shape, dtype) in factor_layout(order, options).items()
         }
+        self.dtype_of_scales: torch.dtype = getattr(torch, options.scale_dtype)
+        self.implicit = "root" not in self.tensors and "root.diagonal" not in self.tensors
         identity = torch.eye(order, device=device).unsqueeze(0)
-        self._initialise("root", identity)
+        if not self.implicit:
+            self._initialise("root", identity)
         if "eigenvalues" in self.tensors:
             self.tensors["eigenvalues"].fill_(options.matrix_eps)
             self._initialise("basis", identity)
@@ -96,24 +130,36 @@ class FactorPool:
             diagonal = matrices.diagonal(dim1=-2, dim2=-1)
             encoded[f"{name}.diagonal"] = diagonal.clone()
             diagonal.zero_()
+            if self._folded(name):
+                matrices = quantization.fold(matrices)
         encoded[f"{name}.codes"], encoded[f"{name}.scales"] = quantization.quantize(
-            matrices, codebook=self.options.codebook, bits=self.options.bits, block=self.options.quant_block_size
+            matrices,
+            codebook=self.options.codebook,
+            bits=self.options.bits,
+            block=self.options.quant_block_size,
+            scale_dtype=self.dtype_of_scales,
         )
         return encoded
+
+    def _folded(self, name: str) -> bool:
+        return name == "root" and self.options.root == "triangle"
 
     def _decode(self, name: str, where: Index) -> Tensor:
         """The matrices (k, n, n), float32, that were encoded under ``name``."""
         if name in self.tensors:
             return self.tensors[name][where]
-        matrices = quantization.dequantize(
+        dequantize = quantization.dequantize_compiled if self.options.compile else quantization.dequantize
+        matrices = dequantize(
             self.tensors[f"{name}.codes"][where],
             self.tensors[f"{name}.scales"][where],
-            self.order,
+            quantization.folded_shape(self.order)[1] if self._folded(name) else self.order,
             codebook=self.options.codebook,
             bits=self.options.bits,
             block=self.options.quant_block_size,
         )
         if f"{name}.diagonal" in self.tensors:
+            if self._folded(name):
+                matrices = quantization.unfold(matrices, self.order)
             matrices.diagonal(dim1=-2, dim2=-1).copy_(self.tensors[f"{name}.diagonal"][where])
         return matrices
 
@@ -137,7 +183,7 @@ class FactorPool:
             statistic = linalg.matmul(gradient, gradient.mT)
             if "eigenvalues" in self.tensors:
                 values, basis = self._eigenbasis(chunk, self.options.rectify_steps[0])
-                values, basis = eigenbasis.refresh(values, basis, statistic, beta)
+                values, basis = eigenbasis.refresh(values, basis, statistic, beta, self.options.refresh_iterations)
                 new = {"eigenvalues": values.to(torch.float32), **self._encode("basis", basis.mT)}
             else:
                 old = self._decode("statistics", chunk).to(self.refresh_dtype)
@@ -145,7 +191,9 @@ class FactorPool:
             self._commit(chunk, new, _STATISTICS)
 
     def invert(self, where: Tensor) -> None:
-        """Root step: recompute the inverse fourth roots of the factors ``where``."""
+        """Root step: recompute the inverse fourth roots of the factors ``where``, if they are stored."""
+        if self.implicit:
+            return
         eps = self.options.matrix_eps
         for chunk in self._chunks(where):
             if "eigenvalues" in self.tensors:
@@ -154,9 +202,13 @@ class FactorPool:
                 root = eigenbasis.inverse_root_of(self._decode("statistics", chunk).to(self.refresh_dtype), eps)
             self._commit(chunk, self._encode("root", root), _ROOT)
 
-    def root(self, where: Index) -> Tensor:
-        """The inverse roots (k, n, n), float32, of the factors ``where``. Not to be written to."""
-        return self._decode("root", where)
+    def root(self, where: Index, dtype: torch.dtype) -> Root:
+        """The inverse roots (k, n, n) of the factors ``where``, to multiply with blocks of ``dtype``."""
+        if not self.implicit:
+            return Root(self._decode("root", where).to(dtype), None)
+        basis = eigenbasis.rectify(self._decode("basis", where).mT.contiguous(), self.options.rectify_steps[1])
+        powers = eigenbasis.inverse_powers(self.tensors["eigenvalues"][where], self.options.matrix_eps)
+        return Root(basis.to(dtype), powers.to(dtype))
 
     def health(self, where: Tensor) -> Tensor:
         """How the factors ``where`` are, float64 (k, 5): see HEALTH. NaN for the errors of factors without a basis."""
@@ -174,11 +226,12 @@ class FactorPool:
         return torch.cat(rows).double()
 
     def _eigenbasis(self, where: Index, rectify_steps: int) -> tuple[Tensor, Tensor]:
-        basis = self._decode("basis", where).to(self.refresh_dtype).mT
+        # Contiguous, or the layout of what is computed from it, and with it the rounding, would depend on the batch.
+        basis = self._decode("basis", where).to(self.refresh_dtype).mT.contiguous()
         return self.tensors["eigenvalues"][where].to(self.refresh_dtype), eigenbasis.rectify(basis, rectify_steps)
 
     def _chunk_size(self) -> int:
-        return max(1, REFRESH_ELEMENTS // self.order**2)
+        return max(1, REFRESH_ELEMENTS_PER_MIB * self.options.scratch_mib // self.order**2)
 
     def _chunks(self, where: Tensor) -> Iterator[Tensor]:
         return iter(where.split(self._chunk_size()))

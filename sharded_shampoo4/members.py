@@ -19,6 +19,10 @@ from .integrations import fsdp, zero
 from .layout import matrix_shape
 from .options import PreconditionerOptions
 from .preconditioner import Matrix
+from .schedule import Phases, stagger
+
+_TOGETHER: Phases = {}
+_NO_PHASES: Mapping[tuple[int, str], Phases] = {}
 
 
 @dataclass(frozen=True)
@@ -57,12 +61,13 @@ class Entry:
         """In what its direction is computed."""
         return torch.promote_types(self.parameter.dtype, torch.float32)
 
-    def matrix(self) -> Matrix | None:
-        """Its matrix, with fresh factors; None if it is not preconditioned."""
+    def matrix(self, schedule: Mapping[tuple[int, str], Phases]) -> Matrix | None:
+        """Its matrix, with fresh factors that are due as ``schedule`` says; None if it is not preconditioned."""
         shape = matrix_shape(self.shape)
         if shape is None or not self.options.precondition or not self.trained:
             return None
-        return Matrix(self.name, shape, self.options, self.device, self.dtype)
+        phases = schedule.get((self.group, self.name), _TOGETHER)
+        return Matrix(self.name, shape, self.options, self.device, self.dtype, phases=phases)
 
     def locate(self, bound: Mapping[Tensor, fsdp.Location], engine: Any) -> tuple[fsdp.Location, int]:
         """The interval that this rank holds, and where it begins in the flattened holder."""
@@ -81,6 +86,7 @@ class _Given:
     named: bool
     references: list[weakref.ReferenceType[Tensor]]
     shapes: list[torch.Size]
+    trained: list[bool]
     options: dict[str, Any]  # as they were, but for those that change all the time
 
     def parameters(self) -> list[Tensor]:
@@ -99,6 +105,8 @@ class Members:
     def __init__(self) -> None:
         self._given: list[_Given] = []
         self._engine: weakref.ReferenceType[Any] | None = None  # DeepSpeed's, if there is one
+        self._described: list[tuple[int, str, torch.Size, PreconditionerOptions]] = []
+        self._schedule: Mapping[tuple[int, str], Phases] = {}  # of what is described
 
     def add(self, group: dict[str, Any]) -> None:
         """Remember the parameters of a new group."""
@@ -106,7 +114,10 @@ class Members:
         names = group.get("param_names") or [f"parameter {place} of group {index}" for place in range(len(params))]
         shapes = [zero.whole_shape(parameter) for parameter in params]
         references = [weakref.ref(parameter) for parameter in params]
-        self._given.append(_Given(group, list(names), "param_names" in group, references, shapes, _lasting(group)))
+        trained = [parameter.requires_grad for parameter in params]
+        self._given.append(
+            _Given(group, list(names), "param_names" in group, references, shapes, trained, _lasting(group))
+        )
 
     def adopt(self, groups: Sequence[dict[str, Any]]) -> None:
         """Take over new dictionaries of the same groups, as ``Optimizer.load_state_dict`` makes them."""
@@ -176,6 +187,33 @@ class Members:
             for given in self._given
             for name, reference in zip(given.names, given.references, strict=True)
         ]
+
+    def schedule(self, bound: Mapping[Tensor, fsdp.Location]) -> Mapping[tuple[int, str], Phases]:
+        """The phases of every parameter's factors, by group and name; the same object as long as nothing has changed.
+
+        They follow from all that was given, whatever part of it a step is about.
+        """
+        options = [PreconditionerOptions.of_group(given.group) for given in self._given]
+        if not any(each.refresh == "staggered" for each in options):
+            return _NO_PHASES
+        described = [
+            (number, name, bound[p].shape if (p := reference()) is not None and p in bound else shape, options[number])
+            for number, given in enumerate(self._given)
+            for name, reference, shape, trained in zip(
+                given.names, given.references, given.shapes, given.trained, strict=True
+            )
+            if trained
+        ]
+        if described != self._described:
+            matrices = [
+                ((number, name), view, options)
+                for number, name, shape, options in described
+                if options.precondition and (view := matrix_shape(shape)) is not None
+            ]
+            phases = stagger([(view, options) for _, view, options in matrices])
+            self._described = described
+            self._schedule = {key: found for (key, _, _), found in zip(matrices, phases, strict=True)}
+        return self._schedule
 
     def entries(self, groups: Sequence[dict[str, Any]], bound: Mapping[Tensor, fsdp.Location]) -> list[Entry]:
         """What ``groups``, all of the optimizer's or some, hold now.

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .exchange import wire_dtype
 from .integrations.fsdp import local_tensor
 from .layout import matrix_shape
 from .options import OPTION_NAMES, PreconditionerOptions, base_arguments, base_class
@@ -91,14 +92,15 @@ def estimate_memory(
             matrix = Matrix(name, matrix_view, options, torch.device("meta"), computed)
             kind = (matrix.options, matrix.dtype, matrix.device.type)
             matrices.append(matrix)
-            planned.append(PlannedMatrix(name, matrix_view, tuple(matrix.blocks), shards, kind))
+            planned.append(PlannedMatrix(name, matrix_view, tuple(matrix.blocks), shards, kind, options.scratch_mib))
 
     plan = Plan(planned, world_size)
     preconditioner = [0] * world_size
     for (index, block), owner in zip(plan.blocks, plan.owners, strict=True):
         preconditioner[owner] += matrices[index].block_bytes(block)
     base_bytes = [per_element * elements + per_tensor * sharding.tensors for elements in sharding.elements]
-    return MemoryEstimate(preconditioner, base_bytes, [computed.itemsize * count for count in plan.elements_sent()])
+    wire = wire_dtype([computed], [options.exchange_dtype == "bfloat16"])
+    return MemoryEstimate(preconditioner, base_bytes, [wire.itemsize * count for count in plan.elements_sent()])
 
 
 def copies_of(host: str, world_size: int, replicas: int | None) -> int:

@@ -21,9 +21,13 @@ from .options import (
     Bits,
     CodeBook,
     GraftingScope,
+    LowDtype,
     PreconditionerOptions,
     Quantize,
+    Refresh,
     RefreshDtype,
+    Root,
+    ScaleDtype,
     Split,
     base_arguments,
     base_class,
@@ -51,18 +55,31 @@ class Shampoo4(Optimizer):
         precondition: False leaves a group's parameters to the base alone.
         bits: 3, 4 or 8 bits per stored matrix element; 32 is the reference Shampoo, which keeps L and R themselves.
         quantize: ``"eigenbasis"``, or ``"preconditioner"``, which quantises L and R (the paper's naive baseline).
-        codebook: ``"linear2"`` or ``"dynamic_tree"``.
-        quant_block_size: elements that share one float32 scale.
+        codebook: ``"linear2"``, ``"dynamic_tree"``, or ``"normal"``, the best levels for Gaussian values, with scales
+            of least squared error.
+        quant_block_size: elements that share one scale.
+        scale_dtype: of the scales, ``"float32"`` or ``"bfloat16"``.
+        root: how inverse roots are kept: ``"stored"``; ``"triangle"``, their symmetric off-diagonal once; or
+            ``"implicit"``, not at all: directions are computed from the rectified eigenbasis at every step.
         min_quant_numel: a factor whose matrix has fewer elements stays in float32.
         shampoo_beta: decay of the statistics' running average.
         matrix_eps: initial statistics, and ridge of the inverse root relative to the largest eigenvalue.
         statistics_interval: T1, steps between statistics.
         root_interval: T2, steps between inverse roots.
+        refresh: ``"together"``, all factors in the steps above, as in the paper; or ``"staggered"``, each at its own
+            steps with the same intervals, so that all steps take about as long. Directions begin at t = root_interval.
         rectify_steps: steps of Björck's iteration before a statistics update and before a root.
+        refresh_iterations: QR steps of a statistics update, 1 or 2.
         refresh_dtype: arithmetic of statistics and root steps, ``"float64"`` or ``"float32"``.
         max_preconditioner_dim: the most rows or columns of a block.
         split: ``"even"`` cuts a side into parts of about equal size, ``"remainder"`` into full parts and a rest.
         grafting: whose norm the direction takes: the ``"parameter"``'s gradient, the ``"block"``'s, or ``"none"``.
+        matmul_dtype: in which directions are multiplied, ``"float32"`` or ``"bfloat16"``; the states do not feel it.
+        exchange_dtype: in which gradients and directions travel between ranks; ``"bfloat16"`` halves the traffic, and
+            rounds them also where they need not travel, so that training stays the same on any number of ranks.
+        scratch_mib: MiB of memory that a step may take for dequantised matrices and pieces under way, beyond a single
+            block that needs more.
+        compile: let torch.compile fuse quantisation and dequantisation.
         max_failures: failed updates of one factor in a row before ``step`` raises. A failed update (numbers that are
             not finite) leaves the factor as it was.
         **base_options: further options of the base optimizer, such as ``betas`` or ``momentum``.
@@ -84,17 +101,25 @@ class Shampoo4(Optimizer):
         quantize: Quantize = "eigenbasis",
         codebook: CodeBook = "linear2",
         quant_block_size: int = 64,
+        scale_dtype: ScaleDtype = "float32",
+        root: Root = "stored",
         min_quant_numel: int = 4096,
         shampoo_beta: float = 0.95,
         matrix_eps: float = 1e-6,
         statistics_interval: int = 100,
         root_interval: int = 500,
+        refresh: Refresh = "together",
         rectify_steps: tuple[int, int] = (1, 4),
+        refresh_iterations: int = 1,
         refresh_dtype: RefreshDtype = "float64",
         max_preconditioner_dim: int = 1024,
         split: Split = "even",
         grafting: GraftingScope = "parameter",
         max_failures: int = 10,
+        matmul_dtype: LowDtype = "float32",
+        exchange_dtype: LowDtype = "float32",
+        scratch_mib: int = 256,
+        compile: bool = False,
         **base_options: Any,
     ) -> None:
         options = PreconditionerOptions(
@@ -103,17 +128,25 @@ class Shampoo4(Optimizer):
             quantize=quantize,
             codebook=codebook,
             quant_block_size=quant_block_size,
+            scale_dtype=scale_dtype,
+            root=root,
             min_quant_numel=min_quant_numel,
             shampoo_beta=shampoo_beta,
             matrix_eps=matrix_eps,
             statistics_interval=statistics_interval,
             root_interval=root_interval,
+            refresh=refresh,
             rectify_steps=rectify_steps,
+            refresh_iterations=refresh_iterations,
             refresh_dtype=refresh_dtype,
             max_preconditioner_dim=max_preconditioner_dim,
             split=split,
             grafting=grafting,
             max_failures=max_failures,
+            matmul_dtype=matmul_dtype,
+            exchange_dtype=exchange_dtype,
+            scratch_mib=scratch_mib,
+            compile=compile,
         )
         rule = base_class(base)
         self._base_arguments = base_arguments(rule, lr, weight_decay, base_options)
@@ -143,6 +176,23 @@ class Shampoo4(Optimizer):
             "max_preconditioner_dim": 1200,
             "split": "remainder",
             "grafting": "parameter",
+        }
+
+    @staticmethod
+    def compact_settings() -> dict[str, Any]:
+        """Options for the smallest state: about 4.3 bits for each factor element where the paper's have 9.
+
+        No stored roots, better levels, bfloat16 scales. Of the work that stored roots would save in each step, one
+        rectification is all that implicit ones need. ``Shampoo4(params, **Shampoo4.compact_settings())``.
+        """
+        return {
+            "bits": 4,
+            "quantize": "eigenbasis",
+            "codebook": "normal",
+            "quant_block_size": 64,
+            "scale_dtype": "bfloat16",
+            "root": "implicit",
+            "rectify_steps": (1, 1),
         }
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

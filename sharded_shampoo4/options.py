@@ -12,19 +12,27 @@ from typing import Any, Literal
 
 import torch
 
-from .quantization import CODE_BOOKS
-
 Bits = Literal[3, 4, 8, 32]
 Quantize = Literal["eigenbasis", "preconditioner"]
-CodeBook = Literal["linear2", "dynamic_tree"]
+CodeBook = Literal["linear2", "dynamic_tree", "normal"]
 RefreshDtype = Literal["float64", "float32"]
+Refresh = Literal["together", "staggered"]
+Root = Literal["stored", "triangle", "implicit"]
+ScaleDtype = Literal["float32", "bfloat16"]
+LowDtype = Literal["float32", "bfloat16"]  # in which directions are multiplied, or gradients and directions travel
 Split = Literal["even", "remainder"]
 GraftingScope = Literal["parameter", "block", "none"]
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "bits": (3, 4, 8, 32),
     "quantize": ("eigenbasis", "preconditioner"),
-    "codebook": tuple(CODE_BOOKS),
+    "codebook": ("linear2", "dynamic_tree", "normal"),
+    "scale_dtype": ("float32", "bfloat16"),
+    "root": ("stored", "triangle", "implicit"),
+    "matmul_dtype": ("float32", "bfloat16"),
+    "exchange_dtype": ("float32", "bfloat16"),
+    "refresh": ("together", "staggered"),
+    "refresh_iterations": (1, 2),
     "refresh_dtype": ("float64", "float32"),
     "split": ("even", "remainder"),
     "grafting": ("parameter", "block", "none"),
@@ -36,6 +44,7 @@ _LOWEST_INTEGER = {
     "root_interval": 1,
     "max_preconditioner_dim": 1,
     "max_failures": 1,
+    "scratch_mib": 1,
 }
 
 
@@ -48,21 +57,30 @@ class PreconditionerOptions:
     quantize: Quantize = "eigenbasis"
     codebook: CodeBook = "linear2"
     quant_block_size: int = 64
+    scale_dtype: ScaleDtype = "float32"
+    root: Root = "stored"
     min_quant_numel: int = 4096
     shampoo_beta: float = 0.95
     matrix_eps: float = 1e-6
     statistics_interval: int = 100
     root_interval: int = 500
+    refresh: Refresh = "together"
     rectify_steps: tuple[int, int] = (1, 4)
+    refresh_iterations: int = 1
     refresh_dtype: RefreshDtype = "float64"
     max_preconditioner_dim: int = 1024
     split: Split = "even"
     grafting: GraftingScope = "parameter"
     max_failures: int = 10
+    matmul_dtype: LowDtype = "float32"
+    exchange_dtype: LowDtype = "float32"
+    scratch_mib: int = 256
+    compile: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.precondition, bool):
-            raise ValueError(f"precondition must be True or False, got {self.precondition!r}")
+        for name in ("precondition", "compile"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
             if isinstance(value, bool) or value not in choices:
@@ -78,12 +96,19 @@ class PreconditionerOptions:
             raise ValueError(f"rectify_steps must be two integers, for a statistics and a root step, got {steps!r}")
         for count in steps:
             _check_integer("rectify_steps", count, 0)
+        if self.codebook == "normal" and self.quant_block_size < 2:
+            raise ValueError("codebook='normal' needs a quant_block_size of at least 2: a block of 1 is its own scale")
+        if self.root != "stored" and self.bits == 32:
+            raise ValueError(f"root={self.root!r} is about low precision: bits=32 keeps its roots as they are")
+        if self.root == "implicit" and self.quantize != "eigenbasis":
+            raise ValueError(f"root='implicit' needs quantize='eigenbasis', got {self.quantize!r}")
         object.__setattr__(self, "rectify_steps", tuple(steps))  # a JSON file or a checkpoint may bring a list
 
     @classmethod
     def of_group(cls, group: Mapping[str, Any]) -> PreconditionerOptions:
-        """The options that stand in a parameter group."""
-        values: list[Any] = [tuple(v) if isinstance(v, list) else v for v in (group[name] for name in OPTION_NAMES)]
+        """The options that stand in a parameter group; the defaults for those that an older version did not know."""
+        given = (group.get(name, default) for name, default in _DEFAULTS.items())
+        values: list[Any] = [tuple(v) if isinstance(v, list) else v for v in given]
         try:
             return _cached(*values)
         except TypeError:  # a value that cannot be hashed cannot be right either: let the checks say so
@@ -99,7 +124,7 @@ class PreconditionerOptions:
             return {"precondition": False}
         names = ["precondition", "bits", "max_preconditioner_dim", "split"]
         if self.bits != 32:
-            names += ["quantize", "codebook", "quant_block_size", "min_quant_numel"]
+            names += ["quantize", "codebook", "quant_block_size", "scale_dtype", "root", "min_quant_numel"]
         return {name: getattr(self, name) for name in names}
 
     def is_quantized(self, order: int) -> bool:
@@ -107,7 +132,8 @@ class PreconditionerOptions:
         return self.bits != 32 and order * order >= self.min_quant_numel
 
 
-OPTION_NAMES = tuple(field.name for field in fields(PreconditionerOptions))
+_DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(PreconditionerOptions)}
+OPTION_NAMES = tuple(_DEFAULTS)
 _cached = functools.lru_cache(maxsize=256)(PreconditionerOptions)
 
 

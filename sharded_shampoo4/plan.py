@@ -16,8 +16,9 @@ from typing import NamedTuple
 
 from .layout import Block, interval_pieces
 
-# Elements of a batch's gradients, directions and dequantised roots together: bounds the memory in flight of a step.
-BATCH_ELEMENTS = 2**24
+# Elements of a batch's gradients, directions and dequantised roots together, for each MiB of scratch memory: a quarter
+# of it. The rest is for what dequantising takes, and for the pieces of two more batches that are under way.
+BATCH_ELEMENTS_PER_MIB = 2**16
 
 _SLACK = 1.05  # an owner may be chosen for the rows that it holds while its load stays below this much of the mean
 
@@ -42,6 +43,7 @@ class PlannedMatrix:
     blocks: tuple[Block, ...]
     shards: tuple[Shard, ...]
     kind: Hashable = None
+    scratch_mib: int = 256
 
     @property
     def replicas(self) -> int:
@@ -154,7 +156,8 @@ class Plan:
         batches = []
         for members in alike.values():
             rows, columns = members[0].block.rows, members[0].block.columns
-            size = max(1, BATCH_ELEMENTS // (rows * rows + columns * columns + 2 * rows * columns))
+            most = BATCH_ELEMENTS_PER_MIB * self.matrices[members[0].matrix].scratch_mib
+            size = max(1, most // (rows * rows + columns * columns + 2 * rows * columns))
             batches += [members[start : start + size] for start in range(0, len(members), size)]
         return batches
 

@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import functools
 import struct
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from .factors import HEALTH, FactorPool, Index, factor_bytes
 from .layout import Block, cut_blocks
-from .linalg import matmul
 from .options import PreconditionerOptions
 from .plan import Owned
+from .schedule import TOGETHER, Phases
 
 _HEADER = struct.Struct("<qq")  # steps taken, whether a root step has come
 
@@ -35,7 +35,8 @@ class Matrix:
     device: torch.device
     dtype: torch.dtype = torch.float32  # in which directions are computed: float32, or float64 for such parameters
     step: int = 0  # optimizer steps with a gradient, counted from 1
-    rooted: bool = False  # before the first root step every inverse root is the identity
+    rooted: bool = False  # before the first root interval has passed every inverse root is taken for the identity
+    phases: Phases = field(default_factory=dict)
 
     @functools.cached_property
     def blocks(self) -> list[Block]:
@@ -44,29 +45,43 @@ class Matrix:
     def advance(self) -> None:
         """Count a step."""
         self.step += 1
-        self.rooted = self.rooted or self.root_due
+        self.rooted = self.rooted or self.step % self.options.root_interval == 0
 
     def like(self, other: Matrix) -> bool:
-        """Whether the same factors serve both."""
-        return (self.shape, self.options, self.device, self.dtype) == (
+        """Whether the same factors serve both, at the same steps."""
+        return (self.shape, self.options, self.device, self.dtype, self.phases) == (
             other.shape,
             other.options,
             other.device,
             other.dtype,
+            other.phases,
         )
 
     @property
     def busy(self) -> bool:
         """Whether this step needs the gradient at all."""
-        return self.rooted or self.statistics_due
+        statistics, roots = self._phases_in_use
+        every, root_every = self.options.statistics_interval, self.options.root_interval
+        return self.rooted or self.step % every in statistics or self.step % root_every in roots
+
+    @functools.cached_property
+    def _phases_in_use(self) -> tuple[set[int], set[int]]:
+        phases = [phase for block in self.blocks for phase in self.phases.get(block, TOGETHER)]
+        return {phase.statistics for phase in phases}, {phase.root for phase in phases}
+
+    def statistics_due(self, block: Block, side: int) -> bool:
+        """Whether the left (side 0) or right (1) factor of a block absorbs the gradient in this step."""
+        phase = self.phases.get(block, TOGETHER)[side].statistics
+        return self.step % self.options.statistics_interval == phase
+
+    def root_due(self, block: Block, side: int) -> bool:
+        """Whether the left (side 0) or right (1) factor of a block recomputes its root in this step."""
+        return self.step % self.options.root_interval == self.phases.get(block, TOGETHER)[side].root
 
     @property
-    def statistics_due(self) -> bool:
-        return self.step % self.options.statistics_interval == 0
-
-    @property
-    def root_due(self) -> bool:
-        return self.step % self.options.root_interval == 0
+    def check_due(self) -> bool:
+        """Whether an interval ends: when failures are looked for."""
+        return self.step % self.options.statistics_interval == 0 or self.step % self.options.root_interval == 0
 
     @property
     def nbytes(self) -> int:
@@ -109,6 +124,13 @@ def worse(first: list[float] | None, second: list[float]) -> list[float]:
     return [choose(a, b) if a == a and b == b else a + b for choose, a, b in zip(chosen, first, second, strict=True)]
 
 
+Sides = tuple[list[int], list[int]]  # which of some blocks' left factors, and which of their right factors
+
+
+def _sides(which: Callable[[int], list[int]]) -> Sides:
+    return which(0), which(1)
+
+
 class BlockBatch:
     """Equal-shaped blocks whose left factors are neighbours in one pool and right factors in another (or the same)."""
 
@@ -119,29 +141,43 @@ class BlockBatch:
         self.left, self.left_start = left, left_start
         self.right, self.right_start = right, right_start
 
-    def absorb(self, chosen: Sequence[int], gradients: Tensor) -> None:
-        """Statistics step of the ``chosen`` members with their ``gradients`` (k, rows, columns)."""
-        left, right = self._positions(chosen)
-        if self.left is self.right:
-            self.left.absorb(torch.cat([left, right]), torch.cat([gradients, gradients.mT]))
-        else:
-            self.left.absorb(left, gradients)
-            self.right.absorb(right, gradients.mT)
+    def absorb(self, chosen: Sequence[int], due: Sides, gradients: Tensor) -> None:
+        """Statistics step of those of the ``chosen`` members that are ``due``, by sides.
 
-    def invert(self, chosen: Sequence[int]) -> None:
-        """Root step of the ``chosen`` members."""
-        left, right = self._positions(chosen)
+        ``gradients`` (k, rows, columns) are those of the chosen ones.
+        """
+        left, right = self._due(chosen, due)
+        of_left, of_right = (_some(gradients, which) for which in due)
+        if self.left is self.right:
+            self.left.absorb(torch.cat([left, right]), torch.cat([of_left, of_right.mT]))
+            return
+        if due[0]:
+            self.left.absorb(left, of_left)
+        if due[1]:
+            self.right.absorb(right, of_right.mT)
+
+    def invert(self, chosen: Sequence[int], due: Sides) -> None:
+        """Root step of those of the ``chosen`` members that are ``due``, by sides."""
+        left, right = self._due(chosen, due)
         if self.left is self.right:
             self.left.invert(torch.cat([left, right]))
-        else:
+            return
+        if due[0]:
             self.left.invert(left)
+        if due[1]:
             self.right.invert(right)
 
     def precondition(self, chosen: Sequence[int], gradients: Tensor) -> Tensor:
         """Directions L^(-1/4) G R^(-1/4) of the ``chosen`` members, before grafting: (k, rows, columns)."""
         left, right = self._runs(chosen)
-        left_root, right_root = (self.left.root(left).to(gradients.dtype), self.right.root(right).to(gradients.dtype))
-        return matmul(matmul(left_root, gradients), right_root)
+        dtype = getattr(torch, self.left.options.matmul_dtype) if gradients.dtype == torch.float32 else gradients.dtype
+        half = self.left.root(left, dtype).left_of(gradients.to(dtype))
+        return self.right.root(right, dtype).right_of(half).to(gradients.dtype)
+
+    def _due(self, chosen: Sequence[int], due: Sides) -> tuple[Tensor, Tensor]:
+        """The places in the pools of the left and the right factors that are due."""
+        left, right = (index_tensor([chosen[k] for k in which], self.left.device) for which in due)
+        return left + self.left_start, right + self.right_start
 
     def _positions(self, chosen: Sequence[int]) -> tuple[Tensor, Tensor]:
         positions = index_tensor(chosen, self.left.device)
@@ -157,14 +193,18 @@ class BlockBatch:
         )
 
 
+def _some(gradients: Tensor, which: Sequence[int]) -> Tensor:
+    return gradients if len(which) == len(gradients) else gradients[index_tensor(which, gradients.device)]
+
+
 def index_tensor(positions: Sequence[int], device: torch.device) -> Tensor:
     """``positions`` on ``device``; remembered, so that steps that are alike copy nothing from the host."""
     return _index_tensor(tuple(positions), device)
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=2**14)
 def _index_tensor(positions: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(positions, device=device)
+    return torch.tensor(positions, dtype=torch.int64, device=device)
 
 
 class Preconditioner:
@@ -197,15 +237,15 @@ class Preconditioner:
 
         Statistics and roots as they are due; returns the directions, grafted if grafting is by block, else raw.
         """
-        matrices = [self.matrices[batch.members[position][0]] for position in chosen]
-        absorbing = [k for k, matrix in enumerate(matrices) if matrix.statistics_due]
-        if absorbing:
-            taken = gradients if len(absorbing) == len(chosen) else gradients[index_tensor(absorbing, gradients.device)]
-            batch.absorb([chosen[k] for k in absorbing], taken)
-        inverting = [chosen[k] for k, matrix in enumerate(matrices) if matrix.root_due]
-        if inverting:
-            batch.invert(inverting)
-        if not any(matrix.rooted for matrix in matrices):
+        members = [batch.members[position] for position in chosen]
+        pairs = [(self.matrices[index], block) for index, block in members]
+        absorbing = _sides(lambda side: [k for k, (m, block) in enumerate(pairs) if m.statistics_due(block, side)])
+        if any(absorbing):
+            batch.absorb(chosen, absorbing, gradients)
+        inverting = _sides(lambda side: [k for k, (m, block) in enumerate(pairs) if m.root_due(block, side)])
+        if any(inverting):
+            batch.invert(chosen, inverting)
+        if not any(matrix.rooted for matrix, _ in pairs):
             return gradients
         return batch.precondition(chosen, gradients)
 

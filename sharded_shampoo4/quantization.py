@@ -8,6 +8,8 @@ section 3.3). All functions are pure and take any number of leading (batch) dime
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -43,7 +45,48 @@ def dynamic_tree(bits: int) -> Tensor:
     return torch.tensor(sorted(levels), dtype=torch.float64).to(torch.float32)
 
 
+def normal(bits: int, block: int) -> Tensor:
+    """The levels with the least squared error for blocks of ``block`` Gaussian values over their largest magnitude.
+
+    That is what the rows of a random orthogonal matrix are. Lloyd's algorithm (Least squares quantization in PCM,
+    1982): every level moves to the mean of the values that are nearest to it. Given the largest magnitude m, one value
+    in ``block`` is -1 or 1 and the others are Gaussian between -m and m, whose means are known; what is integrated
+    numerically is m alone. Returns float32 levels in ascending order, symmetric around 0.
+    """
+    largest = torch.linspace(1e-2, 9.0, 900, dtype=torch.float64).unsqueeze(1)
+    inside = torch.erf(largest / math.sqrt(2))  # the share of all Gaussian values
+    chance = torch.exp(-largest.square() / 2) * inside.pow(block - 1)
+    weight = chance / chance.sum() * (block - 1) / block / inside
+    outermost = torch.tensor([1.0], dtype=torch.float64)
+    levels = _good_start(weight * largest, largest, 2**bits)
+    for _ in range(500):
+        edges = torch.cat([-outermost, (levels[:-1] + levels[1:]) / 2, outermost])
+        mass = (weight * torch.erf(largest * edges / math.sqrt(2)) / 2).sum(0).diff()
+        moment = -(weight / largest * torch.exp(-(largest * edges).square() / 2)).sum(0).diff() / math.sqrt(2 * math.pi)
+        for end, sign in ((0, -1), (-1, 1)):
+            mass[end] += 0.5 / block
+            moment[end] += sign * 0.5 / block
+        means = moment / mass
+        levels = (means - means.flip(0)) / 2
+    return (levels * 2**12).round().to(torch.float32) / 2**12  # no platform's last digits
+
+
+def _good_start(weight: Tensor, largest: Tensor, count: int) -> Tensor:
+    """Levels as dense as the cube root of the density, which is best for many of them (Panter and Dite, 1951)."""
+    points = torch.linspace(-1.0, 1.0, 4001, dtype=torch.float64)
+    share = (weight * torch.exp(-(largest * points).square() / 2)).sum(0).pow(1 / 3).cumsum(0)
+    wanted = (torch.arange(count, dtype=torch.float64) + 0.5) / count * share[-1]
+    return points[torch.searchsorted(share, wanted)]
+
+
+def levels_of(codebook: str, bits: int, block: int) -> Tensor:
+    """The ``2**bits`` levels of a code book, ascending; ``block`` matters to "normal" only."""
+    return normal(bits, block) if codebook == "normal" else CODE_BOOKS[codebook](bits)
+
+
 CODE_BOOKS = {"linear2": linear2, "dynamic_tree": dynamic_tree}
+# Shares of a block's largest magnitude that are tried as its scale with the code book "normal".
+_SHARES = (0.88, 0.96, 1.04)
 
 
 class _Tables(NamedTuple):
@@ -53,8 +96,8 @@ class _Tables(NamedTuple):
 
 
 @functools.lru_cache(maxsize=32)
-def _tables(codebook: str, bits: int, device: torch.device) -> _Tables:
-    levels = CODE_BOOKS[codebook](bits)
+def _tables(codebook: str, bits: int, block: int, device: torch.device) -> _Tables:
+    levels = levels_of(codebook, bits, block)
     middles = (levels[:-1].double() + levels[1:].double()) / 2
     # Rounded down to float32, so that the comparison of a float32 value with the exact middle is exact.
     thresholds = middles.to(torch.float32)
@@ -110,26 +153,60 @@ def _words(packed: Tensor, bits: int) -> Tensor:
     return torch.stack([first | (second & 15) << 8, second >> 4 | third << 4], dim=-1).flatten(-2)
 
 
-def quantize(values: Tensor, *, codebook: str, bits: int, block: int) -> tuple[Tensor, Tensor]:
+def quantize(
+    values: Tensor, *, codebook: str, bits: int, block: int, scale_dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
     """Quantise each row of ``values`` (..., n), of any floating type, in blocks of ``block`` elements.
 
-    Returns packed codes, uint8 (..., packed_width(n, bits)), and scales, float32 (..., block_count(n, block)): the
-    largest magnitude of each block. A value takes the nearest level of the code book; midway between two, the smaller
-    level. A block of zeros has scale 0 and comes back as zeros.
+    Returns packed codes, uint8 (..., packed_width(n, bits)), and scales, ``scale_dtype`` (..., block_count(n, block)):
+    the largest magnitude of each block, or, with the code book "normal", the scale of the least squared error among
+    some. A value takes the nearest level of the code book; midway between two, the smaller level. A block of zeros has
+    scale 0 and comes back as zeros.
     """
     length = values.shape[-1]
-    tables = _tables(codebook, bits, values.device)
+    tables = _tables(codebook, bits, block, values.device)
     blocks = pad(values.to(torch.float32), (0, -length % block)).contiguous().unflatten(-1, (-1, block))
-    scales = blocks.abs().amax(-1)
-    unit = blocks / torch.where(scales > 0, scales, 1.0).unsqueeze(-1)
-    codes = torch.bucketize(unit, tables.thresholds, out_int32=True)
+    largest = blocks.abs().amax(-1)
+    if codebook == "normal":
+        there = pad(torch.ones(length, device=values.device), (0, -length % block)).view(-1, block)
+        scales, codes = _least_squares(blocks, largest, there, tables, scale_dtype)
+    else:
+        scales = largest.to(scale_dtype)
+        codes = _nearest(blocks, scales, tables)
     return pack(codes.flatten(-2)[..., :length], bits), scales
+
+
+def _nearest(blocks: Tensor, scales: Tensor, tables: _Tables) -> Tensor:
+    scales = scales.to(torch.float32).unsqueeze(-1)
+    return torch.bucketize(blocks / torch.where(scales > 0, scales, 1.0), tables.thresholds, out_int32=True)
+
+
+def _least_squares(
+    blocks: Tensor, largest: Tensor, there: Tensor, tables: _Tables, scale_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Scales and codes with the least squared error: for each share of ``largest`` its codes, and their best scale.
+
+    ``there`` is 0 where a block has been filled up.
+    """
+    best_error = torch.full_like(largest, torch.inf, dtype=torch.float64)
+    best_scales, best_codes = largest.to(scale_dtype), torch.zeros_like(blocks, dtype=torch.int32)
+    for share in _SHARES:
+        codes = _nearest(blocks, share * largest, tables)
+        levels = (tables.levels[codes] * there).double()  # sums in float64: the same whatever their order
+        fitted = (blocks * levels).sum(-1) / levels.square().sum(-1)
+        scales = torch.where(largest > 0, fitted.to(torch.float32), largest).to(scale_dtype)
+        error = (blocks - levels * scales.double().unsqueeze(-1)).square().sum(-1)
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best_scales = torch.where(better, scales, best_scales)
+        best_codes = torch.where(better.unsqueeze(-1), codes, best_codes)
+    return best_scales, best_codes
 
 
 def dequantize(codes: Tensor, scales: Tensor, length: int, *, codebook: str, bits: int, block: int) -> Tensor:
     """Values of :func:`quantize`'s codes and scales, float32 (..., length)."""
     words = _words(codes, bits)
-    looked_up = _tables(codebook, bits, codes.device).words.index_select(0, words.flatten()).view(torch.float32)
+    looked_up = _tables(codebook, bits, block, codes.device).words.index_select(0, words.flatten()).view(torch.float32)
     values = looked_up.view(*codes.shape[:-1], -1)[..., :length].contiguous()
     whole = length // block
     if whole:
@@ -137,3 +214,62 @@ def dequantize(codes: Tensor, scales: Tensor, length: int, *, codebook: str, bit
     if whole * block < length:
         values[..., whole * block :].mul_(scales[..., whole:])
     return values
+
+
+def dequantize_compiled(codes: Tensor, scales: Tensor, length: int, *, codebook: str, bits: int, block: int) -> Tensor:
+    """:func:`dequantize` as one kernel that torch.compile makes of the plain formula; the same values."""
+    levels = _tables(codebook, bits, block, codes.device).levels
+    values: Tensor = _compiled()(codes, scales, levels, length, bits, block)
+    return values
+
+
+@functools.cache
+def _compiled() -> Callable[..., Tensor]:
+    return torch.compile(_by_value)
+
+
+def _by_value(codes: Tensor, scales: Tensor, levels: Tensor, length: int, bits: int, block: int) -> Tensor:
+    # Not scales[..., arange(length) // block]: inductor 2.13 takes wrong ones for rows shorter than a block.
+    of_values = scales.to(torch.float32).repeat_interleave(block, -1)[..., :length]
+    values: Tensor = levels[unpack(codes, bits, length).int()] * of_values
+    return values
+
+
+def folded_shape(order: int) -> tuple[int, int]:
+    """Rows and columns of :func:`fold`'s result."""
+    return order - order // 2, max(order - 1, 1)
+
+
+def fold(matrices: Tensor) -> Tensor:
+    """The elements below the diagonals of (..., n, n) matrices, each once: (..., *folded_shape(n)).
+
+    The longer half of the rows of the triangle, each filled up with one of the other half, read backwards. Of an odd
+    order the middle row is there twice.
+    """
+    if matrices.shape[-1] == 1:
+        return torch.zeros_like(matrices)
+    half = matrices.shape[-1] // 2
+    turned = matrices.flip(-2, -1)
+    return torch.where(_below(matrices), matrices[..., half:, :-1], turned[..., half:, 1:])
+
+
+def unfold(folded: Tensor, order: int) -> Tensor:
+    """Undo :func:`fold`: symmetric (..., order, order) matrices with zeros on the diagonals."""
+    if order == 1:
+        return torch.zeros_like(folded)
+    half = order // 2
+    matrices = folded.new_zeros(*folded.shape[:-2], order, order)
+    below = _below(matrices)
+    matrices[..., half:, :-1] = torch.where(below, folded, 0)
+    shorter = order % 2  # the middle row of an odd order is one of the longer ones
+    turned = torch.zeros_like(matrices)
+    turned[..., half + shorter :, 1:] = torch.where(below, 0, folded)[..., shorter:, :]
+    matrices += turned.flip(-2, -1)
+    return matrices + matrices.mT
+
+
+def _below(matrices: Tensor) -> Tensor:
+    """Where a folded row holds the elements of a longer row of the triangle."""
+    order = matrices.shape[-1]
+    places = torch.arange(order, device=matrices.device)
+    return places[: order - 1] < places[order // 2 :].unsqueeze(-1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -143,8 +142,7 @@ def check(
             manifest.get("untrained", {}), shapes, "frozen parameter or buffer ", ": was it saved without model=?"
         )
     for name, entry in entries.items():
-        stored = {**asdict(entry.options), **saved[name]["options"]}
-        difference = shaping_difference(PreconditionerOptions.of_group(stored), entry.options)
+        difference = shaping_difference(PreconditionerOptions.of_group(saved[name]["options"]), entry.options)
         if difference:
             raise ValueError(f"{name} in the checkpoint has {difference}")
     matrices = {matrix.name: matrix for binding in bindings.all() for matrix in binding.matrices}

@@ -7,8 +7,8 @@ is the preconditioner update, "Alg. 2" the inverse root, "Alg. 3" the optimizer,
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -45,13 +45,16 @@ def dynamic_tree(bits: int) -> Tensor:
 CODEBOOKS = {"linear2": linear2, "dynamic_tree": dynamic_tree}
 
 
-def quantise(matrix: Tensor, codebook: Tensor, block: int = 64) -> tuple[Tensor, Tensor]:
-    """Block-wise quantisation along each row (Sec. 2.2, 3.3): integer codes (rows, n), float32 scales (rows, blocks).
+def quantise(
+    matrix: Tensor, codebook: Tensor, block: int = 64, scale_dtype: torch.dtype = torch.float32, search: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Block-wise quantisation along each row (Sec. 2.2, 3.3): integer codes (rows, n), scales (rows, blocks).
 
     A block is `block` neighbours of one row (the row's last block may be shorter); its scale is the largest magnitude.
     The code is the index of the value nearest to x / scale (a float32 quotient), the lower index at a tie. Distances
     are taken in float64, where the difference of two float32 numbers of like size is exact. A block of zeros has
-    scale 0 and the code of 0.
+    scale 0 and the code of 0. With `search`, codes by 0.88, 0.96 and 1.04 of the largest magnitude
+    are tried, each with the scale that fits them best, and those with the least squared error are kept.
     """
     x = matrix.detach().float().numpy()
     levels = codebook.double().numpy()
@@ -61,19 +64,28 @@ def quantise(matrix: Tensor, codebook: Tensor, block: int = 64) -> tuple[Tensor,
     for i in range(rows):
         for b, start in enumerate(range(0, n, block)):
             piece = x[i, start : start + block]
-            scale = np.abs(piece).max()
-            ratio = piece / scale if scale > 0 else np.zeros_like(piece)
-            distance = np.abs(ratio.astype(np.float64)[:, None] - levels[None, :])
-            codes[i, start : start + block] = distance.argmin(axis=1)  # numpy takes the first of equals
-            scales[i, b] = scale
-    return torch.from_numpy(codes), torch.from_numpy(scales)
+            largest = np.abs(piece).max()
+            tried = []
+            for share in (0.88, 0.96, 1.04) if search else (1.0,):
+                scale = np.float32(share) * largest
+                if not search:
+                    scale = torch.tensor(scale).to(scale_dtype).float().numpy()
+                ratio = piece / scale if scale > 0 else np.zeros_like(piece)
+                distance = np.abs(ratio.astype(np.float64)[:, None] - levels[None, :])
+                code = distance.argmin(axis=1)  # numpy takes the first of equals
+                if search and scale > 0:
+                    fit = (piece.astype(np.float64) * levels[code]).sum() / (levels[code] ** 2).sum()
+                    scale = torch.tensor(np.float32(fit)).to(scale_dtype).float().numpy()
+                tried.append((((piece - levels[code] * float(scale)) ** 2).sum(), code, scale))
+            _, codes[i, start : start + block], scales[i, b] = min(tried, key=lambda found: found[0])
+    return torch.from_numpy(codes), torch.from_numpy(scales).to(scale_dtype)
 
 
 def dequantise(codes: Tensor, scales: Tensor, codebook: Tensor, block: int = 64) -> Tensor:
     """R(code) * scale in float32."""
     out = codebook.float()[codes]
     for j in range(out.shape[1]):
-        out[:, j] *= scales[:, j // block]
+        out[:, j] *= scales[:, j // block].float()
     return out
 
 
@@ -116,36 +128,57 @@ def chunks(size: int, largest: int, split: str) -> list[tuple[int, int]]:
 
 
 class Off:
-    """A square matrix as a float32 diagonal and quantised off-diagonal rows (the paper's (a, Q(A - Diag(a))))."""
+    """A square matrix as a float32 diagonal and quantised off-diagonal rows (the paper's (a, Q(A - Diag(a)))).
 
-    def __init__(self, matrix: Tensor, codebook: Tensor, block: int) -> None:
-        self.codebook, self.block = codebook, block
+    With `triangle` what is below the diagonal: the lower half of the rows, row i followed by row n - 1 - i backwards.
+    """
+
+    def __init__(self, matrix: Tensor, codebook: Tensor, block: int, triangle: bool = False, **way: Any) -> None:
+        self.codebook, self.block, self.triangle = codebook, block, triangle
         self.diagonal = matrix.diagonal().float().clone()
         off = matrix.float() - torch.diag(self.diagonal)
-        self.codes, self.scales = quantise(off, codebook, block)
+        if triangle:
+            n = len(off)
+            pairs = [(off[i, :i], off[n - 1 - i, : n - 1 - i].flip(0)) for i in range(n // 2, n)]
+            off = torch.stack([torch.cat(pair) for pair in pairs])
+        self.codes, self.scales = quantise(off, codebook, block, **way)
 
     def dense(self) -> Tensor:
-        return dequantise(self.codes, self.scales, self.codebook, self.block) + torch.diag(self.diagonal)
+        off = dequantise(self.codes, self.scales, self.codebook, self.block)
+        if self.triangle:
+            n = len(self.diagonal)
+            folded, off = off, torch.zeros(n, n)
+            for row, i in zip(folded, range(n // 2, n), strict=True):
+                off[i, :i] = row[:i]
+                if i != n - 1 - i:
+                    off[n - 1 - i, : n - 1 - i] = row[i:].flip(0)
+            off = off + off.T
+        off.fill_diagonal_(0)  # not every code book has a level 0
+        return off + torch.diag(self.diagonal)
 
 
 class Factor:
     """One side's preconditioner of a block. `kind` says what is stored:
 
-    eigenbasis      eigenvalues (fp32); codes and scales of V^T, each row one eigenvector; root_off (Off)
+    eigenbasis      eigenvalues (fp32); codes and scales of V^T, each row one eigenvector; root_off (Off), unless the
+                    root is implicit, which is then computed from V whenever it is asked for
     preconditioner  off (Off) of the preconditioner itself, the naive baseline; root_off (Off)
     plain           matrix (fp32) and root_matrix (fp32), as 32-bit Shampoo keeps them
     """
 
     def __init__(self, order: int, kind: str, codebook: Tensor, block: int, beta: float, matrix_eps: float,
-                 rectify_steps: tuple[int, int], dtype: torch.dtype) -> None:  # fmt: skip
+                 rectify_steps: tuple[int, int], dtype: torch.dtype, root: str = "stored", iterations: int = 1,
+                 **way: Any) -> None:  # fmt: skip
+        self.implicit, self.triangle = root == "implicit" and kind == "eigenbasis", root == "triangle"
+        self.iterations, self.way = iterations, way
         self.order, self.kind, self.codebook, self.block = order, kind, codebook, block
         self.beta, self.matrix_eps, self.rectify_steps, self.dtype = beta, matrix_eps, rectify_steps, dtype
         identity = torch.eye(order)
         if kind == "eigenbasis":
             self.eigenvalues = torch.full((order,), matrix_eps)
-            self.codes, self.scales = quantise(identity, codebook, block)
+            self.codes, self.scales = quantise(identity, codebook, block, **way)
         elif kind == "preconditioner":
-            self.off = Off(matrix_eps * identity, codebook, block)
+            self.off = Off(matrix_eps * identity, codebook, block, **way)
         else:
             self.matrix = matrix_eps * identity
         self._store_root(identity)
@@ -153,8 +186,8 @@ class Factor:
     def _store_root(self, root: Tensor) -> None:
         if self.kind == "plain":
             self.root_matrix = root.float()
-        else:
-            self.root_off = Off(root, self.codebook, self.block)
+        elif not self.implicit:
+            self.root_off = Off(root, self.codebook, self.block, self.triangle, **self.way)
 
     def vectors(self) -> Tensor:
         """Dequantised V, eigenvectors as columns, before rectification."""
@@ -168,7 +201,10 @@ class Factor:
         return (self.off.dense() if self.kind == "preconditioner" else self.matrix).to(self.dtype)
 
     def root(self) -> Tensor:
-        """The stored inverse root as a dense float32 matrix."""
+        """The inverse root as a dense float32 matrix."""
+        if self.implicit:
+            v = rectify(self.vectors(), self.rectify_steps[1])
+            return v @ torch.diag(damped_root(self.eigenvalues, self.matrix_eps)) @ v.T
         return self.root_matrix if self.kind == "plain" else self.root_off.dense()
 
     def update(self, statistic: Tensor) -> None:
@@ -178,16 +214,17 @@ class Factor:
         if not a.float().isfinite().all():
             return
         if self.kind == "preconditioner":
-            self.off = Off(a, self.codebook, self.block)
+            self.off = Off(a, self.codebook, self.block, **self.way)
         elif self.kind == "plain":
             self.matrix = a.float()
         else:
-            v = rectify(self.vectors().to(self.dtype), t1)
-            p = torch.linalg.qr(a @ v).Q  # one step of subspace iteration, started from the old basis (App. B)
+            p = rectify(self.vectors().to(self.dtype), t1)
+            for _ in range(self.iterations):
+                p = torch.linalg.qr(a @ p).Q  # one step of subspace iteration, started from the old basis (App. B)
             eigenvalues = (p.T @ a @ p).diagonal().float()
             if p.isfinite().all() and eigenvalues.isfinite().all():
                 self.eigenvalues = eigenvalues.clone()
-                self.codes, self.scales = quantise(p.T, self.codebook, self.block)
+                self.codes, self.scales = quantise(p.T, self.codebook, self.block, **self.way)
 
     def invert(self) -> None:
         """Alg. 2 (eigenbasis), or the root by eigh; a result that is not finite is dropped."""
@@ -211,6 +248,8 @@ class Reference:
 
     factors[index, row, column, side] is the Factor of the block of parameter `index` whose first element stands at
     (row, column) of the parameter matrix; side "L" (G G^T) or "R" (G^T G). t[index] counts the parameter's steps.
+    `codebook` may be levels themselves, with scales of least squared error. `phases` say, by the same keys, in
+    which step of the two intervals a factor takes its statistics and its root, where that is not the last one.
     """
 
     def __init__(
@@ -219,26 +258,34 @@ class Reference:
         *,
         bits: int = 4,
         quantize: Literal["eigenbasis", "preconditioner"] = "eigenbasis",
-        codebook: Literal["linear2", "dynamic_tree"] = "linear2",
+        codebook: Literal["linear2", "dynamic_tree"] | Tensor = "linear2",
         quant_block_size: int = 64,
+        scale_dtype: Literal["float32", "bfloat16"] = "float32",
+        root: Literal["stored", "triangle", "implicit"] = "stored",
         min_quant_numel: int = 4096,
         shampoo_beta: float = 0.95,
         matrix_eps: float = 1e-6,
         statistics_interval: int = 100,
         root_interval: int = 500,
         rectify_steps: tuple[int, int] = (1, 4),
+        refresh_iterations: int = 1,
         refresh_dtype: Literal["float64", "float32"] = "float64",
         max_preconditioner_dim: int = 1024,
         split: Literal["even", "remainder"] = "even",
         grafting: Literal["parameter", "block", "none"] = "parameter",
+        phases: Mapping[tuple[int, int, int, str], tuple[int, int]] | None = None,
     ) -> None:
+        self.phases = phases or {}
         self.statistics_interval, self.root_interval, self.grafting = statistics_interval, root_interval, grafting
         self.dtype: torch.dtype = getattr(torch, refresh_dtype)
         self.shapes = [tuple(shape) for shape in shapes]
         self.t = [0] * len(self.shapes)
         self.blocks: list[list[tuple[int, int, int, int]]] = []  # per parameter: row start, stop, column start, stop
         self.factors: dict[tuple[int, int, int, str], Factor] = {}
-        levels = CODEBOOKS[codebook](bits) if bits < 32 else torch.zeros(0)
+        named = isinstance(codebook, str)
+        levels = CODEBOOKS[codebook](bits) if named and bits < 32 else codebook
+        more = {"scale_dtype": getattr(torch, scale_dtype), "search": not named}
+        more.update(root=root, iterations=refresh_iterations)
         for index, shape in enumerate(self.shapes):
             self.blocks.append([])
             matrix = self.matrix_shape(shape)
@@ -250,8 +297,9 @@ class Reference:
                     for side, order in (("L", r1 - r0), ("R", c1 - c0)):
                         kind = "plain" if bits == 32 or order**2 < min_quant_numel else quantize
                         self.factors[index, r0, c0, side] = Factor(
-                            order, kind, levels, quant_block_size, shampoo_beta, matrix_eps, rectify_steps, self.dtype
-                        )
+                            order, kind, levels, quant_block_size, shampoo_beta, matrix_eps, rectify_steps, self.dtype,
+                            **more,
+                        )  # fmt: skip
 
     @staticmethod
     def matrix_shape(shape: Sequence[int]) -> tuple[int, int] | None:
@@ -273,13 +321,13 @@ class Reference:
         for r0, r1, c0, c1 in blocks:
             g = matrix[r0:r1, c0:c1]
             left, right = self.factors[index, r0, c0, "L"], self.factors[index, r0, c0, "R"]
-            if t % self.statistics_interval == 0:
-                h = g.to(self.dtype)
-                left.update(h @ h.T)
-                right.update(h.T @ h)
-            if t % self.root_interval == 0:
-                left.invert()
-                right.invert()
+            h = g.to(self.dtype)
+            for side, factor, statistic in (("L", left, h @ h.T), ("R", right, h.T @ h)):
+                statistics_phase, root_phase = self.phases.get((index, r0, c0, side), (0, 0))
+                if t % self.statistics_interval == statistics_phase:
+                    factor.update(statistic)
+                if t % self.root_interval == root_phase:
+                    factor.invert()
             d = (left.root() @ g) @ right.root()
             out[r0:r1, c0:c1] = graft(d, g) if self.grafting == "block" else d
         if t < self.root_interval:  # no root yet: every root is the identity

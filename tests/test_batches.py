@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_against_reference import Directions, replayed
 
-from sharded_shampoo4 import factors, plan
+from sharded_shampoo4 import Shampoo4, factors, plan
 
 
 @pytest.fixture(params=[1, 2], ids=["1 thread", "2 threads"])
@@ -17,13 +17,22 @@ def threads(request: pytest.FixtureRequest):
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("bits", [4, 32])
+WAYS = {
+    "4 bits": {},
+    "32 bits": {"bits": 32},
+    "triangles": {"root": "triangle"},
+    "compact": Shampoo4.compact_settings(),
+    "products in bfloat16": {"matmul_dtype": "bfloat16"},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
     "shape", [(2, 3), (10, 64), (48, 48), (64, 65), (96, 130), (65, 200), (147, 64), (384, 96)], ids=str
 )
 @pytest.mark.usefixtures("threads")
-def test_alone_and_in_company(shape: tuple[int, int], bits: int) -> None:
-    options = {"statistics_interval": 2, "root_interval": 4, "bits": bits, "min_quant_numel": 0}
+def test_alone_and_in_company(shape: tuple[int, int], way: str) -> None:
+    options = {"statistics_interval": 2, "root_interval": 4, "min_quant_numel": 0, **WAYS[way]}
     gradients = replayed([shape] * 5, steps=9)
     batched = Directions([shape] * 5, **options)
     alone = Directions([shape], **options)
@@ -41,8 +50,8 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     gradients = replayed(shapes, steps=9)
     whole = Directions(shapes, **options)
     expected = [whole.step(step) for step in gradients]
-    monkeypatch.setattr(factors, "REFRESH_ELEMENTS", 1)
-    monkeypatch.setattr(plan, "BATCH_ELEMENTS", 1)
+    monkeypatch.setattr(factors, "REFRESH_ELEMENTS_PER_MIB", 0)
+    monkeypatch.setattr(plan, "BATCH_ELEMENTS_PER_MIB", 0)
     cut = Directions(shapes, **options)
     for step, directions in zip(gradients, expected, strict=True):
         assert all(map(torch.equal, cut.step(step), directions))

@@ -209,6 +209,8 @@ MISMATCHES: dict[str, tuple[dict[str, Any], str]] = {
     "split": ({"split": "remainder"}, r"split='even' where .* split='remainder'"),
     "what is quantised": ({"quantize": "preconditioner"}, r"quantize='eigenbasis' where .* quantize='preconditioner'"),
     "threshold": ({"min_quant_numel": 600}, r"min_quant_numel=0 where .* min_quant_numel=600"),
+    "roots": ({"root": "triangle"}, r"root='stored' where .* root='triangle'"),
+    "types of scales": ({"scale_dtype": "bfloat16"}, r"scale_dtype='float32' where .* scale_dtype='bfloat16'"),
     "base": ({"base": "sgd", "momentum": 0.9}, r"base optimizer AdamW, this one has SGD"),
 }
 

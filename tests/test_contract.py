@@ -29,8 +29,19 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "tied, naive": ("tied", {"quantize": "preconditioner", "min_quant_numel": 0}),
     "tied, groups": ("tied", {"max_preconditioner_dim": 17, "split_groups": True}),
     "bf16": ("bf16", {"max_preconditioner_dim": 40, "min_quant_numel": 0}),
+    "mlp, blocks, compact": (
+        "mlp",
+        {"max_preconditioner_dim": 30, "min_quant_numel": 0, "refresh": "staggered", **Shampoo4.compact_settings()},
+    ),
+    "mlp, blocks, bfloat16 on the way": (
+        "mlp",
+        {"max_preconditioner_dim": 30, "min_quant_numel": 0, "exchange_dtype": "bfloat16", "matmul_dtype": "bfloat16"},
+    ),
+    "tied, triangles, staggered": (
+        "tied", {"max_preconditioner_dim": 25, "min_quant_numel": 0, "refresh": "staggered", "root": "triangle"}
+    ),
     "mlp, 32 bits": ("mlp", {"bits": 32, "max_preconditioner_dim": 25, "grafting": "none"}),
-}
+}  # fmt: skip
 
 
 def make_optimizer(model: torch.nn.Module, host: str, options: dict[str, Any]) -> Shampoo4:

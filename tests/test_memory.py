@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from sharded_shampoo4 import Shampoo4, estimate_memory
+from sharded_shampoo4.layout import cut_blocks
 
 SHAPES = {
     "conv": (24, 3, 7, 7),
@@ -33,6 +34,10 @@ CHOICES: list[dict[str, Any]] = [
     {"min_quant_numel": 10**6},
     {"precondition": False},
     Shampoo4.paper_settings(),
+    {"root": "triangle"},
+    {"root": "triangle", "min_quant_numel": 0, "bits": 3},
+    {"root": "implicit", "scale_dtype": "bfloat16", "min_quant_numel": 0},
+    Shampoo4.compact_settings(),
     {"base": "sgd"},
     {"base": "sgd", "momentum": 0.9},
     {"base": "adagrad"},
@@ -188,3 +193,16 @@ def test_double_precision_sends_twice_as_much() -> None:
 def test_ranks_that_cannot_be(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         estimate_memory(SHAPES, **arguments)
+
+
+def test_compact_settings_take_4_3_bits_a_factor_element() -> None:
+    """Of a ViT-B as the paper's code has it (query, key and value joined), in all: codes, scales and eigenvalues."""
+    layer = {"qkv": (2304, 768), "out": (768, 768), "fc1": (3072, 768), "fc2": (768, 3072)}
+    shapes = {f"{number}.{name}": shape for number in range(12) for name, shape in layer.items()}
+    found = estimate_memory(shapes, **Shampoo4.compact_settings()).preconditioner[0]
+    elements = sum(
+        block.rows**2 + block.columns**2 for shape in shapes.values() for block in cut_blocks(shape, 1024, "even")
+    )
+    parameters = sum(rows * columns for rows, columns in shapes.values())
+    assert 8 * found / elements <= 4.3 and found / parameters <= 1.15
+    assert estimate_memory(shapes).preconditioner[0] / found > 2.05

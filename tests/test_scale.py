@@ -26,7 +26,7 @@ EVERY_STEP = {"statistics_interval": 2, "root_interval": 2}  # step 3 is the fir
 OPTIONS: dict[str, dict[str, Any]] = {
     "mlp": {"min_quant_numel": 0},
     "vit": {"max_preconditioner_dim": 30, "split": "remainder"},
-    "tied": {"max_preconditioner_dim": 17, "base": "adagrad"},
+    "tied": {"max_preconditioner_dim": 17, "base": "adagrad", "exchange_dtype": "bfloat16"},
     "bf16": {"max_preconditioner_dim": 40, "base": "sgd", "momentum": 0.9},
 }
 SPREAD = ("ddp", "fsdp2", "hsdp")
@@ -105,7 +105,7 @@ def _storages(values: Any) -> Iterator[torch.UntypedStorage]:
 
 def most_in_flight(host: str, depth: int, batch_elements: int, monkeypatch: pytest.MonkeyPatch) -> int:
     """Most bytes alive while an ordinary step exchanges and preconditions, beyond gradients and states."""
-    monkeypatch.setattr(plan, "BATCH_ELEMENTS", batch_elements)
+    monkeypatch.setattr(plan, "BATCH_ELEMENTS_PER_MIB", batch_elements // 256)  # of 256 MiB
     model = hosts.wrap(nn.Sequential(*[nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(depth)]), host)
     optimizer = Shampoo4(hosts.named(model, host).items(), **EVERY_STEP, min_quant_numel=0)
     train(model, host, optimizer, 4)
@@ -122,11 +122,40 @@ def most_in_flight(host: str, depth: int, batch_elements: int, monkeypatch: pyte
     return alive.most
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"bits": 32},
+        {"root": "triangle", "codebook": "normal"},
+        Shampoo4.compact_settings(),
+        {"min_quant_numel": 10**6},
+    ],
+    ids=str,
+)
+def test_a_step_keeps_to_its_scratch_memory(options: dict[str, Any]) -> None:
+    """In one process, ordinary, statistics and root steps of 2.4 million parameters, whatever is stored."""
+    shapes = [(192, 192)] * 24 + [(768, 192)] * 5 + [(192, 500)] * 7
+    parameters = [nn.Parameter(torch.zeros(shape)) for shape in shapes]
+    ways = {"statistics_interval": 2, "root_interval": 4, "scratch_mib": 16, "max_preconditioner_dim": 256}
+    optimizer = Shampoo4(parameters, base="sgd", **ways, **options)
+    for step in range(1, 10):
+        for parameter in parameters:
+            parameter.grad = torch.randn_like(parameter)
+        binding = optimizer._bindings.bind(optimizer.param_groups, optimizer.state, None)
+        alive = MostAlive()
+        with alive, torch.no_grad():
+            binding.precondition()
+        assert alive.most <= 16 * 2**20, (step, alive.most / 2**20)
+    assert alive.most > 2 * 2**20, "it is made use of"
+
+
 # -- on ranks ----------------------------------------------------------------------------------------------------------
 
 
+DEFAULT_BATCH = 256 * plan.BATCH_ELEMENTS_PER_MIB
 FLIGHTS = [("ddp", 32, SMALL_BATCH), ("ddp", 96, SMALL_BATCH), ("fsdp2", 32, SMALL_BATCH), ("fsdp2", 96, SMALL_BATCH)]
-FLIGHTS += [("ddp", 96, plan.BATCH_ELEMENTS), ("fsdp2", 96, plan.BATCH_ELEMENTS)]  # all of it is one batch
+FLIGHTS += [("ddp", 96, DEFAULT_BATCH), ("fsdp2", 96, DEFAULT_BATCH)]  # all of it is one batch
 
 
 def on_a_rank(rank: int) -> tuple[dict[tuple[str, str], Any], dict[tuple[str, int, int], int]]:
@@ -161,7 +190,7 @@ def test_memory_in_flight_does_not_grow_with_depth(results: list[Any]) -> None:
         shallow, deep = most[host, 32, SMALL_BATCH], most[host, 96, SMALL_BATCH]
         assert max(shallow, deep) - 16 * 96 <= batches * batch, most
         assert deep <= 1.25 * shallow, most
-        assert most[host, 96, plan.BATCH_ELEMENTS] > 1.5 * deep, most
+        assert most[host, 96, DEFAULT_BATCH] > 1.5 * deep, most
 
 
 # -- shares ------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,97 @@
+"""Staggered factors: every one keeps its interval, and no step has much more to do than another."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sharded_shampoo4 import Shampoo4
+from sharded_shampoo4.options import PreconditionerOptions
+from sharded_shampoo4.schedule import stagger
+
+
+def options(every: int, root_every: int, size: int = 1024) -> PreconditionerOptions:
+    return PreconditionerOptions(
+        refresh="staggered", statistics_interval=every, root_interval=root_every, max_preconditioner_dim=size
+    )
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_first_statistics_are_never_after_the_first_root(data: st.DataObject) -> None:
+    every, times, rest = data.draw(st.integers(1, 7)), data.draw(st.integers(1, 4)), data.draw(st.integers(0, 3))
+    root_every = every * times + min(rest, every - 1)
+    shapes = data.draw(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=20))
+    for blocks in stagger([(shape, options(every, root_every, 4)) for shape in shapes]):
+        for phase in (phase for both in blocks.values() for phase in both):
+            assert 0 <= phase.statistics < every and 0 <= phase.root < root_every
+            first_statistics, first_root = phase.statistics or every, phase.root or root_every
+            assert first_statistics <= first_root
+            if root_every % every == 0:
+                assert first_root % every == phase.statistics, "roots are of fresh statistics"
+
+
+def test_work_is_spread_evenly() -> None:
+    """A ViT-B: no step has more than a factor too much, of statistics and of roots."""
+    shapes = [(768, 768)] * 48 + [(3072, 768), (768, 3072)] * 12 + [(1000, 768)]
+    statistics, roots = [0] * 100, [0] * 500
+    for blocks in stagger([(shape, options(100, 500)) for shape in shapes]):
+        for block, both in blocks.items():
+            for order, phase in zip((block.rows, block.columns), both, strict=True):
+                statistics[phase.statistics] += order**3
+                roots[phase.root] += order**3
+    assert max(statistics) < 1.3 * sum(statistics) / 100
+    assert max(roots) <= max(sum(roots) / 500 + 768**3, 1024**3)
+
+
+def test_together_and_staggered_groups() -> None:
+    together = PreconditionerOptions(statistics_interval=4, root_interval=8)
+    first, second = stagger([((9, 9), together), ((9, 9), options(4, 8))])
+    assert first == {} and len(second) == 1
+
+
+def test_every_factor_is_refreshed_once_an_interval_and_directions_begin_with_the_first_root() -> None:
+    torch.manual_seed(0)
+    parameters = [torch.nn.Parameter(torch.zeros(12, 8)) for _ in range(3)]
+    optimizer = Shampoo4(
+        parameters, base="sgd", lr=0.0, refresh="staggered", statistics_interval=4, root_interval=8, grafting="none"
+    )
+    changed: list[list[int]] = []
+    before: list[torch.Tensor] = []
+    for step in range(1, 17):
+        for parameter in parameters:
+            parameter.grad = torch.randn(12, 8)
+        gradients = [parameter.grad.clone() for parameter in parameters]
+        optimizer.step()
+        directed = [not torch.equal(p.grad, g) for p, g in zip(parameters, gradients, strict=True)]
+        assert directed == [step >= 8] * 3
+        pools = optimizer._bindings.last.preconditioner.pools
+        now = [row.clone() for pool in pools for row in pool.tensors["statistics"]]
+        if before:
+            changed.append([k for k, (a, b) in enumerate(zip(now, before, strict=True)) if not torch.equal(a, b)])
+        before = now
+    for start in range(3, 15, 4):  # steps 5 to 8, and so on
+        assert sorted(k for step in changed[start : start + 4] for k in step) == list(range(6))
+    assert max(map(len, changed)) <= 3
+
+
+def test_intervals_of_a_group_may_change() -> None:
+    """The factors are kept, and due at new steps."""
+    parameter = torch.nn.Parameter(torch.zeros(12, 8))
+    optimizer = Shampoo4([parameter], refresh="staggered", statistics_interval=2, root_interval=2)
+    for step in range(6):
+        if step == 3:
+            optimizer.param_groups[0]["statistics_interval"] = 5
+            kept = optimizer.state_dict()["state"][0]["preconditioner"]
+        parameter.grad = torch.randn(12, 8)
+        optimizer.step()
+        if step == 3:  # t = 4: neither phase 0 nor 1 of 5
+            assert torch.equal(optimizer.state_dict()["state"][0]["preconditioner"][16:], kept[16:])
+
+
+@pytest.mark.parametrize("name", ["refresh", "root", "scale_dtype"])
+def test_unknown_values_are_named(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be one of .* got 'other'"):
+        Shampoo4([torch.nn.Parameter(torch.zeros(2, 2))], **{name: "other"})
