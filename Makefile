@@ -2,7 +2,7 @@
 # make test    all tests
 # make lint    ruff and mypy
 # make soak    runs killed and resumed for 30 minutes, by chance
-# make bench   step times and state bytes of this optimizer against its 32-bit mode and AdamW
+# make bench   step times, state bytes and memory of every mode of this optimizer and of others, which it installs
 PYTHON ?= python3
 VENV ?= .venv
 PIP_FLAGS ?=
@@ -32,7 +32,8 @@ soak: $(READY)
 	$(BIN)/python tests/soak.py --minutes 30
 
 bench: $(READY)
-	$(BIN)/python launch/bench_step.py
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt -e '.[launch,bench]'
+	$(BIN)/python launch/benchmark.py
 
 $(READY): setup.cfg constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -1,0 +1,331 @@
+"""Step times, state bytes and transient memory of Shampoo4 in each of its modes and of other optimizers, in one run.
+
+python launch/benchmark.py                          one process: a table, runs/benchmark/benchmark.json and .png
+python launch/benchmark.py --num_hidden_layers 6    the larger model
+python launch/benchmark.py --device cuda            elapsed times on an accelerator
+python launch/benchmark.py --ranks 2 --host fsdp2   processes: step times, bytes sent, the exchange's share, balance
+
+The model is a vision transformer on 32 x 32 images in patches of 4. Its gradients for a few batches of random images
+are computed once and replayed, so that only optimizers are timed. All of them get the same parameters and take turns at
+each step, each on its own copy, so that whatever else loads the machine slows all alike. "CPU" is the processor time of
+this process, "wall" elapsed time. A refresh is a step in which statistics and roots, or an eigenbasis, are due.
+
+State: all tensors that an optimizer keeps, beside parameters and gradients. Transient: the most that a step has
+allocated at any moment beyond its start; median and largest of one interval. The floor of an ordinary step of ours is
+what cannot be avoided while roots are applied as matrices: the products L^(-1/4) G R^(-1/4) of all blocks in float32,
+measured alone in the same run, and the step of torch's AdamW. An ordinary step of ours is one at which neither
+statistics nor roots are due; of the staggered mode, where some are due at every step, it is every step.
+
+| name | settings, where they are not the defaults of its package |
+|---|---|
+| adamw; muon | torch's; Muon for 2-D parameters and AdamW for the others |
+| soap | pytorch_optimizer's, precondition_frequency = interval; sides up to 10,000, 1-D parameters as Adam |
+| shampoo | pytorch_optimizer's, preconditioning_compute_steps = interval; no blocks, 1-D parameters too |
+| scalable-shampoo | pytorch_optimizer's, preconditioning_compute_steps = interval; blocks of 512 |
+| heavyball-soap | heavyball.SOAP, precondition_frequency = interval; sides up to 2048, dimensions merged |
+| meta-shampoo | blocks of 1024, precondition_frequency = interval, Adam grafting, betas (0.9, 0.999) |
+| bitsandbytes-adamw8bit; torchao-adamw8bit, -adamw4bit | fewer than 4096 elements stay in float32 |
+| shampoo4, -32bit, -naive | statistics_interval = root_interval = interval; bits=32; quantize="preconditioner" |
+| shampoo4-staggered, -triangle, -implicit | with refresh="staggered", root="triangle", root="implicit" |
+| shampoo4-compact, -compiled | with compact_settings(); compile=True |
+
+Other preconditioners than ours absorb statistics at every step. Muon multiplies in bfloat16, which takes seconds on a
+CPU that has no instructions for it. heavyball, torchao and shampoo4-compiled use torch.compile; on a CPU heavyball runs
+eagerly unless --compile_all is given, since compiling takes it many minutes. The column "graph" tells. A peer that is
+not installed is named with the reason and the command that installs it; one that raises, with its error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # before torch is imported: its profiler reports each start
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+import torch
+from bench_optimizers import CHOICES, HEADS, OURS, Choice, Products, block_shapes
+from bench_runs import (
+    Contender,
+    Job,
+    Row,
+    gradients_of_a_vit,
+    is_ordinary,
+    on_ranks,
+    rank_row,
+    take_turns,
+    threads,
+)
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+PRODUCTS = Choice("products L G R alone", lambda parameters, _: Products(parameters), refreshes=False)
+_COLORS = {"own": "#c8452d", "peer": "#2a6fbb"}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    flags = parse(arguments)
+    flags.output_dir.mkdir(parents=True, exist_ok=True)
+    console = Console(width=150)
+    if flags.ranks:
+        compare_ranks(flags, console)
+    else:
+        with threads(flags.threads):
+            compare(flags, console)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hidden_size", type=int, default=384, help=f"of the ViT, a multiple of {HEADS} (384)")
+    parser.add_argument("--num_hidden_layers", type=int, default=2, help="of the ViT (2)")
+    parser.add_argument("--steps", type=int, default=30, help="timed steps of each optimizer (30)")
+    parser.add_argument("--interval", type=int, default=10, help="steps from one refresh to the next (10)")
+    parser.add_argument("--threads", type=int, default=1, help="of torch's CPU operations (1)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(cpu)")
+    parser.add_argument(
+        "--only", nargs="+", choices=tuple(CHOICES), metavar="NAME",
+        help=f"some of {', '.join(CHOICES)} (all); adamw is always among them",
+    )  # fmt: skip
+    compiling = parser.add_mutually_exclusive_group()
+    compiling.add_argument("--eager", action="store_true", help="compile nothing (some, see above)")
+    compiling.add_argument("--compile_all", action="store_true", help="compile on a CPU whatever uses it (some)")
+    parser.add_argument("--ranks", type=int, default=0, help="processes, one thread each, on gloo (0: this one only)")
+    parser.add_argument("--host", choices=("ddp", "fsdp2"), default="ddp", help="what wraps the model on ranks (ddp)")
+    parser.add_argument(
+        "--output_dir", type=Path, default=Path("runs/benchmark"), help="for JSON and PNG (runs/benchmark)"
+    )
+    flags = parser.parse_args(arguments)
+    if min(flags.num_hidden_layers, flags.steps, flags.interval, flags.threads) < 1 or flags.ranks < 0:
+        parser.error("--num_hidden_layers, --steps, --interval and --threads take positive integers, --ranks also 0")
+    if flags.hidden_size < HEADS or flags.hidden_size % HEADS:
+        parser.error(f"--hidden_size takes multiples of {HEADS}, got {flags.hidden_size}")
+    if flags.ranks and flags.device != "cpu":
+        parser.error("--ranks runs on CPUs")
+    if peers := [name for name in flags.only or () if flags.ranks and name not in ("adamw", *OURS)]:
+        parser.error(f"--ranks compares AdamW and Shampoo4 only, not {', '.join(peers)}")
+    flags.device = torch.device(flags.device)
+    return flags
+
+
+# -- one process -------------------------------------------------------------------------------------------------------
+
+
+def compare(flags: argparse.Namespace, console: Console) -> None:
+    """Measure all optimizers that were asked for, print the table, write the files."""
+    names = [name for name in CHOICES if name == "adamw" or name in (flags.only or CHOICES)]
+    absent = {name: reason for name in names if (reason := CHOICES[name].why_missing())}
+    replayed = gradients_of_a_vit(flags)
+    load = os.getloadavg()[0]
+    contenders = {"products": Contender(PRODUCTS, replayed[0], flags)}
+    contenders |= {name: Contender(CHOICES[name], replayed[0], flags) for name in names if name not in absent}
+    for contender in contenders.values():
+        console.print(f"warming up: {contender.choice.label}", highlight=False)
+        with contender.surviving():
+            if not contender.error:
+                contender.warm_up(replayed)
+    take_turns(list(contenders.values()), replayed, flags.steps)
+
+    found = {name: contender.row(name) for name, contender in contenders.items()}
+    found |= {name: missing_row(name, reason) for name, reason in absent.items()}
+    rows = [found[name] for name in ("products", *names)]
+    clock = "cpu_ms" if flags.device.type == "cpu" else "wall_ms"
+    floor = add_floors(rows, clock, flags.interval)
+    about = {
+        "parameters": sum(gradient.numel() for gradient in replayed[0]),
+        "blocks": block_shapes(replayed[0]).total(),
+        "hidden_size": flags.hidden_size,
+        "num_hidden_layers": flags.num_hidden_layers,
+        "steps": flags.steps,
+        "interval": flags.interval,
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(flags.device) if flags.device.type == "cuda" else "cpu",
+        "torch": torch.__version__,
+        "load_before": load,
+        "clock": clock,
+        "floor_ms": floor,
+    }
+    console.print(table(rows, about))
+    tell(rows, about, console)
+    write(flags.output_dir / "benchmark.json", {**about, "optimizers": rows})
+    draw(rows, about, flags.output_dir / "benchmark.png")
+    print(f"wrote {flags.output_dir / 'benchmark.png'}")
+
+
+def missing_row(name: str, reason: str) -> Row:
+    choice = CHOICES[name]
+    return {"name": name, "label": choice.label, "missing": reason, "install": choice.install}
+
+
+def add_floors(rows: list[Row], clock: str, interval: int) -> float:
+    """Give each row of ours the median of its ordinary steps and that over the floor; milliseconds of the floor."""
+    floor: float = sum(row[clock]["median"] for row in rows if row["name"] in ("products", "adamw"))
+    for row in rows:
+        if row["name"] in OURS:
+            taken = [ms for step, ms in row["steps"][clock].items() if is_ordinary(row["name"], step, interval)]
+            if taken:
+                row["ordinary_ms"] = statistics.median(taken)
+                row["over_floor"] = row["ordinary_ms"] / floor
+    return floor
+
+
+# -- report ------------------------------------------------------------------------------------------------------------
+
+
+def table(rows: list[Row], about: dict[str, Any]) -> Table:
+    """A line for each optimizer; those without numbers say why."""
+    found = Table(
+        title=f"ViT, hidden {about['hidden_size']}, {about['num_hidden_layers']} layers, {about['parameters']:,} "
+        f"parameters; refresh every {about['interval']} steps, {about['steps']} steps; {about['device']}, "
+        f"{about['threads']} thread{'s' if about['threads'] > 1 else ''}, load before {about['load_before']:.1f}",
+        title_justify="left",
+    )
+    found.add_column("optimizer", min_width=40)
+    for column in (
+        "graph", "CPU ms\nmedian", "\nworst", "wall ms\nmedian", "\nworst", "worst /\nmedian", "state\nB/param",
+        "transient\nMB", "refresh\nMB", "ordinary\n/ floor",
+    ):  # fmt: skip
+        found.add_column(column, justify="right")
+    for row in rows:
+        if "cpu_ms" not in row:
+            reason = row.get("error") or row["missing"]
+            found.add_row(f"{row['label']}: [red]{escape(reason)}[/red]")
+            continue
+        times = [f"{row[which][kind]:.2f}" for which in ("cpu_ms", "wall_ms") for kind in ("median", "worst")]
+        ratio = row[about["clock"]]["worst"] / row[about["clock"]]["median"]
+        kept = f"{row['state_bytes_per_parameter']:.2f}" if row["name"] != "products" else ""
+        transient = [f"{size / 1e6:.2f}" for size in row["transient_bytes"].values()]
+        over = f"{row['over_floor']:.2f}" if "over_floor" in row else ""
+        found.add_row(row["label"], row["graph"], *times, f"{ratio:.1f}", kept, *transient, over)
+    return found
+
+
+def tell(rows: list[Row], about: dict[str, Any], console: Console) -> None:
+    """What the table has no column for."""
+    unit = "CPU" if about["clock"] == "cpu_ms" else "elapsed"
+    of_what = f"the products of {about['blocks']} blocks, and AdamW"
+    console.print(f"Floor of an ordinary step of ours, {of_what}: {about['floor_ms']:.2f} {unit} ms.")
+    if about["steps"] < about["interval"]:
+        console.print("[red]These steps are less than an interval: no worst step holds a refresh.[/red]")
+    for row in rows:
+        if "missing" in row:
+            console.print(f"Missing: {row['name']}. {escape(row['missing'])}. {escape(row['install'])}", soft_wrap=True)
+
+
+def write(path: Path, content: Any) -> None:
+    """A JSON file, and where it is."""
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    print(f"wrote {path}")
+
+
+def draw(rows: list[Row], about: dict[str, Any], path: Path) -> None:
+    """State bytes against the median step, a whisker to the worst; names in a column at the right."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    shown = [row for row in rows if "cpu_ms" in row and row["name"] != "products"]
+    style: dict[Any, Any] = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
+    with plt.rc_context(style):
+        figure, axes = plt.subplots(figsize=(11, 6.5), layout="constrained")
+        axes.set(xscale="log", yscale="log")
+        for row in shown:
+            times, kept, color = row[about["clock"]], row["state_bytes_per_parameter"], _color(row)
+            whisker = [[0.0], [times["worst"] - times["median"]]]
+            axes.errorbar(times["median"], kept, xerr=whisker, fmt="o", color=color, capsize=3, elinewidth=1)
+        axes.margins(0.08)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.set_minor_formatter(NullFormatter())
+        axes.set_xlabel(f"{'CPU' if about['clock'] == 'cpu_ms' else 'elapsed'} ms of a step: median, and to the worst")
+        axes.set_ylabel("bytes of optimizer state per parameter")
+        axes.set_title(f"{about['parameters'] / 1e6:.2f} M parameters, refresh every {about['interval']} steps")
+        axes.autoscale_view()
+        _name_points(axes, shown, about["clock"])
+        figure.savefig(path, dpi=120)
+        plt.close(figure)
+
+
+def _color(row: Row) -> str:
+    return _COLORS["own" if row["name"] in OURS else "peer"]
+
+
+def _name_points(axes: Any, rows: list[Row], clock: str) -> None:
+    """Names beside the axes at the heights of their points, or near them; lines lead from the whiskers' ends."""
+    ends = [(row[clock]["worst"], row["state_bytes_per_parameter"]) for row in rows]
+    to_axes = axes.transData + axes.transAxes.inverted()
+    placed = sorted(zip(to_axes.transform(ends).tolist(), ends, rows, strict=True), key=lambda each: each[0][::-1])
+    heights = spread([height for (_, height), _, _ in placed], gap=0.042)
+    for height, (_, end, row) in zip(heights, placed, strict=True):
+        line = {"arrowstyle": "-", "color": "#b9c2cb", "linewidth": 0.6, "relpos": (0, 0.5), "shrinkB": 4}
+        axes.annotate(
+            row["label"], end, (1.03, height), xycoords="data", textcoords="axes fraction", va="center",
+            color=_color(row), arrowprops=line,
+        )  # fmt: skip
+
+
+def spread(heights: Sequence[float], gap: float) -> list[float]:
+    """Rising ``heights``, moved up where they are closer than ``gap``, and down again where they would exceed 1.
+
+    >>> spread([0.2, 0.2, 0.9, 1.0], gap=0.25)
+    [0.2, 0.45, 0.75, 1.0]
+    """
+    placed: list[float] = []
+    for height in heights:
+        placed.append(max(height, placed[-1] + gap) if placed else height)
+    ceiling = 1.0
+    for index in reversed(range(len(placed))):
+        placed[index] = min(placed[index], ceiling)
+        ceiling = placed[index] - gap
+    return placed
+
+
+# -- on ranks ----------------------------------------------------------------------------------------------------------
+
+
+def compare_ranks(flags: argparse.Namespace, console: Console) -> None:
+    """Train with AdamW and ours on ranks, print the table, write ranks.json."""
+    names = tuple(name for name in ("adamw", *OURS) if name == "adamw" or name in (flags.only or OURS))
+    job = Job(names, flags.hidden_size, flags.num_hidden_layers, flags.host, flags.interval, flags.steps, flags.eager)
+    load = os.getloadavg()[0]
+    rows = [rank_row(name, ranks, flags.interval) for name, ranks in on_ranks(job, flags.ranks).items()]
+    about = {**job._asdict(), "ranks": flags.ranks, "torch": torch.__version__, "load_before": load}
+    console.print(rank_table(rows, about))
+    write(flags.output_dir / "ranks.json", {**about, "optimizers": rows})
+
+
+def rank_table(rows: list[Row], about: dict[str, Any]) -> Table:
+    """A line for each optimizer."""
+    found = Table(
+        title=f"ViT, hidden {about['hidden_size']}, {about['layers']} layers; {about['host']} on {about['ranks']} "
+        f"ranks, one thread each; refresh every {about['interval']} steps, {about['steps']} steps; "
+        f"load before {about['load_before']:.1f}",
+        title_justify="left",
+    )
+    found.add_column("optimizer")
+    for column in (
+        "step ms\nmedian", "\nworst", "of it optimizer\nmedian", "\nworst", "CPU ms\nmedian", "\nworst",
+        "exchange /\nstep", "MB sent\nmost", "\nmean", "state MB\nmost", "most /\nmean",
+    ):  # fmt: skip
+        found.add_column(column, justify="right")
+    for row in rows:
+        spans = [row[which] for which in ("step_ms", "optimizer_ms", "optimizer_cpu_ms")]
+        times = [f"{span[kind]:.1f}" for span in spans for kind in ("median", "worst")]
+        exchange = ["", "", ""]
+        if row["name"] in OURS:
+            most, mean = max(row["sent_bytes"]), statistics.mean(row["sent_bytes"])
+            exchange = [f"{row['exchange_share']:.1%}", f"{most / 1e6:.2f}", f"{mean / 1e6:.2f}"]
+        found.add_row(row["label"], *times, *exchange, f"{max(row['state_bytes']) / 1e6:.2f}", f"{row['balance']:.3f}")
+    return found
+
+
+if __name__ == "__main__":
+    main()
