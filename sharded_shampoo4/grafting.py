@@ -11,6 +11,8 @@ from .plan import Owned, Plan
 from .preconditioner import Matrix, index_tensor
 from .ranks import Ranks
 
+_ROWS_IN_CACHE = 512
+
 
 class Grafting:
     """One step's norms, and what follows from them (Algorithm 4, step 4).
@@ -76,9 +78,12 @@ def _ratio(norms: Tensor) -> Tensor:
 
 
 def block_norms(blocks: Tensor) -> Tensor:
-    """Frobenius norms of (k, m, n) ``blocks``, float64 (k,): scaled by the largest magnitude, so that no square leaves
-    the range of float32, and independent of the number of blocks."""
-    largest = torch.linalg.vector_norm(blocks, ord=torch.inf, dim=(1, 2), keepdim=True)
-    rows = torch.linalg.vector_norm(blocks / largest.clamp_min(torch.finfo(blocks.dtype).tiny), dim=2)
-    norms: Tensor = largest.flatten().double() * torch.linalg.vector_norm(rows.double(), dim=1)
+    """Frobenius norms of (k, m, n) ``blocks``, float64 (k,), in which the squares of float32 values have room.
+
+    Rows first: so they do not depend on the number of blocks. On a CPU some at a time, while they are in its cache.
+    """
+    rows = blocks.flatten(0, 1)
+    parts = rows.split(_ROWS_IN_CACHE) if blocks.device.type == "cpu" else (rows,)
+    of_rows = torch.cat([torch.linalg.vector_norm(part, dim=1, dtype=torch.float64) for part in parts])
+    norms: Tensor = torch.linalg.vector_norm(of_rows.view(blocks.shape[:2]), dim=1)
     return norms

@@ -148,8 +148,8 @@ def unpack(packed: Tensor, bits: int, length: int) -> Tensor:
 def _words(packed: Tensor, bits: int) -> Tensor:
     """Indices into the table of words: the bytes themselves, or for 3 bits two 12-bit halves of three bytes."""
     if bits != 3:
-        return packed.long()
-    first, second, third = pad(packed, (0, -packed.shape[-1] % 3)).long().unflatten(-1, (-1, 3)).unbind(-1)
+        return packed.int()
+    first, second, third = pad(packed, (0, -packed.shape[-1] % 3)).int().unflatten(-1, (-1, 3)).unbind(-1)
     return torch.stack([first | (second & 15) << 8, second >> 4 | third << 4], dim=-1).flatten(-2)
 
 
