@@ -176,7 +176,7 @@ def draw(runs: Runs, path: Path) -> None:
     base, own = ([value[key] / 1e6 for value in held.values()] for key in ("base", "preconditioner"))
     bars.barh(list(held), base, color="#b9c2cb", label="base optimizer")
     bars.barh(list(held), own, left=base, color=_COLORS[: len(held)])
-    bars.legend(frameon=False, loc="lower right")
+    bars.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1))
     bars.invert_yaxis()
     bars.set(xlabel="MB of optimizer state")
     figure.savefig(path, dpi=110)
