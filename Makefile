@@ -1,8 +1,9 @@
-# make train   a vision transformer on real images with 4-bit Shampoo: accuracy, state bytes, a picture
-# make test    all tests
-# make lint    ruff and mypy
-# make soak    runs killed and resumed for 30 minutes, by chance
-# make bench   step times, state bytes and memory of every mode of this optimizer and of others, which it installs
+# make train       a vision transformer on real images with 4-bit Shampoo: accuracy, state bytes, a picture
+# make test        all tests
+# make test-peers  those tests that need other optimizers' packages, which it installs
+# make lint        ruff and mypy
+# make soak        runs killed and resumed for 30 minutes, by chance
+# make bench       step times, state bytes and memory of every mode of this optimizer and of others, which it installs
 PYTHON ?= python3
 VENV ?= .venv
 PIP_FLAGS ?=
@@ -14,7 +15,7 @@ export TOKENIZERS_PARALLELISM = false
 # DeepSpeed compiles nothing when it is installed.
 export DS_BUILD_OPS = 0
 
-.PHONY: train test lint soak bench clean
+.PHONY: train test test-peers lint soak bench clean
 
 train: $(READY)
 	$(BIN)/accelerate launch --config_file launch/configs/fsdp2.yaml --num_processes 2 --main_process_port 0 \
@@ -22,6 +23,11 @@ train: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+# With the packages of `make bench`, in a venv that has them.
+test-peers: $(READY)
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt -e '.[launch,test,bench]'
+	$(BIN)/python -m pytest tests/test_low_bit_bases.py tests/test_benchmark.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

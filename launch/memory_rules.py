@@ -86,10 +86,7 @@ def local_sizes(shapes: Shapes, layout: Layout) -> Sizes:
     """What each rank's optimizer is given: a shard of each parameter, or under ZeRO 1 to 3 one padded partition."""
     if not shapes:
         return [[] for _ in range(layout.world_size)]
-    sharding = shard_all(layout.host, list(shapes.values()), layout.world_size, layout.copies)
-    if layout.host in ("zero1", "zero2", "zero3"):
-        return [[count] for count in sharding.elements]
-    return [[shards[rank].stop - shards[rank].start for shards in sharding.shards] for rank in range(layout.world_size)]
+    return shard_all(layout.host, list(shapes.values()), layout.world_size, layout.copies).sizes
 
 
 def owned_orders(shapes: Shapes, layout: Layout, options: PreconditionerOptions = OWN_OPTIONS) -> Orders:

@@ -57,7 +57,8 @@ def save(optimizer: Any, directory: str | os.PathLike[str], *, model: nn.Module 
             its own.
 
     Raises:
-        OSError, ValueError: on every rank alike; the checkpoint that was there is untouched.
+        OSError, ValueError: on every rank alike; the checkpoint that was there is untouched. Also for a base optimizer
+            whose states are neither numbers nor elementwise, such as bitsandbytes' codes.
     """
     subject = _Subject(optimizer, model)
     subject.wait_for_background()
@@ -88,6 +89,10 @@ def load(optimizer: Any, directory: str | os.PathLike[str], *, model: nn.Module 
 
     The values of the trained parameters are restored with the states; frozen parameters and buffers if ``model`` is
     given, as it was to ``save``.
+
+    A low-bit base's states that can dequantise themselves, as torchao's do, are stored in float32 and quantised again,
+    in the blocks that this rank's shards have: training then goes on but for one more rounding, not bitwise, under the
+    same host too. ``state_dict()`` keeps the codes.
 
     Raises:
         FileNotFoundError: ``directory`` has no complete checkpoint.

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .base_states import bytes_by_tensor, bytes_on_ranks
 from .exchange import wire_dtype
-from .integrations.fsdp import local_tensor
 from .layout import matrix_shape
 from .options import OPTION_NAMES, PreconditionerOptions, base_arguments, base_class
 from .plan import Plan, PlannedMatrix, Shard
@@ -79,7 +79,7 @@ def estimate_memory(
     own = {name: shampoo4_options.pop(name) for name in OPTION_NAMES if name in shampoo4_options}
     options = PreconditionerOptions(**own)
     rule = base_class(base)
-    per_element, per_tensor = _base_costs(rule, base_arguments(rule, lr, weight_decay, shampoo4_options), dtype)
+    arguments = base_arguments(rule, lr, weight_decay, shampoo4_options)
     computed = torch.promote_types(dtype, torch.float32)
 
     items = list(named_shapes.items() if isinstance(named_shapes, Mapping) else named_shapes)
@@ -98,7 +98,7 @@ def estimate_memory(
     preconditioner = [0] * world_size
     for (index, block), owner in zip(plan.blocks, plan.owners, strict=True):
         preconditioner[owner] += matrices[index].block_bytes(block)
-    base_bytes = [per_element * elements + per_tensor * sharding.tensors for elements in sharding.elements]
+    base_bytes = bytes_on_ranks(rule, arguments, dtype, sharding.sizes)
     wire = wire_dtype([computed], [options.exchange_dtype == "bfloat16"])
     return MemoryEstimate(preconditioner, base_bytes, [wire.itemsize * count for count in plan.elements_sent()])
 
@@ -122,11 +122,10 @@ def copies_of(host: str, world_size: int, replicas: int | None) -> int:
 
 
 class Sharding(NamedTuple):
-    """Every rank's shard of every parameter; and the elements of a rank's own tensors, and their number."""
+    """Every rank's shard of every parameter; and, by rank, the elements of each tensor that its optimizer steps on."""
 
     shards: list[tuple[Shard, ...]]
-    elements: list[int]
-    tensors: int
+    sizes: list[list[int]]
 
 
 def shard_all(host: str, shapes: list[torch.Size], world_size: int, copies: int) -> Sharding:
@@ -136,11 +135,11 @@ def shard_all(host: str, shapes: list[torch.Size], world_size: int, copies: int)
     if host == "zero3":
         parts = [-(-shape.numel() // world_size) for shape in shapes]
         shards = [_cut(shape.numel(), 0, part, world_size) for shape, part in zip(shapes, parts, strict=True)]
-        return Sharding(shards, [sum(parts)] * world_size, 1)
+        return Sharding(shards, [[sum(parts)]] * world_size)
     shards = [_shard_rows(shape, copies, world_size // copies) for shape in shapes]
     # A rank with an empty shard keeps the counts of steps all the same.
-    elements = [sum(shard[rank].stop - shard[rank].start for shard in shards) for rank in range(world_size)]
-    return Sharding(shards, elements, len(shapes))
+    sizes = [[shard[rank].stop - shard[rank].start for shard in shards] for rank in range(world_size)]
+    return Sharding(shards, sizes)
 
 
 def _shard_in_a_row(shapes: list[torch.Size], world_size: int) -> Sharding:
@@ -150,7 +149,7 @@ def _shard_in_a_row(shapes: list[torch.Size], world_size: int) -> Sharding:
     shards = [
         _cut(shape.numel(), end - shape.numel(), part, world_size) for shape, end in zip(shapes, ends, strict=True)
     ]
-    return Sharding(shards, [part] * world_size, 1)
+    return Sharding(shards, [[part]] * world_size)
 
 
 def _cut(numel: int, begin: int, part: int, world_size: int) -> tuple[Shard, ...]:
@@ -168,29 +167,12 @@ def _shard_rows(shape: torch.Size, copies: int, parts: int) -> tuple[Shard, ...]
     return tuple(Shard(start, stop, replica) for replica in range(copies) for start, stop in whole)
 
 
-def _base_costs(rule: type[torch.optim.Optimizer], arguments: Mapping[str, Any], dtype: torch.dtype) -> tuple[int, int]:
-    """Bytes per element and per parameter of the base optimizer's states, read off one step on a tiny parameter."""
-    probe = torch.nn.Parameter(torch.zeros(3, 5, dtype=dtype))
-    probe.grad = torch.zeros_like(probe)
-    optimizer = rule([probe], **arguments)
-    optimizer.step()
-    tensors = [value for value in optimizer.state[probe].values() if isinstance(value, Tensor)]
-    elementwise = [tensor for tensor in tensors if tensor.shape == probe.shape]
-    per_element = sum(tensor.element_size() for tensor in elementwise)
-    return per_element, tensor_bytes([tensors]) - per_element * probe.numel()
-
-
 def tensor_bytes(states: Iterable[Any]) -> int:
-    """Bytes of all tensors in (nested) containers, those of this rank where they are sharded."""
-    total = 0
-    for value in states:
-        if isinstance(value, Tensor):
-            total += local_tensor(value).numel() * value.element_size()
-        elif isinstance(value, Mapping):
-            total += tensor_bytes(value.values())
-        elif isinstance(value, (list, tuple)):
-            total += tensor_bytes(value)
-    return total
+    """Bytes of all tensors in (nested) containers, those of this rank where they are sharded.
+
+    Low-bit tensors count with their codes, scales and maps; a tensor that several states share counts once.
+    """
+    return sum(bytes_by_tensor(states).values())
 
 
 def format_bytes(count: float) -> str:

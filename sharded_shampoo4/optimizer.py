@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from . import packing
+from . import base_states, packing
 from .binding import Binding
 from .bindings import Bindings, Unbound
 from .factors import HEALTH
@@ -50,7 +50,10 @@ class Shampoo4(Optimizer):
         params: tensors, parameter groups, or ``model.named_parameters()`` (names then stand in messages). Every option
             below, but for ``base``, may also stand in a group.
         lr: learning rate of the base optimizer.
-        base: ``"adamw"``, ``"sgd"``, ``"adagrad"``, or an elementwise torch optimizer class.
+        base: ``"adamw"``, ``"sgd"``, ``"adagrad"``, or an elementwise torch optimizer class. Low-bit ones are among
+            them, such as torchao's ``AdamW8bit`` and ``AdamW4bit`` and bitsandbytes' ``AdamW8bit``. They round their
+            states in blocks that begin where a rank's shard does: training is then the same on any number of ranks
+            but for that rounding, not bitwise. bitsandbytes' do not take FSDP2's DTensors, nor portable checkpoints.
         weight_decay: weight decay of the base optimizer.
         precondition: False leaves a group's parameters to the base alone.
         bits: 3, 4 or 8 bits per stored matrix element; 32 is the reference Shampoo, which keeps L and R themselves.
@@ -150,14 +153,18 @@ class Shampoo4(Optimizer):
         )
         rule = base_class(base)
         self._base_arguments = base_arguments(rule, lr, weight_decay, base_options)
-        # The base sees a stand-in only: hosts replace parameters after construction, so nothing is kept of them yet.
-        self._base = rule([torch.nn.Parameter(torch.zeros(1))], **self._base_arguments)
-        self._base_makes_state_early = bool(self._base.state)
+        self._make_base(rule)
         self._members = Members()
         self._bindings = Bindings(self._members, type(self._base).__name__)
         self._consolidated: dict[Tensor, Tensor] = {}  # all factors, until the next step
         defaults = {"lr": lr, "weight_decay": weight_decay, **self._base.defaults, **options.as_group()}
         super().__init__(params, {**defaults, packing.VERSION_KEY: packing.FORMAT_VERSION})
+
+    def _make_base(self, rule: type[Optimizer]) -> None:
+        """The base sees a stand-in only: hosts replace parameters after construction, so nothing is kept of them."""
+        self._base = rule([torch.nn.Parameter(torch.zeros(1))], **self._base_arguments)
+        self._base_makes_state_early = bool(self._base.state)
+        self._base_tensor_options = base_states.tensor_options(self._base.param_groups[0])
 
     @staticmethod
     def paper_settings() -> dict[str, Any]:
@@ -237,15 +244,21 @@ class Shampoo4(Optimizer):
         self._base.state = self.state
         if self._base_makes_state_early:
             self._make_base_state()
-        self._base.step()
+        refusing = base_states.refusing_dtensors(type(self._base), self._current())
+        with base_states.as_tensors(self.param_groups, self._base_tensor_options), refusing:
+            self._base.step()
 
     def _make_base_state(self) -> None:
         """For a base that makes its states in the constructor: those of parameters that have none yet."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None and not self.state.get(parameter):
-                    arguments = {name: group.get(name, value) for name, value in self._base_arguments.items()}
-                    self.state[parameter] = type(self._base)([parameter], **arguments).state[parameter]
+                    base = type(self._base)([parameter], **self._base_arguments_of(group))
+                    self.state[parameter] = base.state[parameter]
+
+    def _base_arguments_of(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        """What the base's constructor is given, with the values that stand in a group."""
+        return {name: group.get(name, value) for name, value in self._base_arguments.items()}
 
     def _is_dry_step(self, binding: Binding) -> bool:
         """Whether this is a framework's step with zero gradients, made so that the optimizer creates its states."""
@@ -344,6 +357,7 @@ class Shampoo4(Optimizer):
             if data is not None:
                 unbound[parameter] = packing.PackedState(option, data.detach().clone())
         super().load_state_dict(plain)
+        base_states.load_by_base(self._base, plain, self)
         self._members.adopt(self.param_groups)
         self._base.__setstate__({"state": self.state, "param_groups": self.param_groups})
         self._consolidated = {}
@@ -352,15 +366,16 @@ class Shampoo4(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         if self._bindings.spread:
             raise RuntimeError("a Shampoo4 that is spread over ranks cannot be copied or pickled: use state_dict()")
-        own = {name: getattr(self, name) for name in ("_base", "_base_arguments", "_base_makes_state_early")}
+        own = {"_base": type(self._base), "_base_arguments": self._base_arguments}  # copies of bases lose their options
         options = {p: PreconditionerOptions.of_group(group) for group in self.param_groups for p in group["params"]}
         packed = {p: packing.PackedState(options[p], data) for p, data in self._packed().items()}
         return {**super().__getstate__(), **own, "_consolidated": {}, "_unbound": packed}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        unbound = state.pop("_unbound", None)
+        unbound, rule = state.pop("_unbound", None), state.pop("_base", None)
         super().__setstate__(state)
         if unbound is not None:  # a copy: torch's load_state_dict calls this too, with the parameters as they are
+            self._make_base(rule)
             self._members = Members()
             for group in self.param_groups:
                 self._members.add(group)

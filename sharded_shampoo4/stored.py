@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
+from . import base_states
 from .binding import Binding
 from .bindings import Bindings
 from .integrations.fsdp import Location, is_dtensor, local_tensor
@@ -141,7 +142,11 @@ def check(
         _check_shapes(
             manifest.get("untrained", {}), shapes, "frozen parameter or buffer ", ": was it saved without model=?"
         )
+    imagination = Imagination(optimizer, bindings)
     for name, entry in entries.items():
+        if saved[name]["base"]:
+            held = torch.Size([local_tensor(entry.holder).numel()])
+            base_states.refuse_unportable(type(optimizer._base), name, imagination.of(entry), held)
         difference = shaping_difference(PreconditionerOptions.of_group(saved[name]["options"]), entry.options)
         if difference:
             raise ValueError(f"{name} in the checkpoint has {difference}")
@@ -165,6 +170,28 @@ def _check_shapes(saved: Mapping[str, Any], here: Mapping[str, torch.Size], kind
             raise ValueError(f"{where} has shape {saved[name]['shape']} in the checkpoint and {list(shape)} here")
 
 
+class Imagination:
+    """The states that the base would make of parameters, on the meta device; empty where it cannot tell."""
+
+    def __init__(self, optimizer: Shampoo4, bindings: Bindings) -> None:
+        self._optimizer, self._bindings = optimizer, bindings
+        self._known: dict[tuple[int, int, torch.dtype], base_states.State] = {}
+
+    def of(self, entry: Entry) -> base_states.State:
+        """Those of a parameter, or of the flat tensor that has it: vectors of this rank's elements, and numbers."""
+        holder = local_tensor(entry.holder)
+        key = (entry.group, holder.numel(), holder.dtype)
+        if key not in self._known:
+            rule, arguments = type(self._optimizer._base), self.arguments(entry)
+            imagined = base_states.imagine(rule, arguments, [holder.numel()], holder.dtype)
+            self._known[key] = imagined[0] if imagined else {}
+        return self._known[key]
+
+    def arguments(self, entry: Entry) -> dict[str, Any]:
+        """Those of the base, for a parameter of this one's group."""
+        return self._optimizer._base_arguments_of(self._bindings.members.group(entry.group))
+
+
 class Restoration:
     """New tensors to read a checkpoint into, which replace the optimizer's once all of them are there."""
 
@@ -173,7 +200,9 @@ class Restoration:
     ) -> None:
         self._manifest, self._optimizer, self._bindings = manifest, optimizer, bindings
         self._states: dict[Tensor, dict[str, Any]] = {}
+        self._low_bit: dict[Tensor, Entry] = {}  # one of each holder's whose states the base keeps in low precision
         self._values: list[tuple[Tensor, Tensor]] = []  # where to, and what
+        self._imagination = Imagination(optimizer, bindings)
         self._factors = {
             _block_key(matrix.name, owned.block): torch.empty(
                 matrix.block_bytes(owned.block), dtype=torch.uint8, device=matrix.device
@@ -207,12 +236,30 @@ class Restoration:
                 self._set_number(entry, state, key, described)
                 continue
             if key not in state:
-                dtype = getattr(torch, described["dtype"])
-                dtype = entry.holder.dtype if dtype.is_floating_point else dtype  # as torch's load_state_dict casts
+                dtype = self._dtype(entry, key, getattr(torch, described["dtype"]))
                 state[key] = torch.zeros_like(entry.holder, dtype=dtype, memory_format=torch.contiguous_format).detach()
             part = local_tensor(state[key]).view(-1)[offset : offset + length]
             if length:
                 self.tensors[f"{key}/{entry.name}"] = _interval(part, location)
+
+    def _dtype(self, entry: Entry, key: str, saved: torch.dtype) -> torch.dtype:
+        """In which a state is read: that which the base keeps it in, float32 for what it quantises then."""
+        made = self._imagination.of(entry).get(key)
+        if base_states.is_low_bit(made):
+            self._low_bit[entry.holder] = entry
+            return torch.float32
+        if isinstance(made, Tensor):
+            return made.dtype
+        return entry.holder.dtype if saved.is_floating_point else saved  # as torch's load_state_dict casts
+
+    def _quantise(self, entry: Entry) -> None:
+        """Put low-bit states, which the base itself makes, in the place of the floats that were read."""
+        rule, state = type(self._optimizer._base), self._states[entry.holder]
+        (made,) = base_states.make(rule, self._imagination.arguments(entry), [entry.holder])
+        for key, value in made.items():
+            if key in state and base_states.is_low_bit(value):
+                local_tensor(value).copy_(local_tensor(state[key]))
+                state[key] = value
 
     def _set_number(self, entry: Entry, state: dict[str, Any], key: str, described: Mapping[str, Any]) -> None:
         value = described["value"]
@@ -230,6 +277,8 @@ class Restoration:
 
     def apply(self) -> None:
         """Put what was read in place."""
+        for entry in self._low_bit.values():
+            self._quantise(entry)
         for holder, state in self._states.items():
             self._optimizer.state.pop(holder, None)
             if state:
@@ -307,23 +356,22 @@ def _vectors(optimizer: Shampoo4, entry: Entry) -> dict[str, Tensor]:
     vectors = {_VALUES: holder.reshape(-1)}
     for key, value in optimizer.state.get(entry.holder, {}).items():
         if isinstance(value, Tensor) and value.shape == entry.holder.shape:
-            vectors[key] = local_tensor(value).reshape(-1)
+            vectors[key] = base_states.floats(value)
     return vectors
 
 
 def _describe_base(optimizer: Shampoo4, entry: Entry) -> dict[str, Any]:
     described: dict[str, Any] = {}
-    for key, value in optimizer.state.get(entry.holder, {}).items():
+    state = optimizer.state.get(entry.holder, {})
+    base_states.refuse_unportable(type(optimizer._base), entry.name, state, entry.holder.shape)
+    for key, value in state.items():
         if isinstance(value, Tensor) and value.shape == entry.holder.shape:
-            described[key] = {"dtype": str(value.dtype).removeprefix("torch.")}
-        elif isinstance(value, Tensor) and value.numel() == 1:
+            dtype = torch.float32 if base_states.is_low_bit(value) else value.dtype
+            described[key] = {"dtype": str(dtype).removeprefix("torch.")}
+        elif isinstance(value, Tensor):
             described[key] = {"value": float(value), "tensor": True}
-        elif isinstance(value, (int, float)):
-            described[key] = {"value": value, "tensor": False}
         else:
-            raise ValueError(
-                f"{key} of {entry.name} ({type(value).__name__}) is no elementwise state: no way to store it"
-            )
+            described[key] = {"value": value, "tensor": False}
     return described
 
 
