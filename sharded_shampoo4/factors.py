@@ -66,7 +66,7 @@ def factor_bytes(order: int, options: PreconditionerOptions) -> int:
     return sum(math.prod(shape) * dtype.itemsize for shape, dtype in factor_layout(order, options).values())
 
 
-class Root(NamedTuple):
+class InverseRoot(NamedTuple):
     """Inverse roots (k, n, n): ``matrices`` themselves, or eigenvectors as columns and ``powers`` (k, n) of theirs."""
 
     matrices: Tensor
@@ -202,13 +202,13 @@ class FactorPool:
                 root = eigenbasis.inverse_root_of(self._decode("statistics", chunk).to(self.refresh_dtype), eps)
             self._commit(chunk, self._encode("root", root), _ROOT)
 
-    def root(self, where: Index, dtype: torch.dtype) -> Root:
+    def root(self, where: Index, dtype: torch.dtype) -> InverseRoot:
         """The inverse roots (k, n, n) of the factors ``where``, to multiply with blocks of ``dtype``."""
         if not self.implicit:
-            return Root(self._decode("root", where).to(dtype), None)
+            return InverseRoot(self._decode("root", where).to(dtype), None)
         basis = eigenbasis.rectify(self._decode("basis", where).mT.contiguous(), self.options.rectify_steps[1])
         powers = eigenbasis.inverse_powers(self.tensors["eigenvalues"][where], self.options.matrix_eps)
-        return Root(basis.to(dtype), powers.to(dtype))
+        return InverseRoot(basis.to(dtype), powers.to(dtype))
 
     def health(self, where: Tensor) -> Tensor:
         """How the factors ``where`` are, float64 (k, 5): see HEALTH. NaN for the errors of factors without a basis."""

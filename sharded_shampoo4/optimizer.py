@@ -18,6 +18,8 @@ from .integrations import zero
 from .members import Members
 from .memory import describe_parameter, format_bytes, table, tensor_bytes
 from .options import (
+    COMPACT_SETTINGS,
+    PAPER_SETTINGS,
     Bits,
     CodeBook,
     GraftingScope,
@@ -169,38 +171,16 @@ class Shampoo4(Optimizer):
     @staticmethod
     def paper_settings() -> dict[str, Any]:
         """Options as published where they differ from ours: ``Shampoo4(params, **Shampoo4.paper_settings())``."""
-        return {
-            "bits": 4,
-            "quantize": "eigenbasis",
-            "codebook": "linear2",
-            "quant_block_size": 64,
-            "min_quant_numel": 4096,
-            "shampoo_beta": 0.95,
-            "matrix_eps": 1e-6,
-            "statistics_interval": 100,
-            "root_interval": 500,
-            "rectify_steps": (1, 4),
-            "max_preconditioner_dim": 1200,
-            "split": "remainder",
-            "grafting": "parameter",
-        }
+        return dict(PAPER_SETTINGS)
 
     @staticmethod
     def compact_settings() -> dict[str, Any]:
-        """Options for the smallest state: about 4.3 bits for each factor element where the paper's have 9.
+        """Options for the smallest state: about 4.3 bits for each factor element where the paper's layout has 9.
 
-        No stored roots, better levels, bfloat16 scales. Of the work that stored roots would save in each step, one
-        rectification is all that implicit ones need. ``Shampoo4(params, **Shampoo4.compact_settings())``.
+        No stored roots, better levels, bfloat16 scales. Every step then rectifies the eigenbases, once, and multiplies
+        by them: four products a side instead of one. ``Shampoo4(params, **Shampoo4.compact_settings())``.
         """
-        return {
-            "bits": 4,
-            "quantize": "eigenbasis",
-            "codebook": "normal",
-            "quant_block_size": 64,
-            "scale_dtype": "bfloat16",
-            "root": "implicit",
-            "rectify_steps": (1, 1),
-        }
+        return dict(COMPACT_SETTINGS)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its options are checked as the constructor's are."""

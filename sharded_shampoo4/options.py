@@ -132,6 +132,30 @@ class PreconditionerOptions:
         return self.bits != 32 and order * order >= self.min_quant_numel
 
 
+PAPER_SETTINGS: dict[str, Any] = {
+    "bits": 4,
+    "quantize": "eigenbasis",
+    "codebook": "linear2",
+    "quant_block_size": 64,
+    "min_quant_numel": 4096,
+    "shampoo_beta": 0.95,
+    "matrix_eps": 1e-6,
+    "statistics_interval": 100,
+    "root_interval": 500,
+    "rectify_steps": (1, 4),
+    "max_preconditioner_dim": 1200,
+    "split": "remainder",
+    "grafting": "parameter",
+}
+COMPACT_SETTINGS: dict[str, Any] = {
+    "bits": 4,
+    "quantize": "eigenbasis",
+    "codebook": "normal",
+    "quant_block_size": 64,
+    "scale_dtype": "bfloat16",
+    "root": "implicit",
+    "rectify_steps": (1, 1),
+}
 _DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(PreconditionerOptions)}
 OPTION_NAMES = tuple(_DEFAULTS)
 _cached = functools.lru_cache(maxsize=256)(PreconditionerOptions)
