@@ -93,6 +93,13 @@ class _Given:
         """Those that are still there."""
         return [parameter for parameter in (reference() for reference in self.references) if parameter is not None]
 
+    def trained_shapes(self, bound: Mapping[Tensor, fsdp.Location]) -> Iterator[tuple[str, torch.Size]]:
+        """Names and whole shapes of those that were to be trained when they were given."""
+        for name, reference, shape, trained in zip(self.names, self.references, self.shapes, self.trained, strict=True):
+            parameter = reference()
+            if trained:
+                yield name, bound[parameter].shape if parameter is not None and parameter in bound else shape
+
     def is_in_place(self, params: Sequence[Tensor]) -> bool:
         return len(params) == len(self.references) and all(
             reference() is parameter for reference, parameter in zip(self.references, params, strict=True)
@@ -193,26 +200,19 @@ class Members:
 
         They follow from all that was given, whatever part of it a step is about.
         """
-        options = [PreconditionerOptions.of_group(given.group) for given in self._given]
-        if not any(each.refresh == "staggered" for each in options):
+        by_group = [PreconditionerOptions.of_group(given.group) for given in self._given]
+        if not any(options.refresh == "staggered" for options in by_group):
             return _NO_PHASES
         described = [
-            (number, name, bound[p].shape if (p := reference()) is not None and p in bound else shape, options[number])
-            for number, given in enumerate(self._given)
-            for name, reference, shape, trained in zip(
-                given.names, given.references, given.shapes, given.trained, strict=True
-            )
-            if trained
+            (number, name, shape, options)
+            for number, (given, options) in enumerate(zip(self._given, by_group, strict=True))
+            for name, shape in given.trained_shapes(bound)
         ]
         if described != self._described:
-            matrices = [
-                ((number, name), view, options)
-                for number, name, shape, options in described
-                if options.precondition and (view := matrix_shape(shape)) is not None
-            ]
-            phases = stagger([(view, options) for _, view, options in matrices])
+            views = {(number, name): (matrix_shape(shape), options) for number, name, shape, options in described}
+            matrices = {key: (view, options) for key, (view, options) in views.items() if view and options.precondition}
             self._described = described
-            self._schedule = {key: found for (key, _, _), found in zip(matrices, phases, strict=True)}
+            self._schedule = dict(zip(matrices, stagger(list(matrices.values())), strict=True))
         return self._schedule
 
     def entries(self, groups: Sequence[dict[str, Any]], bound: Mapping[Tensor, fsdp.Location]) -> list[Entry]:
