@@ -85,22 +85,30 @@ def test_directions_and_codes(name: str) -> None:
         options["codebook"] = quantization.normal(options.get("bits", 4), 64)
     slow = Reference(SHAPES, **options, phases=phases(fast) if staggered else None)
     differences = []
+    # Where a value falls between two levels but for its last digit, a code may differ, and what follows from it does.
+    flipped: set[object] = set()
     for gradients in replayed(SHAPES, STEPS):
         for ours, theirs in zip(fast.step(gradients), slow.step(gradients), strict=True):
             differences.append(((ours - theirs).norm() / theirs.norm()).item())
+        for key in slow.factors.keys() - flipped:
+            equal, total = compare_codes(fast, slow, key)
+            assert equal >= 0.999 * total, (key, equal, total)
+            flipped |= {key} if equal < total else set()
+    assert len(flipped) <= 0.1 * len(slow.factors), flipped
     assert torch.tensor(differences).median() < (1e-4 if options.get("bits") == 32 else 1e-5), sorted(differences)[-5:]
     print(name, sorted(differences)[len(differences) // 2], max(differences))
+    assert any(stored_codes(factor) for factor in slow.factors.values()) == (options.get("bits") != 32)
+
+
+def compare_codes(fast: Directions, slow: Reference, key: tuple[int, int, int, str]) -> tuple[int, int]:
+    """How many of a factor's stored codes are equal, and how many there are."""
+    pool, index = fast.factor(*key)
     equal = total = 0
-    for key, factor in slow.factors.items():
-        pool, index = fast.factor(*key)
-        for stored, expected in stored_codes(factor).items():
-            packed = pool.tensors[f"{stored}.codes"][index]
-            codes = quantization.unpack(packed, pool.options.bits, expected.shape[1])
-            equal += (codes == expected).sum().item()
-            total += codes.numel()
-    assert (total > 0) == (options.get("bits") != 32)
-    print(equal, "of", total, "codes")
-    assert equal >= 0.999 * total, equal / total
+    for stored, expected in stored_codes(slow.factors[key]).items():
+        codes = quantization.unpack(pool.tensors[f"{stored}.codes"][index], pool.options.bits, expected.shape[1])
+        equal += (codes == expected).sum().item()
+        total += codes.numel()
+    return equal, total
 
 
 def stored_codes(factor: object) -> dict[str, Tensor]:
