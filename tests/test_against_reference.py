@@ -87,7 +87,7 @@ def test_directions_and_codes(name: str) -> None:
     differences = []
     # Where a value falls between two levels but for its last digit, a code may differ, and what follows from it does.
     flipped: set[object] = set()
-    for gradients in replayed(SHAPES, STEPS):
+    for gradients in replayed(SHAPES, STEPS if name == "eigenbasis" else STEPS // 2):
         for ours, theirs in zip(fast.step(gradients), slow.step(gradients), strict=True):
             differences.append(((ours - theirs).norm() / theirs.norm()).item())
         for key in slow.factors.keys() - flipped:
