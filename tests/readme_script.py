@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from functools import partial
@@ -76,8 +77,7 @@ def main() -> None:
             train(model, optimizer, known["accelerator"].backward if host == "Accelerate" else Tensor.backward)
             optimizer = getattr(optimizer, "optimizer", optimizer)
         marks[host] = (type(optimizer).__name__, optimizer.state_bytes()["preconditioner"])
-    for host, mark in marks.items():
-        print(dist.get_rank(), host, *mark, sep=" | ", flush=True)
+    Path(output, f"{dist.get_rank()}.json").write_text(json.dumps(marks))
     dist.destroy_process_group()
 
 

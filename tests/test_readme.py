@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -17,10 +18,10 @@ def test_the_lines_for_every_host_train_with_shared_factors(tmp_path: Path) -> N
     launcher = (Path(sys.executable).with_name("torchrun"), "--standalone", "--nproc_per_node", 2)
     found = run(*launcher, ROOT / "tests" / "readme_script.py", tmp_path)
     assert found.returncode == 0, found.stderr[-3000:]
-    lines = [line.split(" | ") for line in found.stdout.splitlines() if line.count(" | ") == 3]
-    held = {(rank, host): int(count) for rank, host, name, count in lines if name == "Shampoo4"}
-    assert held.keys() == {(rank, host) for rank in "01" for host in HOSTS}
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert first.keys() == second.keys() == set(HOSTS)
     # Both layers' factors, no factor twice, and under every host the same ones.
     alone = estimate_memory(Model().named_parameters()).preconditioner[0]
     for host in HOSTS:
-        assert held["0", host] + held["1", host] == alone and min(held["0", host], held["1", host]) > 0, held
+        (name, held), (_, held_too) = first[host], second[host]
+        assert name == "Shampoo4" and held + held_too == alone and min(held, held_too) > 0, (host, held, held_too)
