@@ -177,20 +177,26 @@ def add_floors(rows: list[Row], clock: str, interval: int) -> float:
 # -- report ------------------------------------------------------------------------------------------------------------
 
 
+def _empty_table(title: str, name_width: int | None, columns: Sequence[str]) -> Table:
+    """With a column of names, at least so many characters wide, and columns of numbers."""
+    found = Table(title=title, title_justify="left")
+    found.add_column("optimizer", min_width=name_width)
+    for column in columns:
+        found.add_column(column, justify="right")
+    return found
+
+
 def table(rows: list[Row], about: dict[str, Any]) -> Table:
     """A line for each optimizer; those without numbers say why."""
-    found = Table(
-        title=f"ViT, hidden {about['hidden_size']}, {about['num_hidden_layers']} layers, {about['parameters']:,} "
+    title = (
+        f"ViT, hidden {about['hidden_size']}, {about['num_hidden_layers']} layers, {about['parameters']:,} "
         f"parameters; refresh every {about['interval']} steps, {about['steps']} steps; {about['device']}, "
-        f"{about['threads']} thread{'s' if about['threads'] > 1 else ''}, load before {about['load_before']:.1f}",
-        title_justify="left",
+        f"{about['threads']} thread{'s' if about['threads'] > 1 else ''}, load before {about['load_before']:.1f}"
     )
-    found.add_column("optimizer", min_width=40)
-    for column in (
+    found = _empty_table(title, 40, (
         "graph", "CPU ms\nmedian", "\nworst", "wall ms\nmedian", "\nworst", "worst /\nmedian", "state\nB/param",
         "transient\nMB", "refresh\nMB", "ordinary\n/ floor",
-    ):  # fmt: skip
-        found.add_column(column, justify="right")
+    ))  # fmt: skip
     for row in rows:
         if "cpu_ms" not in row:
             reason = row.get("error") or row["missing"]
@@ -304,18 +310,15 @@ def compare_ranks(flags: argparse.Namespace, console: Console) -> None:
 
 def rank_table(rows: list[Row], about: dict[str, Any]) -> Table:
     """A line for each optimizer."""
-    found = Table(
-        title=f"ViT, hidden {about['hidden_size']}, {about['layers']} layers; {about['host']} on {about['ranks']} "
+    title = (
+        f"ViT, hidden {about['hidden_size']}, {about['layers']} layers; {about['host']} on {about['ranks']} "
         f"ranks, one thread each; refresh every {about['interval']} steps, {about['steps']} steps; "
-        f"load before {about['load_before']:.1f}",
-        title_justify="left",
+        f"load before {about['load_before']:.1f}"
     )
-    found.add_column("optimizer")
-    for column in (
+    found = _empty_table(title, None, (
         "step ms\nmedian", "\nworst", "of it optimizer\nmedian", "\nworst", "CPU ms\nmedian", "\nworst",
         "exchange /\nstep", "MB sent\nmost", "\nmean", "state MB\nmost", "most /\nmean",
-    ):  # fmt: skip
-        found.add_column(column, justify="right")
+    ))  # fmt: skip
     for row in rows:
         spans = [row[which] for which in ("step_ms", "optimizer_ms", "optimizer_cpu_ms")]
         times = [f"{span[kind]:.1f}" for span in spans for kind in ("median", "worst")]
