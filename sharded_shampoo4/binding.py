@@ -16,7 +16,7 @@ from .exchange import Exchange
 from .grafting import Grafting
 from .integrations.fsdp import local_tensor
 from .packing import PackedPieces
-from .plan import Owned, Plan, PlannedMatrix, Shard
+from .plan import Owned, Plan, PlannedMatrix, Shard, Work
 from .preconditioner import Matrix, Preconditioner
 from .ranks import Ranks
 
@@ -43,10 +43,10 @@ class Binding:
     """The preconditioned parameters, the plan that all ranks made of their shards, and this rank's part of the work.
 
     The constructor is collective. Raises ValueError, on every rank alike, where ranks disagree or shards do not tile.
-    ``loads`` is the work that every rank has by other bindings.
+    ``others`` is the work that every rank has by other bindings.
     """
 
-    def __init__(self, ranks: Ranks, candidates: Sequence[Candidate], loads: Sequence[int] | None = None) -> None:
+    def __init__(self, ranks: Ranks, candidates: Sequence[Candidate], others: Work | None = None) -> None:
         self.ranks = ranks
         self.parameters = [candidate.parameter for candidate in candidates]
         self.holders = [candidate.holder for candidate in candidates]
@@ -62,10 +62,11 @@ class Binding:
                 tuple(described[index][3] for described in everyone),
                 (matrix.options, matrix.dtype, matrix.device if ranks.size == 1 else matrix.device.type),
                 matrix.options.scratch_mib,
+                matrix.phases,
             )
             for index, matrix in enumerate(self.matrices)
         ]
-        self.plan = Plan(planned, ranks.size, loads)
+        self.plan = Plan(planned, ranks.size, others)
         self.preconditioner = Preconditioner(self.matrices, self.plan.batches[ranks.rank])
         self.grafting = Grafting(self.plan, self.matrices)
         devices, dtypes = [m.device for m in self.matrices], [m.dtype for m in self.matrices]

@@ -21,7 +21,7 @@ from .integrations import fsdp, zero
 from .layout import matrix_shape
 from .members import Entry, Members
 from .options import PreconditionerOptions
-from .plan import Shard
+from .plan import Shard, Work
 from .preconditioner import Matrix, worse
 from .ranks import Ranks
 from .schedule import Phases
@@ -163,8 +163,8 @@ class Bindings:
             if old is None:
                 self._warn_if_lost(chosen, state)
                 _separate_step_counts(entries, state)
-        others = [binding.plan.loads() for other, binding in self._by_key.items() if other != key]
-        binding = Binding(ranks, candidates, [sum(loads) for loads in zip(*others, strict=True)])
+        others = (binding.plan.work for other, binding in self._by_key.items() if other != key)
+        binding = Binding(ranks, candidates, sum(others, Work()))
         packing.check_that_ranks_agree(ranks, {entry.name: self.unbound.get(entry.parameter) for entry in chosen})
         kept = {entry.parameter for entry in chosen}
         for parameter, place in places.items():

@@ -16,6 +16,7 @@ from .layout import matrix_shape
 from .options import OPTION_NAMES, PreconditionerOptions, base_arguments, base_class
 from .plan import Plan, PlannedMatrix, Shard
 from .preconditioner import Matrix
+from .schedule import stagger
 
 _HOSTS = ("none", "ddp", "fsdp2", "hsdp", "zero0", "zero1", "zero2", "zero3")
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
@@ -85,14 +86,16 @@ def estimate_memory(
     items = list(named_shapes.items() if isinstance(named_shapes, Mapping) else named_shapes)
     shapes = [x.shape if isinstance(x, Tensor) else torch.Size(x) for _, x in items]
     sharding = shard_all(host, shapes, world_size, copies)
+    views = [matrix_shape(shape) if options.precondition else None for shape in shapes]
+    schedule = iter(stagger([(view, options) for view in views if view]))
     matrices, planned = [], []
-    for (name, _), shape, shards in zip(items, shapes, sharding.shards, strict=True):
-        matrix_view = matrix_shape(shape) if options.precondition else None
-        if matrix_view:
-            matrix = Matrix(name, matrix_view, options, torch.device("meta"), computed)
+    for (name, _), view, shards in zip(items, views, sharding.shards, strict=True):
+        if view:
+            matrix = Matrix(name, view, options, torch.device("meta"), computed, phases=next(schedule))
             kind = (matrix.options, matrix.dtype, matrix.device.type)
+            blocks = tuple(matrix.blocks)
             matrices.append(matrix)
-            planned.append(PlannedMatrix(name, matrix_view, tuple(matrix.blocks), shards, kind, options.scratch_mib))
+            planned.append(PlannedMatrix(name, view, blocks, shards, kind, options.scratch_mib, matrix.phases))
 
     plan = Plan(planned, world_size)
     preconditioner = [0] * world_size

@@ -8,13 +8,14 @@ gradient travel to the owner and which pieces of its direction travel back.
 from __future__ import annotations
 
 import bisect
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
 from .layout import Block, interval_pieces
+from .schedule import Phases
 
 # Elements of a batch's gradients, directions and dequantised roots together, for each MiB of scratch memory: a quarter
 # of it. The rest is for what dequantising takes, and for the pieces of two more batches that are under way.
@@ -36,7 +37,10 @@ class Shard(NamedTuple):
 
 @dataclass(frozen=True)
 class PlannedMatrix:
-    """A parameter matrix: its blocks, the shard of each rank, and what blocks must share to stand in one batch."""
+    """A parameter matrix: its blocks, the shard of each rank, and what blocks must share to stand in one batch.
+
+    ``phases``: those of its factors that are not refreshed together with all others.
+    """
 
     name: str
     shape: tuple[int, int]
@@ -44,6 +48,7 @@ class PlannedMatrix:
     shards: tuple[Shard, ...]
     kind: Hashable = None
     scratch_mib: int = 256
+    phases: Phases = field(default_factory=dict)
 
     @property
     def replicas(self) -> int:
@@ -103,21 +108,24 @@ class Round:
     from_holder: list[list[Incoming]]
 
 
+# The matrix work of every (rank, None), and what of it is refreshed at a phase, of (rank, phase.statistics).
+Work = Counter[tuple[int, int | None]]
+
+
 class Plan:
     """Owners, batches and routes for ``matrices``, which have a shard on each of ``world_size`` ranks.
 
-    ``loads`` is the matrix work that every rank has already, by other plans: blocks go to those with little of it.
+    ``others`` is the work that every rank has already, by other plans: blocks go to those with little of it.
     """
 
-    def __init__(self, matrices: Sequence[PlannedMatrix], world_size: int, loads: Sequence[int] | None = None) -> None:
+    def __init__(self, matrices: Sequence[PlannedMatrix], world_size: int, others: Work | None = None) -> None:
         self.matrices = list(matrices)
         self.world_size = world_size
-        self._loads_before = list(loads or [0] * world_size)
         for matrix in matrices:
             matrix.check()
         self.blocks = [Owned(index, block) for index, matrix in enumerate(matrices) for block in matrix.blocks]
         self._holders = [_Holders(matrix) for matrix in matrices]
-        self.owners = self._assign_owners()
+        self.owners, self.work = self._assign_owners(others or Counter())
         self.batches = [self._batches_of(rank) for rank in range(self.world_size)]
 
     @property
@@ -129,22 +137,32 @@ class Plan:
     def owner_of(self) -> dict[Owned, int]:
         return dict(zip(self.blocks, self.owners, strict=True))
 
-    def _assign_owners(self) -> list[int]:
-        """Longest processing time first, preferring a rank that holds much of the block: an owner for each block."""
+    def _assign_owners(self, others: Work) -> tuple[list[int], Work]:
+        """Longest processing time first: an owner for each block, and the work that this adds.
+
+        As long as loads are even, ranks are preferred that refresh little at the phases of the block, then those that
+        hold much of it.
+        """
+        work = Counter(others)
         costs = [_work(block) for _, block in self.blocks]
-        limit = _SLACK * (sum(costs) + sum(self._loads_before)) / self.world_size
-        loads = list(self._loads_before)
+        everything = sum(costs) + sum(cost for (_, phase), cost in others.items() if phase is None)
+        limit = _SLACK * everything / self.world_size
         owners = [0] * len(self.blocks)
         for index in sorted(range(len(costs)), key=lambda i: -costs[i]):  # stable: by parameter, row, column
-            held = self._holders[self.blocks[index].matrix].elements(self.blocks[index].block)
-            near = [rank for rank in held if loads[rank] + costs[index] <= limit]
+            matrix, block = self.blocks[index]
+            held = self._holders[matrix].elements(block)
+            phases = self.matrices[matrix].phases.get(block, ())
+            busy = {rank: sum(work[rank, phase.statistics] for phase in phases) for rank in range(self.world_size)}
+            near = [rank for rank in (busy if phases else held) if work[rank, None] + costs[index] <= limit]
             if near:
-                owner = min(near, key=lambda rank: (-held[rank], loads[rank], rank))
+                owner = min(near, key=lambda rank: (busy[rank], -held.get(rank, 0), work[rank, None], rank))
             else:
-                owner = min(range(self.world_size), key=lambda rank: (loads[rank], -held.get(rank, 0), rank))
+                owner = min(busy, key=lambda rank: (work[rank, None], -held.get(rank, 0), rank))
             owners[index] = owner
-            loads[owner] += costs[index]
-        return owners
+            work[owner, None] += costs[index]
+            for order, phase in zip((block.rows, block.columns), phases, strict=False):
+                work[owner, phase.statistics] += order**3
+        return owners, work - others
 
     def _batches_of(self, rank: int) -> list[list[Owned]]:
         """The blocks of one owner, equal kinds and shapes together, in batches of bounded size."""
@@ -181,10 +199,7 @@ class Plan:
 
     def loads(self) -> list[int]:
         """The matrix work of every rank."""
-        loads = [0] * self.world_size
-        for (_, block), owner in zip(self.blocks, self.owners, strict=True):
-            loads[owner] += _work(block)
-        return loads
+        return [self.work[rank, None] for rank in range(self.world_size)]
 
     def elements_sent(self) -> list[int]:
         """Elements that every rank sends in a step in which all blocks take part: gradients, and directions back."""

@@ -28,11 +28,12 @@ TOGETHER = (Phase(), Phase())
 def stagger(matrices: Sequence[tuple[tuple[int, int], PreconditionerOptions]]) -> list[Phases]:
     """Spread the factors of ``matrices``, those with refresh="staggered", over their intervals.
 
-    Costly factors first, each takes the step at which least is due so far. A factor's first root is never before its
-    first statistics; where root_interval is a multiple of statistics_interval, roots follow statistics at once.
+    Costly factors first, each takes the steps at which least is due so far. Its roots are a step after its statistics,
+    so that these two, which cost about the same, are no stall together; those of phase 0 are in the same step, or the
+    first root would be before the first statistics.
     """
     found: list[dict[Block, list[Phase]]] = [{} for _ in matrices]
-    by_intervals: dict[tuple[int, int], list[tuple[int, int, Block, int]]] = {}
+    by_intervals: dict[tuple[int, int], list[tuple[int, int, int, Block, int]]] = {}
     for index, (shape, options) in enumerate(matrices):
         if options.refresh != "staggered":
             continue
@@ -40,14 +41,54 @@ def stagger(matrices: Sequence[tuple[tuple[int, int], PreconditionerOptions]]) -
         for block in cut_blocks(shape, options.max_preconditioner_dim, options.split):
             found[index][block] = [Phase(), Phase()]
             for side, order in enumerate((block.rows, block.columns)):
-                by_intervals.setdefault(intervals, []).append((order**3, index, block, side))
-    for (every, root_every), factors in by_intervals.items():
-        statistics = [0] * every
-        roots = [[0] * max(1, root_every // every) for _ in range(every)]
-        for cost, index, block, side in sorted(factors, key=lambda factor: -factor[0]):  # stable
-            phase = min(range(every), key=statistics.__getitem__)
-            turn = min(range(len(roots[phase])), key=roots[phase].__getitem__)
-            statistics[phase] += cost
-            roots[phase][turn] += cost
-            found[index][block][side] = Phase(phase, (phase + turn * every) % root_every)
+                by_intervals.setdefault(intervals, []).append((*_work(order, options), index, block, side))
+    for intervals, factors in by_intervals.items():
+        calendar = _Calendar(*intervals)
+        for statistics, root, index, block, side in sorted(
+            factors, key=lambda factor: -factor[0] - factor[1]
+        ):  # stable
+            found[index][block][side] = calendar.place(statistics, root)
     return [{block: (left, right) for block, (left, right) in blocks.items()} for blocks in found]
+
+
+def _work(order: int, options: PreconditionerOptions) -> tuple[int, int]:
+    """What the statistics and the root of a factor cost.
+
+    Cubes are for products and factorisations; squares for quantisation, which takes as long as products with 128
+    columns do (measured on CPUs).
+    """
+    if not options.is_quantized(order) or options.quantize != "eigenbasis":
+        return order**2, order**3  # eigh; statistics are a product only
+    cost = order**2 * (order + 128)
+    return cost, 0 if options.root == "implicit" else cost
+
+
+class _Calendar:
+    """What is due at which steps modulo ``every``, and which roots in which of the intervals of a root interval."""
+
+    def __init__(self, every: int, root_every: int) -> None:
+        self.every, self.root_every = every, root_every
+        self.statistics = [0] * every
+        self.roots = [[0] * max(1, root_every // every) for _ in range(every)]
+
+    def place(self, statistics: int, root: int) -> Phase:
+        """Enter a factor where the fuller of its two steps is least full."""
+
+        def peaks(phase: int) -> tuple[int, int]:
+            after = self._after(phase)
+            absorbing = self.statistics[phase] + statistics + max(self.roots[phase])
+            inverting = self.statistics[after] + root + min(self.roots[after])
+            if after == phase:
+                inverting += statistics
+            return max(absorbing, inverting), absorbing + inverting
+
+        phase = min(range(self.every), key=peaks)
+        after = self._after(phase)
+        turn = min(range(len(self.roots[after])), key=self.roots[after].__getitem__)
+        self.statistics[phase] += statistics
+        self.roots[after][turn] += root
+        # From statistics to root is a step, or none; past the end of an interval it counts on.
+        return Phase(phase, (phase + (after != phase) + turn * self.every) % self.root_every)
+
+    def _after(self, phase: int) -> int:
+        return (phase + 1) % self.every if phase else 0
