@@ -18,12 +18,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from bench_optimizers import CHOICES, OURS, Choice, first_line, random_batch, state_bytes, vit
+from memory_models import layers_of
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.multiprocessing.spawn import start_processes
-from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
+from wrapping import wrap
 
 from sharded_shampoo4 import Shampoo4
 
@@ -241,7 +240,10 @@ def _on_a_rank(rank: int, world_size: int, job: Job, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
     clock = Clock()
     clock.watch()
-    models = {name: _wrapped(job) for name in job.names}
+    models = {}
+    for name in job.names:
+        model = vit(job.hidden_size, job.layers)
+        models[name] = wrap(model, job.host, layers_of(model))
     optimizers: dict[str, Any] = {
         name: CHOICES[name].make(list(model.parameters()), job.interval) for name, model in models.items()
     }
@@ -267,19 +269,6 @@ def _on_a_rank(rank: int, world_size: int, job: Job, folder: str) -> None:
     )
     dist.barrier()
     dist.destroy_process_group()
-
-
-def _wrapped(job: Job) -> nn.Module:
-    """The model as the host holds it."""
-    model = vit(job.hidden_size, job.layers)
-    if job.host == "ddp":
-        return DistributedDataParallel(model)
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for module in model.modules():
-        if type(module).__name__ == "ViTLayer":
-            fully_shard(module, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    return model
 
 
 def _states(optimizer: Any, model: nn.Module) -> tuple[int, int]:

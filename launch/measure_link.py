@@ -26,14 +26,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from memory_models import layers_of
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.nn.parallel import DistributedDataParallel
 from transformers import ViTConfig, ViTForImageClassification
 from vit_model import PRESETS
+from wrapping import wrap
 
 from sharded_shampoo4 import Shampoo4
 from sharded_shampoo4.exchange import Exchange
@@ -147,16 +146,8 @@ def build(flags: argparse.Namespace, device: torch.device) -> nn.Module:
     """The model as the host holds it."""
     sizes = {**PRESETS[flags.model], "num_hidden_layers": flags.num_hidden_layers, "image_size": flags.image_size}
     model = ViTForImageClassification(ViTConfig(**sizes, num_labels=1000)).to(device)
-    if flags.host == "ddp":
-        return DistributedDataParallel(model)
-    world, local = dist.get_world_size(), int(os.environ["LOCAL_WORLD_SIZE"])
-    shape, names = ((world // local, local), ("replicate", "shard")) if flags.host == "hsdp" else ((world,), ("shard",))
-    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
-    for module in model.modules():
-        if type(module).__name__ == "ViTLayer":
-            fully_shard(module, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    return model
+    nodes = dist.get_world_size() // int(os.environ["LOCAL_WORLD_SIZE"])
+    return wrap(model, flags.host, layers_of(model), copies=nodes, device_type=device.type)
 
 
 def finish(device: torch.device) -> None:

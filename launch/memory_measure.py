@@ -20,10 +20,8 @@ import torch.distributed as dist
 from memory_models import build, layers_of, random_batch, shapes_of
 from memory_rules import Layout, Planner
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.multiprocessing.spawn import start_processes
-from torch.nn.parallel import DistributedDataParallel
+from wrapping import wrap
 
 from sharded_shampoo4 import Shampoo4, estimate_memory
 from sharded_shampoo4.integrations.fsdp import local_tensor
@@ -106,17 +104,11 @@ def _shampoo(model: nn.Module) -> Shampoo4:
 
 
 def _torch_step(model: nn.Module, layout: Layout, batch: Tensor) -> Held:
-    if layout.host in ("fsdp2", "hsdp"):
-        copies = layout.copies
-        shape = (layout.world_size,) if layout.host == "fsdp2" else (copies, layout.world_size // copies)
-        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
-        for module in (*layers_of(model), model):
-            fully_shard(module, mesh=mesh)
-    else:
+    if layout.host in ("none", "ddp"):
         for parameter in model.parameters():  # else a token's gradient is a view of the gradient of all tokens
             parameter.grad = torch.zeros_like(parameter)
-    if layout.host == "ddp":
-        model = DistributedDataParallel(model)
+    if layout.host != "none":
+        model = wrap(model, layout.host, layers_of(model), copies=layout.copies)
     optimizer = _shampoo(model)
     model(batch).logits.float().square().mean().backward()
     weights = storage_bytes(map(local_tensor, model.parameters()))

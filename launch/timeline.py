@@ -37,11 +37,9 @@ import torch.nn.functional as F
 from rich.console import Console
 from timeline_record import Recorder, totals
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.multiprocessing.spawn import start_processes
-from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
+from wrapping import wrap
 
 from sharded_shampoo4 import Shampoo4, estimate_memory
 from sharded_shampoo4.memory import format_bytes
@@ -118,7 +116,7 @@ def on_a_rank(flags: argparse.Namespace) -> None:
     torch.manual_seed(0)
     model: nn.Module = nn.Sequential(*(Layer(flags.hidden_size) for _ in range(flags.layers)))
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    model = wrap(model, flags.host)
+    model = wrap(model, flags.host, model.children())
     options: dict[str, Any] = {"scratch_mib": flags.scratch_mib, "statistics_interval": INTERVAL}
     optimizer = Shampoo4(model.named_parameters(), lr=1e-3, root_interval=INTERVAL, **options)
     recorder = Recorder()
@@ -144,17 +142,6 @@ def on_a_rank(flags: argparse.Namespace) -> None:
     if dist.get_rank() == 0:
         estimate = estimate_memory(shapes, dist.get_world_size(), host=flags.host, **options)
         report(flags, {kind: [rank[kind] for rank in ranks] for kind in RECORDED}, estimate.traffic)
-
-
-def wrap(model: nn.Module, host: str) -> nn.Module:
-    """The model as the host holds it."""
-    if host == "ddp":
-        return DistributedDataParallel(model)
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for layer in model.children():
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    return model
 
 
 def backward(model: Any, last: bool, flags: argparse.Namespace, recorder: Recorder) -> int:

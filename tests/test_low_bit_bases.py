@@ -182,6 +182,26 @@ def test_options_of_the_base_shape_its_bytes(name: str) -> None:
     assert estimate.base == [optimizer.state_bytes()["base"]] != [expected_bytes(name, SIZES)]
 
 
+@each("torchao 4 bits")
+def test_a_whole_vit_b_takes_less_than_2_3_bytes_a_parameter(name: str) -> None:
+    """All states together, measured: compact factors and 4-bit moments. 8-bit AdamW alone takes 2.05."""
+    layer = {"query": (768, 768), "key": (768, 768), "value": (768, 768), "out": (768, 768)}
+    layer |= {"fc1": (3072, 768), "fc2": (768, 3072), "bias": (3072,), "norm": (768,)}
+    shapes = {f"{number}.{kind}": shape for number in range(12) for kind, shape in layer.items()}
+    shapes |= {"patches": (768, 3, 16, 16), "positions": (1, 197, 768), "head": (1000, 768)}
+    parameters = {key: nn.Parameter(torch.zeros(shape)) for key, shape in shapes.items()}
+    optimizer = Shampoo4(parameters.items(), base=base_class(name), **Shampoo4.compact_settings())
+    for parameter in parameters.values():
+        parameter.grad = torch.full_like(parameter, 1e-3)
+    optimizer.step()
+    kept = optimizer.state_bytes()
+    elements = sum(parameter.numel() for parameter in parameters.values())
+    assert kept["preconditioner"] <= 1.15 * elements and sum(kept.values()) <= 2.3 * elements
+    estimate = estimate_memory(shapes, host="none", base=base_class(name), **Shampoo4.compact_settings())
+    assert estimate.total == [sum(kept.values())]
+    print({key: round(size / elements, 3) for key, size in kept.items()})
+
+
 def test_estimates_of_bases_that_cannot_step_without_memory() -> None:
     shapes = {"weight": (100, 50), "bias": (7,)}
     assert estimate_memory(shapes, fused=True) == estimate_memory(shapes)
