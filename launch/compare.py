@@ -3,10 +3,12 @@
     python launch/compare.py runs/*                                     # finished runs of train_vit.py
     python launch/compare.py --output_dir runs/fashion --seeds 0 1 2 -- --dataset_name fashion-mnist --decay_all
     python launch/compare.py --output_dir runs/ablation --ablation -- --dataset_name fashion-mnist --decay_all
+    python launch/compare.py --output_dir runs/modes --modes -- --dataset_name fashion-mnist --decay_all
 
 What stands after ``--`` goes to train_vit.py. A run that has finished is not made again, one that was cut off goes on.
 ``--ablation`` varies code book, what is quantised, rectification and bits, as the paper's table 3 does, and prints the
-errors of its tables 1 and 5 on a preconditioner of the 32-bit run.
+errors of its tables 1 and 5 on a preconditioner of the 32-bit run. ``--modes`` takes each option that makes the state
+smaller or the steps more even by itself, and those of ``compact_settings()`` together.
 
 A table over seeds and ``comparison.png``: training loss by step and by time, accuracy by epoch, state bytes. "kept" is
 the share of 32-bit Shampoo's gain over AdamW in the last epoch's training loss, over the seeds that all three have.
@@ -15,6 +17,7 @@ the share of 32-bit Shampoo's gain over AdamW in the last epoch's training loss,
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
@@ -47,6 +50,20 @@ ABLATION = {
     "shampoo32": (*OPTIMIZERS["shampoo32"], "--checkpointing_steps", "epoch", "--checkpoints_total_limit", "1"),
     **{f"{name}-{bits}": (*flags, "--bits", str(bits)) for bits in (4, 3) for name, flags in _VARIANTS.items()},
 }
+_MODES: dict[str, tuple[str, ...]] = {
+    "triangle": ("--root", "triangle"),
+    "implicit": ("--root", "implicit"),
+    "scales": ("--scale_dtype", "bfloat16"),
+    "normal": ("--codebook", "normal"),
+    "iterations": ("--refresh_iterations", "2"),
+    "staggered": ("--refresh", "staggered"),
+    "products": ("--matmul_dtype", "bfloat16"),
+}
+MODES = {
+    **{name: OPTIMIZERS[name] for name in ("adamw", "shampoo32", "shampoo4", "shampoo4-compact")},
+    **{name: ("--optimizer", "shampoo4", *flags) for name, flags in _MODES.items()},
+    "compact-staggered": (*OPTIMIZERS["shampoo4-compact"], "--refresh", "staggered"),
+}
 _COLORS = ("#5f6b76", "#2a6fbb", "#c8452d", "#d9a441", "#7a5195", "#3a9e6f", "#b0547f", "#6b7a1f", "#1f8a9e", "#9e6b3a")
 
 Runs = dict[str, dict[int, dict[str, Any]]]  # label -> seed -> results
@@ -60,14 +77,21 @@ def label_of(results: dict[str, Any]) -> str:
     name = options["optimizer"]
     if not name.startswith("shampoo4"):
         return {"adamw": "AdamW", "shampoo32": "32-bit Shampoo", "sgd": "SGD"}[name]
-    bits, root, own = options["bits"] or 4, options.get("root", "stored"), name != "shampoo4-compact"
-    details = [
-        name.partition("-")[2],  # naive or compact
-        {"dynamic_tree": "dynamic tree", "normal": "normal levels"}.get(options["codebook"], "") if own else "",
-        f"{root} roots" if own and root != "stored" else "",
-        "not rectified" if name == "shampoo4" and not any(options["rectify_steps"]) else "",
+    details = [name.partition("-")[2]]  # naive or compact
+    if name != "shampoo4-compact":
+        root, books = options.get("root", "stored"), {"dynamic_tree": "dynamic tree", "normal": "normal levels"}
+        details += [
+            books.get(options["codebook"], ""),
+            f"{root} roots" if root != "stored" else "",
+            "not rectified" if name == "shampoo4" and not any(options["rectify_steps"]) else "",
+            "bfloat16 scales" if options.get("scale_dtype") == "bfloat16" else "",
+            "2 QR steps" if options.get("refresh_iterations") == 2 else "",
+        ]
+    details += [
+        "staggered" if options.get("refresh") == "staggered" else "",
+        "bfloat16 products" if options.get("matmul_dtype") == "bfloat16" else "",
     ]
-    return ", ".join([f"{bits}-bit Shampoo", *filter(None, details)])
+    return ", ".join([f"{options['bits'] or 4}-bit Shampoo", *filter(None, details)])
 
 
 def train(output_dir: Path, variants: dict[str, tuple[str, ...]], seeds: Sequence[int], flags: Sequence[str]) -> None:
@@ -156,7 +180,8 @@ def draw(runs: Runs, path: Path) -> None:
     plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
     figure, panels = plt.subplots(2, 2, figsize=(13, 8.5), layout="constrained")
     by_step, by_time, by_epoch, bars = panels.flat
-    for (label, seeds), color in zip(runs.items(), _COLORS, strict=False):
+    colors = list(itertools.islice(itertools.cycle(_COLORS), len(runs)))
+    for (label, seeds), color in zip(runs.items(), colors, strict=True):
         logs = [read_lines(run["folder"] / "metrics.jsonl") for run in seeds.values()]
         steps, losses = _together(logs, "step", "loss")
         seconds = statistics.mean(run["total_seconds"] for run in seeds.values()) / steps[-1]
@@ -175,7 +200,7 @@ def draw(runs: Runs, path: Path) -> None:
     held = {label: next(iter(seeds.values()))["state_bytes"] for label, seeds in runs.items()}
     base, own = ([value[key] / 1e6 for value in held.values()] for key in ("base", "preconditioner"))
     bars.barh(list(held), base, color="#b9c2cb", label="base optimizer")
-    bars.barh(list(held), own, left=base, color=_COLORS[: len(held)])
+    bars.barh(list(held), own, left=base, color=colors)
     bars.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1))
     bars.invert_yaxis()
     bars.set(xlabel="MB of optimizer state")
@@ -209,15 +234,20 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, l
         help="what to train (all but compact and sgd)",
     )
     add("--seeds", nargs="+", type=int, default=[0], help="one run of each optimizer for each (0)")
-    add("--ablation", action="store_true", help="code book, what is quantised, rectification, 4 and 3 bits")
+    sets = parser.add_mutually_exclusive_group()
+    for name, help in (
+        ("--ablation", "code book, what is quantised, rectification, 4 and 3 bits"),
+        ("--modes", "roots, scales, levels, QR steps, staggered factors, bfloat16 products, compact settings"),
+    ):
+        sets.add_argument(name, action="store_true", help=help)
     add("--output", type=Path, help="the picture (default: comparison.png in --output_dir, or here)")
     given = list(sys.argv[1:] if argv is None else argv)
     flags = given[given.index("--") + 1 :] if "--" in given else []
     args = parser.parse_args(given[: given.index("--")] if "--" in given else given)
     if bool(args.runs) == bool(args.output_dir):
         parser.error("give either folders of finished runs, or --output_dir to make runs in")
-    if args.runs and (flags or args.ablation):
-        parser.error("--ablation and flags for train_vit.py need --output_dir")
+    if args.runs and (flags or args.ablation or args.modes):
+        parser.error("--ablation, --modes and flags for train_vit.py need --output_dir")
     args.output = args.output or (args.output_dir or Path()) / "comparison.png"
     return args, flags
 
@@ -227,7 +257,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args, flags = parse_args(argv)
     folders = args.runs
     if args.output_dir:
-        variants = ABLATION if args.ablation else {name: OPTIMIZERS[name] for name in args.optimizers}
+        chosen = {name: OPTIMIZERS[name] for name in args.optimizers}
+        variants = ABLATION if args.ablation else MODES if args.modes else chosen
         train(args.output_dir, variants, args.seeds, flags)
         folders = [args.output_dir / f"{name}-seed{seed}" for seed in args.seeds for name in variants]
     runs = read_runs(folders)

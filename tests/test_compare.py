@@ -12,7 +12,8 @@ from launch_helpers import LAUNCH, run
 
 # isort: split
 import compare
-import quantization_errors  # both found through launch_helpers
+import quantization_errors
+import vit_args  # all found through launch_helpers
 
 from sharded_shampoo4 import Shampoo4, checkpoint
 
@@ -42,6 +43,14 @@ def test_a_run_is_named_by_what_trained_it(tmp_path: Path) -> None:
         (tmp_path / name / "all_results.json").write_text(json.dumps(found))
     runs = compare.read_runs([tmp_path / "json", tmp_path / "own"])
     assert list(runs) == ["AdamW of a DeepSpeed configuration", "4-bit Shampoo"]
+
+
+def test_every_variant_has_a_name_of_its_own() -> None:
+    """Or runs of different options would be taken for runs of different seeds."""
+    for variants in (compare.OPTIMIZERS, compare.ABLATION, compare.MODES):
+        options = [vars(vit_args.parse_args(["--output_dir", "runs/x", *flags])) for flags in variants.values()]
+        labels = [compare.label_of({"options": given}) for given in options]
+        assert len(set(labels)) == len(labels), labels
 
 
 def test_errors_of_a_preconditioner_of_a_run(tmp_path: Path) -> None:
