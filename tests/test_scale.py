@@ -25,7 +25,7 @@ Shapes = dict[str, tuple[int, ...]]
 EVERY_STEP = {"statistics_interval": 2, "root_interval": 2}  # step 3 is the first ordinary one
 OPTIONS: dict[str, dict[str, Any]] = {
     "mlp": {"min_quant_numel": 0},
-    "vit": {"max_preconditioner_dim": 30, "split": "remainder"},
+    "vit": {"max_preconditioner_dim": 30, "split": "remainder", "refresh": "staggered"},
     "tied": {"max_preconditioner_dim": 17, "base": "adagrad", "exchange_dtype": "bfloat16"},
     "bf16": {"max_preconditioner_dim": 40, "base": "sgd", "momentum": 0.9},
 }
@@ -43,7 +43,8 @@ def shapes_of(kind: str) -> Shapes:
 def estimated(kind: str, host: str, world_size: int) -> MemoryEstimate:
     replicas = {2: 1, 3: 1, 4: 2}[world_size] if host == "hsdp" else None  # as worlds.wrap makes its mesh
     dtype = torch.bfloat16 if kind == "bf16" else torch.float32
-    return estimate_memory(shapes_of(kind), world_size, host=host, replicas=replicas, dtype=dtype, **OPTIONS[kind])
+    layout = {"host": host, "replicas": replicas, "dtype": dtype}
+    return estimate_memory(shapes_of(kind), world_size, **layout, **EVERY_STEP, **OPTIONS[kind])
 
 
 def train(model: nn.Module, host: str, optimizer: Shampoo4, steps: int) -> None:
