@@ -4,15 +4,18 @@
 
 The argument is a portable checkpoint of a 32-bit run, of which the largest preconditioner is taken. For each way to
 store it: the normwise relative error of A^(-1/4) in the Frobenius norm, and the angle to the exact one in degrees; also
-on a synthetic matrix of order 1200 with two eigenvalues, 1 and 1000.
+on a synthetic matrix of order 1200 with two eigenvalues, 1 and 1000. A second table is about the layouts that Shampoo4
+offers, as its factors store them, with the bits that an element of the factor takes in all.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -20,6 +23,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from sharded_shampoo4 import Shampoo4, checkpoint, eigenbasis, quantization
+from sharded_shampoo4.factors import FactorPool
+from sharded_shampoo4.options import PreconditionerOptions
 
 BLOCK = 64  # elements that share a scale
 MATRIX_EPS = 1e-6
@@ -34,6 +39,15 @@ WAYS = [
         for what, rectified in (("A", False), ("U", False), ("U", True), ("U and root", True))
     ),
 ]
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "stored roots": {},
+    "triangle roots": {"root": "triangle"},
+    "implicit roots": {"root": "implicit"},
+    "bfloat16 scales": {"scale_dtype": "bfloat16"},
+    "normal levels": {"codebook": "normal"},
+    "compact": Shampoo4.compact_settings(),
+}
 
 
 def largest_preconditioner(folder: Path) -> tuple[str, Tensor]:
@@ -89,6 +103,26 @@ def _inverse_root(
     return root if what == "U" else _off_diagonal(stored, root)
 
 
+def layout_errors(matrix: Tensor) -> dict[tuple[str, int], tuple[float, float, float]]:
+    """For each of ``LAYOUTS`` and 4 and 3 bits, error and angle of a factor's root, and its bits for each element.
+
+    The factor has the eigenvalues and the eigenbasis of ``matrix``, float64 (n, n).
+    """
+    order = len(matrix)
+    values, basis = (found[None] for found in torch.linalg.eigh(matrix))
+    exact = eigenbasis.inverse_root(values, basis, MATRIX_EPS)
+    identity = torch.eye(order, dtype=torch.float64)[None]
+    found = {}
+    for (name, layout), bits in itertools.product(LAYOUTS.items(), (4, 3)):
+        pool = FactorPool(order, 1, PreconditionerOptions(**{**layout, "bits": bits}), torch.device("cpu"))
+        for key, value in {"eigenvalues": values, **pool._encode("basis", basis.mT)}.items():
+            pool.tensors[key].copy_(value)
+        pool.invert(torch.tensor([0]))
+        error, angle = _compare(pool.root(slice(0, 1), torch.float64).left_of(identity), exact)
+        found[name, bits] = error, angle, 8 * pool.nbytes / order**2
+    return found
+
+
 def _off_diagonal(stored: Callable[[Tensor], Tensor], matrix: Tensor) -> Tensor:
     """``matrix`` with everything but its diagonal as it comes back."""
     diagonal = matrix.diagonal(dim1=-2, dim2=-1).diag_embed()
@@ -106,7 +140,8 @@ def print_errors(folder: Path) -> None:
     name, matrix = largest_preconditioner(folder)
     spectrum = torch.linalg.eigvalsh(matrix)
     name += f" (condition {(spectrum[-1] / spectrum[0].clamp_min(1e-30)).item():.3g})"
-    found = {name: errors(matrix), "two eigenvalues, order 1200": errors(two_eigenvalues())}
+    matrices = {name: matrix, "two eigenvalues, order 1200": two_eigenvalues()}
+    found = {name: errors(each) for name, each in matrices.items()}
     table = Table(title="error of A^(-1/4): relative / angle in degrees")
     for column in ("code book", "bits", "quantised", "rectified", *found):
         table.add_column(column, justify="left" if column in ("code book", "quantised") else "right")
@@ -114,7 +149,16 @@ def print_errors(folder: Path) -> None:
         codebook, bits, what, rectified = way
         cells = [f"{error:.4f} / {angle:.3f}" for error, angle in (each[way] for each in found.values())]
         table.add_row(codebook, str(bits), what, "yes" if rectified else "", *cells)
-    Console(width=150).print(table)
+    console = Console(width=150)
+    console.print(table)
+    layouts = {name: layout_errors(each) for name, each in matrices.items()}
+    table = Table(title="error of A^(-1/4) as factors store it: relative / angle in degrees / bits an element")
+    for column in ("layout", "bits", *layouts):
+        table.add_column(column, justify="left" if column == "layout" else "right")
+    for layout, bits in next(iter(layouts.values())):
+        cells = [each[layout, bits] for each in layouts.values()]
+        table.add_row(layout, str(bits), *(f"{error:.4f} / {angle:.3f} / {size:.2f}" for error, angle, size in cells))
+    console.print(table)
 
 
 def main() -> None:

@@ -72,6 +72,10 @@ def test_errors_of_a_preconditioner_of_a_run(tmp_path: Path) -> None:
         naive, rough, rectified = (found[(book, 4, *way)][0] for way in (("A", False), ("U", False), ("U", True)))
         assert naive > rough > rectified > 0
     assert found["linear2", 4, "U", True][0] < found["linear2", 3, "U", True][0]
+    layouts = quantization_errors.layout_errors(matrix)
+    assert layouts["stored roots", 4][0] == pytest.approx(found["linear2", 4, "U and root", True][0], rel=1e-4)
+    assert layouts["implicit roots", 4][0] == pytest.approx(found["linear2", 4, "U", True][0], rel=1e-4)
+    assert layouts["compact", 4][0] < layouts["stored roots", 4][0] and layouts["compact", 4][2] < 5
     four = Shampoo4(layer.named_parameters())
     checkpoint.save(four, tmp_path / "four")
     with pytest.raises(SystemExit, match="the errors need one with 32"):
