@@ -14,6 +14,21 @@ BITS = (3, 4, 8)
 BOOKS = ("linear2", "dynamic_tree")
 
 
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_a_part_comes_back_as_in_the_whole(bits: int) -> None:
+    """Look-ups by two bytes need even numbers of them, from an even address on."""
+    options = {"codebook": "linear2", "bits": bits, "block": 8}
+    for rows, length in ((3, 5), (4, 6), (2, 16), (1, 9), (3, 22)):
+        values = torch.randn(5, rows, length, generator=torch.Generator().manual_seed(length))
+        codes, scales = quantization.quantize(values, **options)
+        whole = quantization.dequantize(codes, scales, length, **options)
+        for part in (slice(0, 1), slice(1, 2), slice(1, 3), slice(2, 4), slice(0, 3)):
+            found = quantization.dequantize(codes[part], scales[part], length, **options)
+            assert torch.equal(found, whole[part])
+            levels = quantization.levels_of("linear2", bits, 8)[quantization.unpack(codes[part], bits, length).int()]
+            assert torch.equal(found, levels * scales[part].repeat_interleave(8, -1)[..., :length])
+
+
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("book", BOOKS)
 def test_code_books_follow_their_formulae(book: str, bits: int) -> None:
