@@ -105,7 +105,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--parameters", type=float, nargs="+", default=sizes, help="how many (1e6 3e6 1e7 3e7 1e8)")
     parser.add_argument("--world_sizes", type=int, nargs="+", default=[1, 2, 4], help="numbers of processes (1 2 4)")
     parser.add_argument("--matrices", type=int, default=8, help="square ones that the ranks share (8)")
-    parser.add_argument("--order", type=int, default=512, help="rows and columns of each (512)")
+    parser.add_argument("--order", type=int, default=768, help="rows and columns of each (768)")
     blocks = [128, 256, 512, 1024, 2048]
     parser.add_argument(
         "--block_sizes", type=int, nargs="+", default=blocks, help="max_preconditioner_dim (128 256 512 1024 2048)"

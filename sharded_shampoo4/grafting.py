@@ -11,7 +11,7 @@ from .plan import Owned, Plan
 from .preconditioner import Matrix, index_tensor
 from .ranks import Ranks
 
-_ROWS_IN_CACHE = 512
+_SMALL, _LARGE = 1e-12, 1e18  # norms of blocks between which the squares of float32 rows are exact enough
 
 
 class Grafting:
@@ -78,12 +78,21 @@ def _ratio(norms: Tensor) -> Tensor:
 
 
 def block_norms(blocks: Tensor) -> Tensor:
-    """Frobenius norms of (k, m, n) ``blocks``, float64 (k,), in which the squares of float32 values have room.
+    """Frobenius norms of (k, m, n) ``blocks``, float64 (k,).
 
-    Rows first: so they do not depend on the number of blocks. On a CPU some at a time, while they are in its cache.
+    Rows first: so they do not depend on the number of blocks. On a CPU rows in the blocks' own type, which is three
+    times as fast, but for blocks so large or small that squares of float32 values have no room.
     """
-    rows = blocks.flatten(0, 1)
-    parts = rows.split(_ROWS_IN_CACHE) if blocks.device.type == "cpu" else (rows,)
-    of_rows = torch.cat([torch.linalg.vector_norm(part, dim=1, dtype=torch.float64) for part in parts])
-    norms: Tensor = torch.linalg.vector_norm(of_rows.view(blocks.shape[:2]), dim=1)
+    if blocks.device.type != "cpu":
+        return _exact_norms(blocks)
+    norms: Tensor = torch.linalg.vector_norm(torch.linalg.vector_norm(blocks, dim=2), dim=1, dtype=torch.float64)
+    extreme = ~((norms > _SMALL) & (norms < _LARGE))  # also what is not finite
+    if extreme.any():
+        norms[extreme] = _exact_norms(blocks[extreme])
+    return norms
+
+
+def _exact_norms(blocks: Tensor) -> Tensor:
+    of_rows = torch.linalg.vector_norm(blocks, dim=2, dtype=torch.float64)
+    norms: Tensor = torch.linalg.vector_norm(of_rows, dim=1)
     return norms

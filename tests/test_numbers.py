@@ -14,6 +14,7 @@ from test_contract import make_optimizer
 from torch import Tensor
 
 from sharded_shampoo4 import Shampoo4, linalg
+from sharded_shampoo4.grafting import block_norms
 from sharded_shampoo4.preconditioner import Preconditioner
 
 HOSTS = ("ddp", "fsdp1", "fsdp2", "hsdp")
@@ -180,3 +181,18 @@ def test_squares_that_leave_the_range_are_failures_and_the_factor_stays(bits: in
         optimizer.step()
         assert parameter.grad.isfinite().all() and finite_factors(optimizer._bindings.last.preconditioner)
         assert optimizer.health()["huge"]["failures"] == failures, scale
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_norms_of_blocks_of_any_size(dtype: torch.dtype) -> None:
+    """Squares of the smallest and the largest here are no float32; each block is as if it were alone."""
+    torch.manual_seed(0)
+    blocks = torch.randn(8, 30, 70, dtype=dtype)
+    for block, scale in zip(blocks, (1.0, 1e-25, 1e-19, 1e-14, 0.0, 1e15, 1e19, 1e36), strict=True):
+        block.mul_(scale)
+    blocks[0, :15] *= 1e-22  # rows that do not count
+    norms = block_norms(blocks)
+    torch.testing.assert_close(norms, blocks.double().flatten(1).norm(dim=1), rtol=1e-7, atol=0.0)
+    assert all(torch.equal(block_norms(block[None])[0], norm) for block, norm in zip(blocks, norms, strict=True))
+    blocks[2, 3, 4], blocks[3, 5, 6] = torch.nan, torch.inf
+    assert block_norms(blocks)[2].isnan() and block_norms(blocks)[3].isinf()
