@@ -152,12 +152,13 @@ class Plan:
             matrix, block = self.blocks[index]
             held = self._holders[matrix].elements(block)
             phases = self.matrices[matrix].phases.get(block, ())
-            busy = {rank: sum(work[rank, phase.statistics] for phase in phases) for rank in range(self.world_size)}
-            near = [rank for rank in (busy if phases else held) if work[rank, None] + costs[index] <= limit]
+            everyone = range(self.world_size)
+            near = [rank for rank in (everyone if phases else held) if work[rank, None] + costs[index] <= limit]
+            busy = {rank: sum(work[rank, phase.statistics] for phase in phases) for rank in near}
             if near:
                 owner = min(near, key=lambda rank: (busy[rank], -held.get(rank, 0), work[rank, None], rank))
             else:
-                owner = min(busy, key=lambda rank: (work[rank, None], -held.get(rank, 0), rank))
+                owner = min(everyone, key=lambda rank: (work[rank, None], -held.get(rank, 0), rank))
             owners[index] = owner
             work[owner, None] += costs[index]
             for order, phase in zip((block.rows, block.columns), phases, strict=False):
