@@ -148,11 +148,11 @@ class Plan:
         everything = sum(costs) + sum(cost for (_, phase), cost in others.items() if phase is None)
         limit = _SLACK * everything / self.world_size
         owners = [0] * len(self.blocks)
+        everyone = range(self.world_size)
         for index in sorted(range(len(costs)), key=lambda i: -costs[i]):  # stable: by parameter, row, column
             matrix, block = self.blocks[index]
             held = self._holders[matrix].elements(block)
             phases = self.matrices[matrix].phases.get(block, ())
-            everyone = range(self.world_size)
             near = [rank for rank in (everyone if phases else held) if work[rank, None] + costs[index] <= limit]
             busy = {rank: sum(work[rank, phase.statistics] for phase in phases) for rank in near}
             if near:

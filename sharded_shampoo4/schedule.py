@@ -44,9 +44,8 @@ def stagger(matrices: Sequence[tuple[tuple[int, int], PreconditionerOptions]]) -
                 by_intervals.setdefault(intervals, []).append((*_work(order, options), index, block, side))
     for intervals, factors in by_intervals.items():
         calendar = _Calendar(*intervals)
-        for statistics, root, index, block, side in sorted(
-            factors, key=lambda factor: -factor[0] - factor[1]
-        ):  # stable
+        factors.sort(key=lambda factor: -factor[0] - factor[1])  # stable
+        for statistics, root, index, block, side in factors:
             found[index][block][side] = calendar.place(statistics, root)
     return [{block: (left, right) for block, (left, right) in blocks.items()} for blocks in found]
 
