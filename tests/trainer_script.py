@@ -40,11 +40,12 @@ import sharded_shampoo4.integrations.deepspeed  # noqa: F401  makes "Shampoo4" a
 from sharded_shampoo4.integrations.accelerate import consolidate, rehearse_on_cpu
 from sharded_shampoo4.integrations.transformers import ConsolidateStates, PortableTrainer, shampoo4
 
-TIME_OUT = 180  # seconds
+TIME_OUT = 240  # seconds
 STEPS, SAVED = 24, 9  # saved between two refreshes of the factors and between two of the roots
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
 # How the host saves: by the Trainer itself, and in the ways of FSDP (the first is the Trainer's choice).
 PORTABLE = "portable"  # by PortableTrainer
+IN_32_BITS = "32 bits"  # the same, only trained: no code can turn that would hide a difference between hosts
 WAYS = {
     "ddp": ("own", PORTABLE),
     "fsdp2": ("FULL_STATE_DICT", "SHARDED_STATE_DICT", PORTABLE),
@@ -123,7 +124,8 @@ def make_trainer(folder: Path, host: str, way: str, seed: int, *callbacks: Train
     assert rehearse_on_cpu()
     torch.manual_seed(seed)
     fsdp = {"transformer_layer_cls_to_wrap": ["ViTLayer"]}
-    if way != PORTABLE:
+    portable = way in (PORTABLE, IN_32_BITS)
+    if not portable:
         fsdp["state_dict_type"] = way
     args = TrainingArguments(
         str(folder),
@@ -135,12 +137,12 @@ def make_trainer(folder: Path, host: str, way: str, seed: int, *callbacks: Train
         fsdp_config=fsdp if by_fsdp else None,
         deepspeed=deepspeed_configuration(int(host[-1])) if by_deepspeed else None,
     )
-    portable = way == PORTABLE
+    options = {**INTERVALS, "bits": 32 if way == IN_32_BITS else 4}
     return (PortableTrainer if portable else Trainer)(
         Classifier(),
         args,
         train_dataset=digits(),
-        optimizer_cls_and_kwargs=None if by_deepspeed else shampoo4(args, **INTERVALS),
+        optimizer_cls_and_kwargs=None if by_deepspeed else shampoo4(args, **options),
         callbacks=[*callbacks, *(() if portable else (ConsolidateStates(),))],
     )
 
@@ -219,6 +221,10 @@ def main(folder: Path, host: str, base: Path) -> None:
         found = {f"{source} to {target}": move(folder, base, source, target) for source, target in moves}
     else:
         found = {way: train_and_resume(folder / way, host, way) for way in WAYS[host]}
+        if not host.startswith("zero"):
+            trainer = make_trainer(folder / IN_32_BITS, host, IN_32_BITS, 0)
+            trainer.train()
+            found[IN_32_BITS] = lines(trainer)
     state = PartialState()
     results: list[Any] = [None] * state.num_processes
     torch.distributed.all_gather_object(results, found)
