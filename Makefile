@@ -1,6 +1,9 @@
 # make train       a vision transformer on real images with 4-bit Shampoo: accuracy, state bytes, a picture
-# make test        all tests
-# make test-peers  those tests that need other optimizers' packages, which it installs
+# make test        every promise of the README once: less than 5 minutes on two cores
+# make test-all    all tests: every host, rank count and configuration
+# make test-gpu    the tests that need a CUDA device
+# make test-peers  the tests that need other optimizers' packages, which it installs
+# make golden      record anew the bits that tests/golden holds, after a change that means to change numbers
 # make lint        ruff and mypy
 # make soak        runs killed and resumed for 30 minutes, by chance
 # make bench       step times, state bytes and memory of every mode of this optimizer and of others, which it installs
@@ -10,24 +13,37 @@ PIP_FLAGS ?=
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 
+# Processes of pytest: one for each core, whatever a job may use of them, and no more than four.
+WORKERS ?= $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
+PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
+
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM = false
 # DeepSpeed compiles nothing when it is installed.
 export DS_BUILD_OPS = 0
 
-.PHONY: train test test-peers lint soak bench clean
+.PHONY: train test test-all test-gpu test-peers golden lint soak bench clean
 
 train: $(READY)
 	$(BIN)/accelerate launch --config_file launch/configs/fsdp2.yaml --num_processes 2 --main_process_port 0 \
 		launch/train_vit.py --output_dir runs/digits --overwrite_output_dir --per_device_train_batch_size 32 --num_train_epochs 20
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(PYTEST) -m "not slow"
+
+test-all: $(READY)
+	$(PYTEST)
+
+test-gpu: $(READY)
+	$(BIN)/python -m pytest tests/gpu
+
+golden: $(READY)
+	$(BIN)/python tests/golden/digests.py --write
 
 # With the packages of `make bench`, in a venv that has them.
 test-peers: $(READY)
 	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt -e '.[launch,test,bench]'
-	$(BIN)/python -m pytest tests/test_low_bit_bases.py tests/test_benchmark.py
+	$(BIN)/python -m pytest tests/ranks/test_low_bit_bases.py tests/launch/test_benchmark.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

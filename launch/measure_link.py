@@ -2,9 +2,9 @@
 
     torchrun --nnodes 2 --node_rank RANK --nproc_per_node 8 --master_addr HOST --master_port PORT launch/measure_link.py
 
-Without a cluster, two emulated hosts with 1 Gbit/s and 1 ms between them (as root; tests/cluster_emulation.py):
+Without a cluster, two emulated hosts with 1 Gbit/s and 1 ms between them (as root; tests/support/cluster_emulation.py):
 
-    OMP_NUM_THREADS=1 python tests/cluster_emulation.py --rate_mbit 1000 --delay_ms 1 torchrun --nnodes 2 \\
+    OMP_NUM_THREADS=1 python tests/support/cluster_emulation.py --rate_mbit 1000 --delay_ms 1 torchrun --nnodes 2 \\
         --node_rank {host} --nproc_per_node 2 --master_addr node-a --master_port 29500 launch/measure_link.py
 
 A ViT takes steps on random images under FSDP2, HSDP (sharded within a host) or DDP. Times are the median over steps of

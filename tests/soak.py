@@ -30,10 +30,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import worlds as hosts
-import zero_worlds as zero
-from launch_helpers import LAUNCH, accelerate, environment, losses
-from test_checkpoint import ALL, Training
+from support import worlds as hosts
+from support import zero_worlds as zero
+from support.launching import LAUNCH, accelerate, environment, losses
+from support.training import ALL, Training
 from torch import Tensor
 
 from sharded_shampoo4 import checkpoint

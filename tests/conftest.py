@@ -1,0 +1,24 @@
+"""Settings of every test: one thread, nothing from the network, and processes that find ``support``.
+
+Set before anything imports torch or a package that reads them; the processes that tests start inherit them.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parent
+LAUNCH = TESTS.parent / "launch"
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the number of threads is part of the arithmetic
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+# For processes that are forked from a server (support/worlds.py), which takes its path from here only.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(TESTS), str(LAUNCH), os.environ.get("PYTHONPATH"))))
+sys.path[:0] = [path for path in (str(TESTS), str(LAUNCH)) if path not in sys.path]
+
+collect_ignore = ["support", "golden", "faults.py", "soak.py"]  # no tests, and none of them is imported for doctests

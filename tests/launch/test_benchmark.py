@@ -1,0 +1,429 @@
+"""The benchmark: what it counts and times, on optimizers whose numbers are known. Peers have stand-ins here."""
+
+from __future__ import annotations
+
+import gc
+import json
+import re
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.launching import LAUNCH
+from torch import Tensor, nn
+
+# isort: split
+import bench_runs
+import benchmark
+from bench_optimizers import CHOICES, Choice, Products, block_shapes, state_bytes, vit
+from bench_runs import Contender, Measured, most_allocated, rank_row, watched  # found through launching
+
+from sharded_shampoo4 import Shampoo4, estimate_memory
+
+assert Path(benchmark.__file__).parent == LAUNCH
+
+CPU = torch.device("cpu")
+TINY = ("--hidden_size", "48", "--num_hidden_layers", "1", "--interval", "2")
+NORMS = 16  # bytes of a block that a step leaves behind
+PEERS = [name for name, choice in CHOICES.items() if choice.is_peer]
+
+
+def tiny_shapes() -> dict[str, torch.Size]:
+    return {name: parameter.shape for name, parameter in vit(48, 1).named_parameters()}
+
+
+def rows_of(path: Path) -> dict[str, dict[str, Any]]:
+    return {row["name"]: row for row in json.loads(path.read_text())["optimizers"]}
+
+
+def offer(monkeypatch: pytest.MonkeyPatch, name: str, make: Callable[..., Any], **options: Any) -> Choice:
+    """A further optimizer, or another one of that name."""
+    choice = Choice(f"{name} of the tests", make, **options)
+    monkeypatch.setitem(CHOICES, name, choice)
+    return choice
+
+
+# -- a run -------------------------------------------------------------------------------------------------------------
+
+
+class Breaks:
+    """A peer that raises in a step."""
+
+    def __init__(self, last: int) -> None:
+        self.left = last
+
+    def step(self) -> None:
+        self.left -= 1
+        if self.left < 0:
+            raise RuntimeError("no more steps\nand nobody reads the second line")
+
+
+def test_a_run_writes_a_table_figures_and_a_picture(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "heavyball", None)
+    offer(monkeypatch, "breaks-early", lambda *_: Breaks(3), module="json")
+    offer(monkeypatch, "breaks-late", lambda *_: Breaks(8), module="json")
+    names = ["adamw", "shampoo4-32bit", "shampoo4", "muon", "heavyball-soap", "breaks-early", "breaks-late"]
+    benchmark.main([*TINY, "--steps", "4", "--only", *names[1:], "--output_dir", str(tmp_path)])
+    assert gc.isenabled()
+
+    text = capsys.readouterr().out
+    assert "refresh every 2 steps, 4 steps; cpu, 1 thread, load before" in text
+    assert "Missing: heavyball-soap." in text and "pip install '.[bench]'" in text
+    assert (tmp_path / "benchmark.png").read_bytes().startswith(b"\x89PNG")
+    about, rows = json.loads((tmp_path / "benchmark.json").read_text()), rows_of(tmp_path / "benchmark.json")
+    assert list(rows) == ["products", *names]
+    assert "heavyball" in rows["heavyball-soap"]["missing"] and "cpu_ms" not in rows["heavyball-soap"]
+    for name in ("breaks-early", "breaks-late"):
+        assert rows[name]["error"] == "RuntimeError: no more steps" and "cpu_ms" not in rows[name]
+        assert f"{name} of the tests: RuntimeError: no" in text
+    measured = [row for row in rows.values() if "cpu_ms" in row]
+    assert len(measured) == 5
+    for row in measured:
+        times = row["steps"]["wall_ms"]
+        warm = 6 if "shampoo4" in row["name"] else 4  # two intervals and two steps
+        assert list(map(int, times)) == [warm + 1, warm + 2, warm + 3, warm + 4]
+        assert row["wall_ms"]["worst"] == max(times.values()) >= row["wall_ms"]["median"] > 0
+        assert row["cpu_ms"]["median"] > 0 and row["transient_bytes"]["refresh"] >= row["transient_bytes"]["ordinary"]
+
+    # What is kept, and the floor.
+    elements = about["parameters"]
+    assert elements == sum(shape.numel() for shape in tiny_shapes().values())
+    assert rows["adamw"]["state_bytes"] == 8 * elements + 4 * len(tiny_shapes())
+    for name, bits in (("shampoo4", 4), ("shampoo4-32bit", 32)):
+        estimate = estimate_memory(tiny_shapes(), bits=bits).total[0]
+        assert 0 <= rows[name]["state_bytes"] - estimate <= NORMS * about["blocks"]
+        assert rows[name]["transient_bytes"]["refresh"] > rows[name]["transient_bytes"]["ordinary"]
+        ordinary = sum(rows[name]["steps"]["cpu_ms"][step] for step in ("7", "9")) / 2
+        assert rows[name]["ordinary_ms"] == pytest.approx(ordinary)
+        assert rows[name]["over_floor"] == pytest.approx(ordinary / about["floor_ms"])
+    assert about["floor_ms"] == rows["products"]["cpu_ms"]["median"] + rows["adamw"]["cpu_ms"]["median"]
+    assert about["blocks"] == 9  # positions, patches, four projections, two of the MLP, the classifier
+    assert "over_floor" not in rows["muon"]
+
+
+def test_an_error_of_ours_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    offer(monkeypatch, "shampoo4", lambda parameters, _: Shampoo4(parameters, no_such_option=1))
+    with pytest.raises(TypeError, match="no_such_option"):
+        benchmark.main([*TINY, "--only", "shampoo4", "--output_dir", str(tmp_path)])
+    offer(monkeypatch, "shampoo4", lambda *_: Breaks(3))
+    with pytest.raises(RuntimeError, match="no more steps"):
+        benchmark.main([*TINY, "--only", "shampoo4", "--output_dir", str(tmp_path)])
+
+
+def test_threads_are_those_asked_for_within() -> None:
+    before = torch.get_num_threads()
+    with pytest.raises(KeyError), bench_runs.threads(before + 1):
+        assert torch.get_num_threads() == before + 1
+        raise KeyError
+    assert torch.get_num_threads() == before
+
+
+def test_steps_without_a_refresh_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    benchmark.main([*TINY, "--steps", "1", "--only", "adamw", "--output_dir", str(tmp_path)])
+    assert "less than an interval" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("eager", [True, False])
+def test_eager_compiles_nothing(eager: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
+        compiled.append(graph)
+        return graph.forward
+
+    class Compiles:
+        def __init__(self, parameters: list[nn.Parameter]) -> None:
+            self.parameters = parameters
+            self.update = torch.compile(lambda tensor: tensor - 1, backend=backend)
+
+        @torch.no_grad()
+        def step(self) -> None:
+            for parameter in self.parameters:
+                parameter.copy_(self.update(parameter))
+
+    choice = offer(monkeypatch, "compiles", lambda parameters, _: Compiles(parameters), compiles=True)
+    flags = benchmark.parse(["--interval", "1", *(["--eager"] if eager else [])])
+    contender = Contender(choice, [torch.zeros(3)], flags)
+    contender.warm_up([[torch.zeros(3)]])
+    contender.timed_step([[torch.zeros(3)]])
+    assert contender.parameters[0].tolist() == [-5.0] * 3
+    assert bool(compiled) != eager
+    assert contender.row("compiles")["graph"] == ("eager" if eager else "compiled")
+
+
+def test_what_compiles_slowly_is_eager_on_a_cpu() -> None:
+    choice = Choice("slow", lambda *_: Breaks(0), compiles=True, slow_to_compile=True)
+    for flags, eager in (([], True), (["--compile_all"], False), (["--device", "cuda"], False), (["--eager"], True)):
+        assert Contender(choice, [], benchmark.parse(flags)).eager == eager
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--hidden_size", "100"], "multiples of 6, got 100"),
+        (["--steps", "0"], "take positive integers"),
+        (["--only", "sgd"], "invalid choice: 'sgd'"),
+        (["--eager", "--compile_all"], "not allowed with"),
+        (["--ranks", "2", "--only", "shampoo4", "muon"], "AdamW and Shampoo4 only, not muon"),
+        (["--ranks", "2", "--device", "cuda"], "--ranks runs on CPUs"),
+    ],
+)
+def test_wrong_flags(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        benchmark.parse(flags)
+    assert message in capsys.readouterr().err
+
+
+def test_names_beside_the_picture_do_not_overlap() -> None:
+    assert benchmark.spread([0.2, 0.2, 0.9, 1.0], gap=0.25) == pytest.approx([0.2, 0.45, 0.75, 1.0])
+    assert benchmark.spread([], gap=0.1) == []
+
+
+# -- peers -------------------------------------------------------------------------------------------------------------
+
+INTERVALS = {
+    "soap": ("pytorch_optimizer", "SOAP", "precondition_frequency"),
+    "shampoo": ("pytorch_optimizer", "Shampoo", "preconditioning_compute_steps"),
+    "scalable-shampoo": ("pytorch_optimizer", "ScalableShampoo", "preconditioning_compute_steps"),
+    "heavyball-soap": ("heavyball", "SOAP", "precondition_frequency"),
+    "meta-shampoo": ("distributed_shampoo", "DistributedShampoo", "precondition_frequency"),
+}
+
+
+@pytest.mark.parametrize("name", INTERVALS)
+def test_peers_are_given_the_interval(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, kind, option = INTERVALS[name]
+    package: Any = types.ModuleType(module)
+    setattr(package, kind, lambda parameters, **options: (parameters, options))
+    package.AdamPreconditionerConfig = dict
+    monkeypatch.setitem(sys.modules, module, package)
+    assert CHOICES[name].why_missing() == ""
+    given: Any = CHOICES[name].make([nn.Parameter(torch.zeros(2))], 17)
+    assert len(given[0]) == 1 and given[1][option] == 17
+
+
+def test_every_missing_peer_has_a_reason_and_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len(PEERS) == 8
+    for name in PEERS:
+        monkeypatch.setitem(sys.modules, CHOICES[name].module, None)
+        reason = CHOICES[name].why_missing()
+        assert "Error: " in reason and CHOICES[name].module in reason
+        assert CHOICES[name].install.startswith("pip install ")
+    assert all(not choice.why_missing() for choice in CHOICES.values() if not choice.is_peer)
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_an_installed_peer_takes_steps(name: str) -> None:
+    pytest.importorskip(CHOICES[name].module)
+    gradients = [[torch.randn(72, 64), torch.randn(64)]]
+    contender = Contender(CHOICES[name], gradients[0], benchmark.parse(["--eager", "--interval", "1"]))
+    contender.warm_up(gradients)
+    contender.timed_step(gradients)
+    row = contender.row(name)
+    assert all(parameter.any() for parameter in contender.parameters)
+    assert row["state_bytes_per_parameter"] > 1 and row["version"] != "unknown"
+
+
+# -- what is kept ------------------------------------------------------------------------------------------------------
+
+
+class Quantized(Tensor):
+    """A tensor made of codes and a scale, as quantised states are."""
+
+    codes: Tensor
+    scale: Tensor
+
+    @staticmethod
+    def __new__(cls, codes: Tensor, scale: Tensor) -> Quantized:
+        return Tensor._make_wrapper_subclass(cls, codes.shape, dtype=torch.float32)
+
+    def __init__(self, codes: Tensor, scale: Tensor) -> None:
+        self.codes, self.scale = codes, scale
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["codes", "scale"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise NotImplementedError(func)
+
+
+class Slotted:
+    __slots__ = ("__hidden", "plain")
+
+    def __init__(self) -> None:
+        self.plain, self.__hidden = torch.zeros(3), torch.zeros(4)
+
+
+class Keeper:
+    """What an optimizer may look like inside."""
+
+    def __init__(self, parameter: nn.Parameter) -> None:
+        self.itself = self
+        self.view_of_a_parameter = parameter.detach()[1:]
+        whole = torch.zeros(10)
+        self.state: dict[Any, Any] = {
+            parameter: {"nested": [(torch.zeros(1, dtype=torch.float64),), {"deep": torch.zeros(2)}], "step": 1},
+            "shared": [whole, whole[2:4], whole.view(2, 5)],
+            "object": Slotted(),
+        }
+        self.quantized = Quantized(torch.zeros(100, dtype=torch.uint8), torch.zeros(5))
+
+
+def test_state_bytes_by_hand() -> None:
+    parameter = nn.Parameter(torch.zeros(1000))
+    parameter.grad = torch.zeros(1000)
+    keeper = Keeper(parameter)
+    apart = [parameter, parameter.grad]
+    assert state_bytes(keeper, apart) == (8 + 4 * 2) + 4 * 10 + 4 * (3 + 4) + (100 + 4 * 5)
+    assert state_bytes(keeper, []) == state_bytes(keeper, apart) + 4 * 1000
+    keeper.state["shared"].append(torch.zeros(6))
+    assert state_bytes([keeper, keeper], apart) == 16 + 40 + 28 + 120 + 24
+
+
+@pytest.mark.parametrize(
+    "options", [{"bits": 32}, {}, {"quantize": "preconditioner"}, {"base": "sgd", "momentum": 0.9}]
+)
+def test_state_bytes_of_ours_are_those_it_tells(options: dict[str, Any]) -> None:
+    parameters = [nn.Parameter(torch.zeros(shape)) for shape in ((80, 70), (70,), (1, 9, 80))]
+    optimizer = Shampoo4(parameters, statistics_interval=1, root_interval=1, **options)
+    for _ in range(2):
+        for parameter in parameters:
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+    apart = [tensor for p in parameters for tensor in (p, p.grad) if tensor is not None]
+    told = sum(optimizer.state_bytes().values())
+    assert 80 * 70 < told <= state_bytes(optimizer, apart) <= told + NORMS * 2
+
+
+# -- what a step allocates ---------------------------------------------------------------------------------------------
+
+
+class Allocates:
+    """It makes new states of 40 kB at each step, with 80 kB beside them for a moment, and drops the old ones last."""
+
+    def __init__(self) -> None:
+        self.states = torch.empty(10_000)
+
+    def step(self) -> None:
+        new = torch.empty(10_000)
+        beside = torch.empty(20_000)
+        del beside
+        self.states = new
+
+
+class Frees:
+    """It drops 40 kB before it allocates 60 kB."""
+
+    def __init__(self) -> None:
+        with watched(CPU):
+            self.gradient: Tensor | None = torch.empty(10_000)
+
+    def step(self) -> None:
+        self.gradient = None
+        torch.empty(15_000)
+
+
+def test_the_most_that_a_step_has_allocated() -> None:
+    allocates = Allocates()
+    assert [most_allocated(allocates.step, CPU) for _ in range(3)] == [120_000] * 3
+    assert most_allocated(lambda: [allocates.step(), torch.empty(20_000)], CPU) == 120_000  # old states are gone
+    assert most_allocated(Frees().step, CPU) == 20_000
+    assert most_allocated(lambda: None, CPU) == 0
+
+
+class Refreshes:
+    """Every other step replaces its two states of 40 kB, one after the other."""
+
+    def __init__(self) -> None:
+        self.taken, self.states = 0, [torch.empty(10_000), torch.empty(10_000)]
+
+    def step(self) -> None:
+        self.taken += 1
+        if self.taken % 2 == 0:
+            for index in range(2):
+                self.states[index] = torch.empty(10_000)
+
+
+def test_a_refresh_allocates_no_more_than_it_holds_at_once() -> None:
+    contender = Contender(Choice("refreshes", lambda *_: Refreshes()), [], benchmark.parse(["--interval", "2"]))
+    contender.warm_up([[]])
+    assert contender.transient == [0, 40_000]
+
+
+# -- the floor ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_floor_is_every_blocks_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = ((2048, 30), (1024, 30), (6, 4, 5), (6, 20), (7,), (1, 9))
+    parameters = [torch.zeros(shape) for shape in shapes]
+    assert block_shapes(parameters) == {(1024, 30): 3, (6, 20): 2}
+    products = Products(parameters)
+    bmm, made = torch.bmm, []
+
+    def counted(left: Tensor, right: Tensor) -> Tensor:
+        made.append(bmm(left, right))
+        return made[-1]
+
+    monkeypatch.setattr(torch, "bmm", counted)
+    products.step()
+    assert [tuple(product.shape) for product in made] == 2 * [(3, 1024, 30)] + 2 * [(2, 6, 20)]
+    for (left, gradients, right), product in zip(products.batches, made[1::2], strict=True):
+        assert product.dtype == torch.float32
+        for block in range(len(gradients)):
+            torch.testing.assert_close(product[block], left[block] @ gradients[block] @ right[block])
+
+
+def test_the_floor_has_the_blocks_that_ours_preconditions() -> None:
+    model = vit(48, 2)
+    optimizer = Shampoo4(model.parameters())
+    blocks = [int(count) for count in re.findall(r"(\d+) of \d+ x \d+", optimizer.describe())]
+    assert block_shapes(list(model.parameters())).total() == sum(blocks) == 15
+
+
+# -- on ranks ----------------------------------------------------------------------------------------------------------
+
+
+def test_ranks_train_and_tell_what_they_send(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--ranks", "2", "--host", "fsdp2", "--steps", "3", "--only", "shampoo4")
+    benchmark.main([*TINY, *flags, "--output_dir", str(tmp_path)])
+    assert "fsdp2 on 2 ranks" in capsys.readouterr().out
+    rows = rows_of(tmp_path / "ranks.json")
+    assert list(rows) == ["adamw", "shampoo4"]
+    estimate = estimate_memory(tiny_shapes(), 2, host="fsdp2")
+    ours = rows["shampoo4"]
+    assert ours["sent_bytes"] == estimate.traffic and max(estimate.traffic) > 0
+    assert ours["preconditioner_bytes"] == estimate.preconditioner
+    assert ours["state_bytes"] == estimate.total and rows["adamw"]["state_bytes"] == estimate.base
+    assert ours["balance"] == pytest.approx(2 * max(estimate.preconditioner) / sum(estimate.preconditioner))
+    assert 0 < ours["exchange_share"] < 1 and rows["adamw"]["exchange_share"] == 0
+    for row in rows.values():
+        assert row["step_ms"]["worst"] >= row["step_ms"]["median"] > row["optimizer_ms"]["median"] > 0
+
+
+def test_a_step_takes_as_long_as_its_slowest_rank() -> None:
+    def step(seconds: float, megabytes: float) -> dict[str, float]:
+        return {
+            "step": seconds, "optimizer": seconds / 2, "exchange": seconds / 4, "processor": 0.001,
+            "megabytes": megabytes,
+        }  # fmt: skip
+
+    first = Measured({7: step(1, 2), 8: step(9, 5), 9: step(3, 2)}, preconditioner=30, base=8)
+    second = Measured({7: step(2, 1), 8: step(8, 5), 9: step(2, 1)}, preconditioner=10, base=8)
+    row = rank_row("shampoo4", [first, second], interval=4)  # step 8 is no ordinary one
+    assert row["step_ms"] == {"median": 3000, "worst": 9000} and row["optimizer_cpu_ms"]["median"] == 1
+    assert row["sent_bytes"] == [2_000_000, 1_000_000]
+    assert row["exchange_share"] == 0.25 and row["balance"] == 1.5 and row["state_bytes"] == [38, 18]
+    assert rank_row("shampoo4-staggered", [first, second], 4)["sent_bytes"] == [2_000_000, 1_000_000]
+    assert rank_row("adamw", [first, second], interval=4)["balance"] == pytest.approx(38 / 28)
+
+
+def test_ordinary_steps() -> None:
+    assert [step for step in range(1, 9) if bench_runs.is_ordinary("shampoo4", step, 4)] == [1, 2, 3, 5, 6, 7]
+    assert all(bench_runs.is_ordinary("shampoo4-staggered", step, 4) for step in range(1, 9))

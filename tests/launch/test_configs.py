@@ -1,0 +1,181 @@
+"""Every file of launch/configs, launched for three steps on the CPU: it runs what it claims. And train_trainer.py.
+
+Files that test_accelerate.py launches, for longer, are not launched again.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from support.configurations import BY_JSON, CONFIGS, HOSTS
+from support.launching import LAUNCH, SCRIPTS, free_port, results, run
+
+Process = subprocess.CompletedProcess[str]
+Runs = Callable[[str], tuple[Path, str]]
+
+BIN = Path(sys.executable).parent
+TORCHRUN = (BIN / "torchrun", "--standalone", "--nproc_per_node", 2)
+SCRIPT = SCRIPTS / "config_script.py"  # train_vit.py, watched
+FLAGS = (
+    *("--max_train_steps", 3, "--max_train_samples", 96, "--max_eval_samples", 32, "--num_hidden_layers", 1),
+    *("--per_device_train_batch_size", 8, "--statistics_interval", 1, "--root_interval", 2, "--logging_steps", 1),
+)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a file says that runs."""
+
+    host: str
+    computes_in: str = "float32"
+    sharded_between_passes: bool = False  # FSDP2's parameters, between forward and backward
+    offloaded: tuple[str, ...] = ()  # DeepSpeed's options
+    names_the_optimizer: bool = False
+
+    @property
+    def processes(self) -> int:
+        """How many the file starts."""
+        return 1 if self.host == "one process" else int(self.host.split()[-2])
+
+
+FSDP2 = Claim("FSDP2 on 2 processes", sharded_between_passes=True)
+BOTH = ("offload_optimizer", "offload_param")
+CLAIMS = {
+    "single.yaml": Claim("one process"),
+    "ddp-bf16.yaml": Claim("DDP on 2 processes", computes_in="bfloat16"),
+    "ddp-2nodes.yaml": Claim("DDP on 2 processes"),
+    "fsdp1.yaml": Claim("FSDP1 on 2 processes"),
+    "fsdp2-bf16.yaml": Claim(FSDP2.host, computes_in="bfloat16", sharded_between_passes=True),
+    "fsdp2-grad-op.yaml": Claim(FSDP2.host),
+    "fsdp2-2nodes.yaml": FSDP2,
+    "hsdp-2nodes.yaml": Claim("HSDP 2x2 on 4 processes", sharded_between_passes=True),
+    "zero1.yaml": Claim("ZeRO-1 on 2 processes"),
+    "zero1.json": Claim("ZeRO-1 on 2 processes", names_the_optimizer=True),
+    "zero2-client.json": Claim("ZeRO-2 on 2 processes"),
+    "zero3-bf16.yaml": Claim("ZeRO-3 on 2 processes", computes_in="bfloat16"),
+    "zero3-2nodes.yaml": Claim("ZeRO-3 on 2 processes"),
+    "zero3-offload.yaml": Claim("ZeRO-3 on 2 processes", offloaded=BOTH),
+    "zero3-offload.json": Claim("ZeRO-3 on 2 processes", offloaded=BOTH, names_the_optimizer=True),
+    "zero3-offload-client.json": Claim("ZeRO-3 on 2 processes", offloaded=BOTH),
+}
+ELSEWHERE = {f"{config}.yaml" for config in (*HOSTS, *CONFIGS)} | {f"{file}.json" for _, file, _ in BY_JSON.values()}
+BY_DEEPSPEED = ("zero2-client.json",)  # by its own launcher, the other JSON files by torchrun
+
+ACCELERATE = (BIN / "accelerate", "launch", "--main_process_port", 0, "--config_file")
+
+# train_trainer.py: the command without the script, flags, and what it says that ran.
+TRAINERS: dict[str, tuple[tuple[object, ...], tuple[object, ...], str]] = {
+    "ddp": (TORCHRUN, (), "DDP on 2 processes"),
+    "fsdp2": (
+        (*ACCELERATE, LAUNCH / "configs" / "fsdp2.yaml", "--fsdp_transformer_layer_cls_to_wrap", "ViTLayer"),
+        (),
+        "FSDP2 on 2 processes",
+    ),
+    "zero2": (TORCHRUN, ("--deepspeed", LAUNCH / "configs" / "zero2.json"), "ZeRO-2 on 2 processes"),
+    # Goes on with the last of the three epochs of "fsdp2".
+    "resumed": (
+        (sys.executable,),
+        ("--per_device_train_batch_size", 64, "--resume_from_checkpoint", "latest"),
+        "one process",
+    ),
+}
+TRAINER_FLAGS = (
+    *("--num_train_epochs", 3, "--num_hidden_layers", 1, "--learning_rate", 3e-3),
+    *("--statistics_interval", 5, "--root_interval", 10),
+)
+STEPS = 23  # of an epoch: 1437 images, 64 a step
+
+
+def by_file(name: str, folder: Path) -> list[Process]:
+    """Train by a file of launch/configs as it stands: a result for every launcher that this takes."""
+    file, script = LAUNCH / "configs" / name, (SCRIPT, "--output_dir", folder, *FLAGS)
+    if name in BY_DEEPSPEED:
+        by_deepspeed = (BIN / "deepspeed", "--num_gpus", 2, "--master_port", free_port())
+        return [run(*by_deepspeed, *script, "--deepspeed_config", file)]
+    if file.suffix == ".json":
+        return [run(*TORCHRUN, *script, "--deepspeed_config", file)]
+    if "2nodes" not in name:
+        return [run(*ACCELERATE, file, *script)]
+    meeting = ("--main_process_ip", "127.0.0.1", "--main_process_port", free_port())
+    with ThreadPoolExecutor(2) as machines:
+        command = (*ACCELERATE, file, *meeting, "--machine_rank")
+        ranks = [machines.submit(run, *command, rank, *script) for rank in range(2)]
+        return [rank.result() for rank in ranks]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
+    """All launches, two at a time: a function from a name to its folder and what it printed, which waits for it."""
+    base = tmp_path_factory.mktemp("configs")
+
+    def trainer(name: str) -> list[Process]:
+        command, flags, _ = TRAINERS[name]
+        if name == "resumed":
+            pending["fsdp2"].result()
+            shutil.copytree(base / "fsdp2", base / name, ignore=shutil.ignore_patterns(f"checkpoint-{3 * STEPS}"))
+        return [run(*command, LAUNCH / "train_trainer.py", "--output_dir", base / name, *TRAINER_FLAGS, *flags)]
+
+    def finished(name: str) -> tuple[Path, str]:
+        processes = pending[name].result()
+        for process in processes:
+            assert process.returncode == 0, process.stderr[-3000:]
+        return base / name, "".join(process.stdout + process.stderr for process in processes)
+
+    with ThreadPoolExecutor(2) as pool:
+        pending = {name: pool.submit(by_file, name, base / name) for name in CLAIMS}
+        pending.update({name: pool.submit(trainer, name) for name in TRAINERS})
+        yield finished
+
+
+def test_every_file_is_launched() -> None:
+    assert {path.name for path in (LAUNCH / "configs").iterdir()} == CLAIMS.keys() | ELSEWHERE
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_a_file_runs_what_it_claims(runs: Runs, name: str) -> None:
+    claim, (folder, printed) = CLAIMS[name], runs(name)
+    found = results(folder)
+    assert found["host"] == claim.host and found["steps"] == 3
+    held = [process["preconditioner"] for process in found["state_bytes_per_process"]]
+    assert len(held) == claim.processes and all(held)
+    assert ("--optimizer and its options are not used" in printed) is claim.names_the_optimizer
+    assert (found["deepspeed_optimizer"] is not None) is claim.names_the_optimizer
+    assert found["mixed_precision"] == {"float32": "no", "bfloat16": "bf16"}[claim.computes_in]
+    for process in range(claim.processes):
+        assert json.loads((folder / f"facts-{process}.json").read_text()) == {
+            "host": claim.host,
+            "computes in": f"torch.{claim.computes_in}",
+            "sharded between forward and backward": claim.sharded_between_passes,
+            "optimizer": "Shampoo4",
+            "steps in": ["torch.float32"],
+            "offloaded": list(claim.offloaded),
+            "intervals": [[10, 50] if claim.names_the_optimizer else [1, 2]],
+        }
+
+
+def trainer_losses(folder: Path) -> list[float]:
+    """The mean training loss of every epoch, also of those before a resume."""
+    state = json.loads((folder / f"checkpoint-{3 * STEPS}" / "trainer_state.json").read_text())
+    return [line["loss"] for line in state["log_history"] if "loss" in line]
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_the_example_of_the_trainer(runs: Runs, name: str) -> None:
+    folder, printed = runs(name)
+    assert f"{TRAINERS[name][2]}, Shampoo4: " in printed
+    losses = trainer_losses(folder)
+    assert len(losses) == 3 and losses[2] < 0.8 * losses[0], losses
+
+
+def test_the_example_of_the_trainer_goes_on_under_another_host(runs: Runs) -> None:
+    full, resumed = (trainer_losses(runs(name)[0]) for name in ("fsdp2", "resumed"))
+    assert resumed[:2] == full[:2]
+    assert resumed[2] == pytest.approx(full[2], abs=0.02), "but for the epoch's last step, which fills its batch up"

@@ -1,0 +1,98 @@
+"""One contract for every host: with equal gradients, the same training as one process, and a share of the state.
+
+Slow: test_golden.py proves the same for some of the cases in the quick tier.
+
+Gradients are replayed: every host is given its shards of the same global gradients, so that nothing but the optimizer
+is compared, and parameters must agree bitwise. All processes compute with one thread: a product of another number of
+threads may be rounded otherwise.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support import worlds as hosts
+from support import zero_worlds as zero
+from support.contract import CASES, make_optimizer, run_case, run_case_as_zero_does, run_zero_case
+from support.marks import slow_but_for
+from torch import Tensor
+
+
+def run_all(rank: int, ran: tuple[str, ...]) -> dict[tuple[str, str], Any]:
+    return {(host, name): run_case(host, name) for host in ran for name in CASES}
+
+
+def run_all_of_zero(rank: int) -> dict[tuple[str, str], Any]:
+    zero.prepare()
+    return {(host, name): run_zero_case(host, name) for host in zero.HOSTS for name in CASES}
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, tuple[dict[str, Tensor], dict[str, int]]]:
+    with hosts.one_thread():
+        return {name: run_case("none", name) for name in CASES}
+
+
+@pytest.fixture(scope="module")
+def alone_as_zero() -> dict[str, tuple[dict[str, Tensor], dict[str, int]]]:
+    with hosts.one_thread():
+        return {name: run_case_as_zero_does(name) for name in CASES}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_the_same_training_everywhere(world_size: int, alone: dict[str, Any]) -> None:
+    check_all(hosts.run_ranks(world_size, run_all, hosts.HOSTS), alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_the_same_training_under_zero(world_size: int, alone_as_zero: dict[str, Any]) -> None:
+    check_all(hosts.run_ranks(world_size, run_all_of_zero), alone_as_zero)
+
+
+def check_all(results: list[dict[tuple[str, str], Any]], alone: dict[str, Any]) -> None:
+    """Every rank has the same weights as one process, and a share of the factors."""
+    world_size = len(results)
+    for (host, name), (parameters, _) in results[0].items():
+        expected, whole = alone[name]
+        for rank, result in enumerate(results):
+            for key, value in result[host, name][0].items():
+                assert torch.equal(value, expected[key]), (host, name, rank, key, (value - expected[key]).abs().max())
+        held = [result[host, name][1]["preconditioner"] for result in results]
+        assert sum(held) == whole["preconditioner"], (host, name, held)
+        if "blocks" in name:
+            assert max(held) < 1.6 * whole["preconditioner"] / world_size, (host, name, held)
+        assert parameters
+
+
+def train_for_real(host: str, steps: int = 6) -> dict[str, Tensor]:
+    """Backward passes on the same two batches on every rank, added up, clipped; 32 bits, which amplify no rounding."""
+    model = hosts.wrap(hosts.make_model("mlp"), host)
+    optimizer = make_optimizer(model, host, {"bits": 32, "max_preconditioner_dim": 30})
+    for step in range(steps):
+        optimizer.zero_grad()
+        for part in range(2):
+            hosts.train_step(model, hosts.make_batch("mlp", seed=2 * step + part))
+        if host == "fsdp1":
+            model.clip_grad_norm_(0.5)
+        else:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+    return hosts.full_parameters(model, host)
+
+
+def train_all_for_real(rank: int) -> dict[str, dict[str, Tensor]]:
+    return {host: train_for_real(host) for host in hosts.HOSTS}
+
+
+@pytest.mark.parametrize("world_size", slow_but_for([2], [2, 3]))
+def test_accumulation_and_clipping(world_size: int) -> None:
+    """Equal but for the hosts' own arithmetic: gradients are averaged, and their norm is added up, in another order."""
+    expected = train_for_real("none")
+    for result in hosts.run_ranks(world_size, train_all_for_real):
+        for host, found in result.items():
+            for name, value in found.items():
+                torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-4, msg=f"{host}: {name}")

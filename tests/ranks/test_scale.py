@@ -1,0 +1,230 @@
+"""More ranks: every rank keeps and sends exactly what was estimated, a fair share of it, in memory that stays small."""
+
+from __future__ import annotations
+
+import runpy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import worlds as hosts
+from support.marks import slow_but_for
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from sharded_shampoo4 import MemoryEstimate, Shampoo4, estimate_memory, plan
+from sharded_shampoo4.exchange import Exchange
+from sharded_shampoo4.layout import cut_blocks, matrix_shape
+from sharded_shampoo4.plan import Plan, PlannedMatrix, Shard
+
+Shapes = dict[str, tuple[int, ...]]
+
+EVERY_STEP = {"statistics_interval": 2, "root_interval": 2}  # step 3 is the first ordinary one
+OPTIONS: dict[str, dict[str, Any]] = {
+    "mlp": {"min_quant_numel": 0},
+    "vit": {"max_preconditioner_dim": 30, "split": "remainder", "refresh": "staggered"},
+    "tied": {"max_preconditioner_dim": 17, "base": "adagrad", "exchange_dtype": "bfloat16"},
+    "bf16": {"max_preconditioner_dim": 40, "base": "sgd", "momentum": 0.9},
+}
+SPREAD = ("ddp", "fsdp2", "hsdp")
+
+
+# -- estimates are what ranks measure ----------------------------------------------------------------------------------
+
+
+def shapes_of(kind: str) -> Shapes:
+    """Of the parameters that are trained."""
+    return {name: tuple(p.shape) for name, p in hosts.make_model(kind).named_parameters() if p.requires_grad}
+
+
+def estimated(kind: str, host: str, world_size: int) -> MemoryEstimate:
+    replicas = {2: 1, 3: 1, 4: 2}[world_size] if host == "hsdp" else None  # as worlds.wrap makes its mesh
+    dtype = torch.bfloat16 if kind == "bf16" else torch.float32
+    layout = {"host": host, "replicas": replicas, "dtype": dtype}
+    return estimate_memory(shapes_of(kind), world_size, **layout, **EVERY_STEP, **OPTIONS[kind])
+
+
+def train(model: nn.Module, host: str, optimizer: Shampoo4, steps: int) -> None:
+    """Steps in which every trained parameter has a gradient, the same on every rank."""
+    for step in range(steps):
+        generator = torch.Generator().manual_seed(step)
+        gradients = {
+            name: torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+            for name, parameter in hosts.named(model, host).items()
+            if parameter.requires_grad
+        }
+        hosts.set_gradients(model, host, gradients)
+        optimizer.step()
+
+
+def sent_by(optimizer: Shampoo4) -> int:
+    assert optimizer._bindings.last is not None
+    return optimizer._bindings.last.exchange.bytes_sent
+
+
+def measure(host: str, kind: str) -> tuple[dict[str, int], int]:
+    """State bytes of this rank, and the bytes that it sends in an ordinary step."""
+    model = hosts.wrap(hosts.make_model(kind), host)
+    optimizer = Shampoo4(hosts.named(model, host).items(), **EVERY_STEP, **OPTIONS[kind])
+    train(model, host, optimizer, 2)
+    before = sent_by(optimizer)
+    train(model, host, optimizer, 1)
+    return optimizer.state_bytes(), sent_by(optimizer) - before
+
+
+# -- memory in flight --------------------------------------------------------------------------------------------------
+
+WIDTH = 32  # of square matrices, a block each
+SMALL_BATCH = 2**14  # elements: four such blocks with their roots and directions
+
+
+class MostAlive(TorchDispatchMode):
+    """The most bytes alive at any moment, of all tensors that are made while this mode is on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = 0
+        self._made: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {storage._cdata for storage in _storages((args, kwargs))}
+        result = func(*args, **(kwargs or {}))
+        for storage in _storages(result):
+            if storage._cdata not in given:
+                self._made[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self._made = {key: entry for key, entry in self._made.items() if not entry[0].expired()}
+        self.most = max(self.most, sum(size for _, size in self._made.values()))
+        return result
+
+
+def _storages(values: Any) -> Iterator[torch.UntypedStorage]:
+    return (leaf.untyped_storage() for leaf in tree_leaves(values) if isinstance(leaf, Tensor))
+
+
+def most_in_flight(host: str, depth: int, batch_elements: int, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Most bytes alive while an ordinary step exchanges and preconditions, beyond gradients and states."""
+    monkeypatch.setattr(plan, "BATCH_ELEMENTS_PER_MIB", batch_elements // 256)  # of 256 MiB
+    model = hosts.wrap(nn.Sequential(*[nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(depth)]), host)
+    optimizer = Shampoo4(hosts.named(model, host).items(), **EVERY_STEP, min_quant_numel=0)
+    train(model, host, optimizer, 4)
+    alive = MostAlive()
+    run: Callable[..., None] = Exchange.run
+
+    def watched(*args: Any) -> None:
+        with alive:
+            run(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Exchange, "run", watched)
+        train(model, host, optimizer, 1)
+    return alive.most
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        pytest.param({"bits": 32}, marks=pytest.mark.slow),
+        pytest.param({"root": "triangle", "codebook": "normal"}, marks=pytest.mark.slow),
+        Shampoo4.compact_settings(),
+        {"min_quant_numel": 10**6},
+    ],
+    ids=str,
+)
+def test_a_step_keeps_to_its_scratch_memory(options: dict[str, Any]) -> None:
+    """In one process, ordinary, statistics and root steps of 2.4 million parameters, whatever is stored."""
+    shapes = [(192, 192)] * 24 + [(768, 192)] * 5 + [(192, 500)] * 7
+    parameters = [nn.Parameter(torch.zeros(shape)) for shape in shapes]
+    ways = {"statistics_interval": 2, "root_interval": 4, "scratch_mib": 16, "max_preconditioner_dim": 256}
+    optimizer = Shampoo4(parameters, base="sgd", **ways, **options)
+    for step in range(1, 10):
+        for parameter in parameters:
+            parameter.grad = torch.randn_like(parameter)
+        binding = optimizer._bindings.bind(optimizer.param_groups, optimizer.state, None)
+        alive = MostAlive()
+        with alive, torch.no_grad():
+            binding.precondition()
+        assert alive.most <= 16 * 2**20, (step, alive.most / 2**20)
+    assert alive.most > 2 * 2**20, "it is made use of"
+
+
+# -- on ranks ----------------------------------------------------------------------------------------------------------
+
+
+DEFAULT_BATCH = 256 * plan.BATCH_ELEMENTS_PER_MIB
+FLIGHTS = [("ddp", 32, SMALL_BATCH), ("ddp", 96, SMALL_BATCH), ("fsdp2", 32, SMALL_BATCH), ("fsdp2", 96, SMALL_BATCH)]
+FLIGHTS += [("ddp", 96, DEFAULT_BATCH), ("fsdp2", 96, DEFAULT_BATCH)]  # all of it is one batch
+
+
+def on_a_rank(rank: int) -> tuple[dict[tuple[str, str], Any], dict[tuple[str, int, int], int]]:
+    measured = {(host, kind): measure(host, kind) for host in SPREAD for kind in OPTIONS}
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        return measured, {flight: most_in_flight(*flight, monkeypatch) for flight in FLIGHTS}
+
+
+@pytest.fixture(scope="module", params=slow_but_for([3], [2, 3, 4]))
+def results(request: pytest.FixtureRequest) -> list[Any]:
+    """What every rank has measured; one launch for all tests."""
+    return hosts.run_ranks(request.param, on_a_rank)
+
+
+@pytest.mark.parametrize("kind", OPTIONS)
+@pytest.mark.parametrize("host", SPREAD)
+def test_ranks_keep_and_send_what_was_estimated(host: str, kind: str, results: list[Any]) -> None:
+    estimate = estimated(kind, host, len(results))
+    kept = [measured[host, kind][0] for measured, _ in results]
+    assert [count["preconditioner"] for count in kept] == estimate.preconditioner
+    assert [count["base"] for count in kept] == estimate.base
+    assert [measured[host, kind][1] for measured, _ in results] == estimate.traffic
+    assert sum(estimate.traffic) > 0
+
+
+def test_memory_in_flight_does_not_grow_with_depth(results: list[Any]) -> None:
+    """It is that of a few batches: 3 where each element has one holder; under DDP directions go to all ranks, so each
+    rank's buffers are those of every owner's batch: 2 and half a batch a rank. The norms are 16 bytes a block."""
+    most = {flight: max(in_flight[flight] for _, in_flight in results) for flight in FLIGHTS}
+    batch = 4 * SMALL_BATCH  # bytes
+    for host, batches in (("fsdp2", 3.0), ("ddp", 2 + len(results) / 2)):
+        shallow, deep = most[host, 32, SMALL_BATCH], most[host, 96, SMALL_BATCH]
+        assert max(shallow, deep) - 16 * 96 <= batches * batch, most
+        assert deep <= 1.25 * shallow, most
+        assert most[host, 96, DEFAULT_BATCH] > 1.5 * deep, most
+
+
+# -- shares ------------------------------------------------------------------------------------------------------------
+
+vit_shapes: Callable[[int, int], Shapes] = runpy.run_path(
+    str(Path(__file__).parents[2] / "launch" / "report_scale.py")
+)["vit_shapes"]
+VIT_B, VIT_L = (768, 12), (1024, 24)
+
+
+def test_vit_shapes_are_the_published_ones() -> None:
+    counts = [sum(torch.Size(shape).numel() for shape in vit_shapes(*size).values()) for size in (VIT_B, VIT_L)]
+    assert counts == [86_567_656, 304_326_632]
+
+
+@pytest.mark.parametrize("host", ["fsdp2", "ddp"])
+@pytest.mark.parametrize(("size", "world_size"), [(VIT_B, 2), (VIT_B, 4), (VIT_B, 8), (VIT_L, 8), (VIT_L, 16)])
+def test_every_rank_keeps_an_even_share(size: tuple[int, int], world_size: int, host: str) -> None:
+    shapes = vit_shapes(*size)
+    whole = estimate_memory(shapes, host="none").preconditioner[0]
+    shares = estimate_memory(shapes, world_size, host=host).preconditioner
+    assert sum(shares) == whole
+    assert max(shares) <= 1.10 * whole / world_size
+
+
+def test_every_owner_has_an_even_share_of_the_work() -> None:
+    planned = []
+    for name, shape in vit_shapes(*VIT_B).items():
+        if matrix := matrix_shape(shape):
+            rows, rest = shape[0], matrix[0] * matrix[1] // shape[0]
+            edges = [min(rows, -(-rows // 4) * rank) * rest for rank in range(5)]
+            shards = tuple(Shard(*edges[rank : rank + 2]) for rank in range(4))
+            planned.append(PlannedMatrix(name, matrix, tuple(cut_blocks(matrix, 1024, "even")), shards))
+    loads = Plan(planned, 4).loads()
+    assert max(loads) <= 1.10 * sum(loads) / 4

@@ -1,0 +1,116 @@
+"""The contract's cases: a model, options, and gradients that every host replays.
+
+Every host gets its shards of the same global gradients, so nothing but the optimizer is compared.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sharded_shampoo4 import Shampoo4
+from sharded_shampoo4.integrations import fsdp
+
+from . import worlds as hosts
+from . import zero_worlds as zero
+
+STEPS = 9
+FAST = {"lr": 1e-2, "weight_decay": 0.1, "statistics_interval": 2, "root_interval": 4}
+# Name: kind of model, options. Blocks of at most 30 put several owners' blocks into one parameter.
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mlp": ("mlp", {"min_quant_numel": 0}),
+    "mlp, blocks": ("mlp", {"max_preconditioner_dim": 30, "min_quant_numel": 0}),
+    "vit, blocks, remainder": ("vit", {"max_preconditioner_dim": 30, "split": "remainder"}),
+    "vit, SGD, block grafting": ("vit", {"base": "sgd", "momentum": 0.9, "grafting": "block"}),
+    "tied, naive": ("tied", {"quantize": "preconditioner", "min_quant_numel": 0}),
+    "tied, groups": ("tied", {"max_preconditioner_dim": 17, "split_groups": True}),
+    "bf16": ("bf16", {"max_preconditioner_dim": 40, "min_quant_numel": 0}),
+    "mlp, blocks, compact": (
+        "mlp",
+        {"max_preconditioner_dim": 30, "min_quant_numel": 0, "refresh": "staggered", **Shampoo4.compact_settings()},
+    ),
+    "mlp, blocks, bfloat16 on the way": (
+        "mlp",
+        {"max_preconditioner_dim": 30, "min_quant_numel": 0, "exchange_dtype": "bfloat16", "matmul_dtype": "bfloat16"},
+    ),
+    "tied, triangles, staggered": (
+        "tied", {"max_preconditioner_dim": 25, "min_quant_numel": 0, "refresh": "staggered", "root": "triangle"}
+    ),
+    "mlp, 32 bits": ("mlp", {"bits": 32, "max_preconditioner_dim": 25, "grafting": "none"}),
+}  # fmt: skip
+
+
+def make_optimizer(model: torch.nn.Module, host: str, options: dict[str, Any]) -> Shampoo4:
+    options = {**FAST, **options}
+    named = list(hosts.named(model, host).items())
+    if options.pop("split_groups", False):
+        half = len(named) // 2
+        groups = [{"params": named[:half], "bits": 8, "statistics_interval": 3}, {"params": named[half:], "lr": 1e-3}]
+        optimizer = Shampoo4(groups, **options)
+    else:
+        optimizer = Shampoo4(named, **options)
+    if host == "fsdp1":
+        fsdp.bind(optimizer, model)
+    return optimizer
+
+
+def make_gradients(kind: str, step: int) -> dict[str, Tensor | None]:
+    """In step 5 one parameter has none."""
+    gradients = hosts.make_gradients(kind, step)
+    if step == 5:
+        gradients[max(gradients)] = None
+    return gradients
+
+
+def make_gradients_for_zero(kind: str, step: int) -> dict[str, Tensor | None]:
+    """The same, with zeros for a parameter that has one in other steps: DeepSpeed 0.19.8 takes its last one again."""
+    gradients = make_gradients(kind, step)
+    usual = hosts.make_gradients(kind, step)
+    missing = {
+        key: torch.zeros_like(usual[key]) for key in gradients if gradients[key] is None and usual[key] is not None
+    }
+    return {**gradients, **missing}
+
+
+def run_case(host: str, name: str, steps: int = STEPS) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Replay gradients. Returns the whole parameters and this rank's state bytes."""
+    kind, options = CASES[name]
+    model = hosts.wrap(hosts.make_model(kind), host)
+    optimizer = make_optimizer(model, host, options)
+    for step in range(steps):
+        hosts.set_gradients(model, host, make_gradients(kind, step))
+        optimizer.step()
+    return hosts.full_parameters(model, host), optimizer.state_bytes()
+
+
+def run_zero_case(host: str, name: str, steps: int = STEPS) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """The same through an engine of DeepSpeed."""
+    kind, options = CASES[name]
+    model = hosts.make_model(kind)
+    optimizer = make_optimizer(model, "none", options)
+    config = zero.configuration(host, **({"bf16": {"enabled": True}} if kind == "bf16" else {}))
+    engine = zero.start(zero.Replay(model), config, optimizer)
+    for step in range(steps):
+        zero.step(engine, make_gradients_for_zero(kind, step))
+    result = zero.full_parameters(engine), optimizer.state_bytes()
+    engine.destroy()
+    return result
+
+
+def run_case_as_zero_does(name: str, steps: int = STEPS) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """In one process, what DeepSpeed does elsewhere: gradients of zeros for None, and float32 copies of weights."""
+    kind, options = CASES[name]
+    model = hosts.make_model(kind)
+    masters = hosts.make_model(kind).float()
+    optimizer = make_optimizer(masters, "none", options)
+    for step in range(steps):
+        gradients = make_gradients(kind, step)
+        for key, parameter in masters.named_parameters():
+            gradient = gradients[key]
+            if parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter) if gradient is None else gradient.float()
+        optimizer.step()
+    kinds = {key: parameter.dtype for key, parameter in model.named_parameters()}
+    return {key: p.detach().to(kinds[key]) for key, p in masters.named_parameters()}, optimizer.state_bytes()

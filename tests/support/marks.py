@@ -1,0 +1,13 @@
+"""What the quick tier leaves out."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable
+from typing import Any
+
+import pytest
+
+
+def slow_but_for(quick: Container[Any], values: Iterable[Any]) -> list[Any]:
+    """Mark as slow each of ``values``, for parametrize, that is not among the ``quick`` ones."""
+    return [value if value in quick else pytest.param(value, marks=pytest.mark.slow) for value in values]

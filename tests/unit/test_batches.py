@@ -1,0 +1,68 @@
+"""A block's numbers do not depend on the blocks that share its batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.directions import Directions, replayed
+
+from sharded_shampoo4 import Shampoo4, factors, plan
+
+
+@pytest.fixture(params=[1, 2], ids=["1 thread", "2 threads"])
+def threads(request: pytest.FixtureRequest):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+WAYS = {
+    "4 bits": {},
+    "32 bits": {"bits": 32},
+    "triangles": {"root": "triangle"},
+    "compact": Shampoo4.compact_settings(),
+    "products in bfloat16": {"matmul_dtype": "bfloat16"},
+}
+
+
+SHAPES = [(2, 3), (10, 64), (48, 48), (64, 65), (96, 130), (65, 200), (147, 64), (384, 96)]
+FEW = [(48, 48), (65, 200), (384, 96)]
+CASES = [(shape, way) for way in WAYS for shape in (FEW if way in ("triangles", "products in bfloat16") else SHAPES)]
+
+
+@pytest.mark.parametrize(("shape", "way"), CASES, ids=str)
+@pytest.mark.usefixtures("threads")
+def test_alone_and_in_company(shape: tuple[int, int], way: str) -> None:
+    options = {"statistics_interval": 2, "root_interval": 4, "min_quant_numel": 0, **WAYS[way]}
+    gradients = replayed([shape] * 5, steps=9)
+    batched = Directions([shape] * 5, **options)
+    alone = Directions([shape], **options)
+    pair = Directions([shape] * 2, **options)
+    for step in gradients:
+        expected = batched.step(step)
+        assert torch.equal(alone.step([step[3]])[0], expected[3])
+        assert all(map(torch.equal, pair.step([step[4], step[1]]), (expected[4], expected[1])))
+
+
+def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bounds on memory in flight cut batches elsewhere; the numbers stay."""
+    options = {"statistics_interval": 2, "root_interval": 4, "max_preconditioner_dim": 64}
+    shapes = [(130, 96), (64, 200), (10, 64)]
+    gradients = replayed(shapes, steps=9)
+    whole = Directions(shapes, **options)
+    expected = [whole.step(step) for step in gradients]
+    monkeypatch.setattr(factors, "REFRESH_ELEMENTS_PER_MIB", 0)
+    monkeypatch.setattr(plan, "BATCH_ELEMENTS_PER_MIB", 0)
+    cut = Directions(shapes, **options)
+    for step, directions in zip(gradients, expected, strict=True):
+        assert all(map(torch.equal, cut.step(step), directions))
+    counts = [len(run.optimizer._bindings.last.preconditioner.batches) for run in (cut, whole)]
+    assert counts[0] > counts[1]
+
+
+def test_equal_orders_share_a_pool() -> None:
+    run = Directions([(64, 64), (64, 64), (64, 96), (96, 64)])
+    run.step(replayed([(64, 64), (64, 64), (64, 96), (96, 64)], 1)[0])
+    pools = {pool.order: pool.count for pool in run.optimizer._bindings.last.preconditioner.pools}
+    assert pools == {64: 6, 96: 2}

@@ -1,0 +1,87 @@
+"""What `pip install .` brings: both packages, and torch as the only requirement."""
+
+from __future__ import annotations
+
+import ast
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from email.parser import Parser
+from pathlib import Path
+
+import sharded_shampoo4
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_wheel(tmp_path: Path) -> None:
+    source = tmp_path / "source"  # a build leaves files behind
+    source.mkdir()
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for name in ("sharded_shampoo4", "integrations"):
+        shutil.copytree(ROOT / name, source / name)
+    options = ["--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path)]
+    subprocess.run([sys.executable, "-m", "pip", "wheel", *options, str(source)], check=True, cwd=tmp_path)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        metadata = Parser().parsestr(archive.read(next(n for n in names if n.endswith("METADATA"))).decode())
+    assert metadata["Version"] == sharded_shampoo4.__version__ and "MIT" in (
+        metadata["License-Expression"],
+        metadata["License"],
+    )
+    required = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
+    assert len(required) == 1 and required[0].startswith("torch")
+    modules = {name for name in names if name.endswith(".py")}
+    expected = {f"sharded_shampoo4/{path.name}" for path in (ROOT / "sharded_shampoo4").glob("*.py")}
+    expected |= {f"sharded_shampoo4/integrations/{path.name}" for path in (ROOT / "integrations").glob("*.py")}
+    assert modules == expected and "sharded_shampoo4/py.typed" in names
+
+
+# What the core imports of integrations/. It should import none of it: this list may only shrink.
+HOSTS_IN_THE_CORE = {
+    "base_states": {"fsdp"},
+    "binding": {"fsdp"},
+    "bindings": {"fsdp", "zero"},
+    "checkpoint": {"fsdp", "zero"},
+    "members": {"fsdp", "zero"},
+    "optimizer": {"fsdp", "zero"},
+    "stored": {"fsdp"},
+    "untrained": {"fsdp", "zero"},
+}
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Full names of the modules that a file of the core imports, in functions too."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            package = ["sharded_shampoo4"] if node.level else []
+            module = ".".join(package + ([node.module] if node.module else []))
+            yield module
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def test_the_core_imports_torch_and_itself_and_few_hosts() -> None:
+    found: dict[str, set[str]] = {}
+    for path in (ROOT / "sharded_shampoo4").glob("*.py"):
+        for name in imported(path):
+            top, *rest = name.split(".")
+            assert top in {"torch", "sharded_shampoo4", *sys.stdlib_module_names}, f"{path.name} imports {name}"
+            if rest[:1] == ["integrations"] and len(rest) > 1:
+                found.setdefault(path.stem, set()).add(rest[1])
+    assert found == HOSTS_IN_THE_CORE
+
+
+def test_no_test_module_imports_another() -> None:
+    """What several of them need is in tests/support."""
+    tests = [path for path in (ROOT / "tests").rglob("*.py")]
+    modules = {path.stem for path in tests if path.stem.startswith("test_")}
+    assert len(modules) == len([path for path in tests if path.stem.startswith("test_")]), "names are unique"
+    for path in tests:
+        for name in imported(path):
+            assert not modules & set(name.split(".")), f"{path.relative_to(ROOT)} imports {name}"

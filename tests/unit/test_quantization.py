@@ -1,0 +1,152 @@
+"""Packing and block-wise quantisation, against the reference and over random shapes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import reference
+
+from sharded_shampoo4 import quantization
+
+BITS = (3, 4, 8)
+BOOKS = ("linear2", "dynamic_tree")
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_a_part_comes_back_as_in_the_whole(bits: int) -> None:
+    """Look-ups by two bytes need even numbers of them, from an even address on."""
+    options = {"codebook": "linear2", "bits": bits, "block": 8}
+    for rows, length in ((3, 5), (4, 6), (2, 16), (1, 9), (3, 22)):
+        values = torch.randn(5, rows, length, generator=torch.Generator().manual_seed(length))
+        codes, scales = quantization.quantize(values, **options)
+        whole = quantization.dequantize(codes, scales, length, **options)
+        for part in (slice(0, 1), slice(1, 2), slice(1, 3), slice(2, 4), slice(0, 3)):
+            found = quantization.dequantize(codes[part], scales[part], length, **options)
+            assert torch.equal(found, whole[part])
+            levels = quantization.levels_of("linear2", bits, 8)[quantization.unpack(codes[part], bits, length).int()]
+            assert torch.equal(found, levels * scales[part].repeat_interleave(8, -1)[..., :length])
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("book", BOOKS)
+def test_code_books_follow_their_formulae(book: str, bits: int) -> None:
+    levels = quantization.CODE_BOOKS[book](bits)
+    assert torch.equal(levels, reference.CODEBOOKS[book](bits))
+    assert levels.numel() == 2**bits and (levels.diff() > 0).all()
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_packing_is_reversible_and_tight(data: st.DataObject) -> None:
+    bits = data.draw(st.sampled_from(BITS))
+    shape = (*data.draw(st.lists(st.integers(1, 3), max_size=2)), data.draw(st.integers(1, 70)))
+    codes = torch.randint(2**bits, shape, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 99))))
+    packed = quantization.pack(codes, bits)
+    assert packed.dtype == torch.uint8 and packed.shape == (*shape[:-1], -(-shape[-1] * bits // 8))
+    assert torch.equal(quantization.unpack(packed, bits, shape[-1]), codes.to(torch.uint8))
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_quantises_as_the_reference(data: st.DataObject) -> None:
+    bits, book = data.draw(st.sampled_from(BITS)), data.draw(st.sampled_from(BOOKS))
+    block = data.draw(st.sampled_from([1, 5, 16, 64, 100]))
+    dtype = data.draw(st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]))
+    batch, rows, length = (data.draw(st.integers(1, largest)) for largest in (3, 4, 150))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 999)))
+    values = torch.randn(batch, rows, length, generator=generator, dtype=torch.float64).to(dtype)
+    values[torch.rand(values.shape, generator=generator) < data.draw(st.sampled_from([0.0, 0.5, 1.0]))] = 0.0
+
+    codes, scales = quantization.quantize(values, codebook=book, bits=bits, block=block)
+    restored = quantization.dequantize(codes, scales, length, codebook=book, bits=bits, block=block)
+    levels = reference.CODEBOOKS[book](bits)
+    for index in range(batch):
+        expected_codes, expected_scales = reference.quantise(values[index], levels, block)
+        assert torch.equal(quantization.unpack(codes[index], bits, length), expected_codes.to(torch.uint8))
+        assert torch.equal(scales[index], expected_scales)
+        assert torch.equal(restored[index], reference.dequantise(expected_codes, expected_scales, levels, block))
+
+
+def test_ties_take_the_smaller_level() -> None:
+    levels = quantization.linear2(4)
+    middles = ((levels[:-1].double() + levels[1:].double()) / 2).float()
+    exact = middles.double() == (levels[:-1].double() + levels[1:].double()) / 2
+    assert exact.any()
+    row = torch.cat([middles, torch.ones(1)])
+    codes, _ = quantization.quantize(row, codebook="linear2", bits=4, block=64)
+    assert torch.equal(quantization.unpack(codes, 4, 16)[:-1][exact], torch.arange(15, dtype=torch.uint8)[exact])
+    above, _ = quantization.quantize(torch.nextafter(row, row + 1), codebook="linear2", bits=4, block=64)
+    assert not torch.equal(above, codes)
+
+
+def test_blocks_do_not_cross_rows_and_zeros_stay() -> None:
+    values = torch.zeros(2, 65)
+    values[0, 64], values[1, 0] = 1e6, -1e-6
+    codes, scales = quantization.quantize(values, codebook="linear2", bits=4, block=64)
+    assert scales.tolist() == [[0.0, 1e6], [torch.tensor(1e-6).item(), 0.0]]
+    assert torch.equal(quantization.dequantize(codes, scales, 65, codebook="linear2", bits=4, block=64), values)
+
+
+@pytest.mark.parametrize(("bits", "bytes_per_row"), [(3, 25), (4, 33), (8, 65)])
+def test_bytes_of_an_odd_row(bits: int, bytes_per_row: int) -> None:
+    codes, scales = quantization.quantize(torch.randn(3, 65), codebook="linear2", bits=bits, block=64)
+    assert codes.shape == (3, bytes_per_row) and scales.shape == (3, 2) and scales.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("bits", "block"), [(3, 64), (4, 64), (4, 7), (8, 64)])
+def test_normal_levels_are_the_means_of_what_is_nearest_to_them(bits: int, block: int) -> None:
+    levels = quantization.normal(bits, block).double()
+    assert levels.numel() == 2**bits and (levels.diff() > 0).all() and torch.equal(levels, -levels.flip(0))
+    values = torch.randn(2**22 // block, block, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    values = (values / values.abs().amax(1, keepdim=True)).flatten()
+    nearest = (values.unsqueeze(1) - levels[: 2 ** (bits - 1)]).abs().argmin(1) if bits < 8 else None
+    codes = torch.bucketize(values, (levels[1:] + levels[:-1]) / 2)
+    if nearest is not None:
+        assert torch.equal(codes[values < -0.1], nearest[values < -0.1]), "the cells end midway"
+    means = torch.zeros_like(levels).index_add_(0, codes, values) / torch.bincount(codes, minlength=2**bits)
+    assert (means - levels).abs().max() < 2e-3
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_scales_of_least_squared_error_as_the_reference(data: st.DataObject) -> None:
+    bits, block = data.draw(st.sampled_from((3, 4))), data.draw(st.sampled_from([5, 16, 64]))
+    scale_dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    rows, length = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 150))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 999)))
+    values = torch.randn(rows, length, generator=generator)
+    values[torch.rand(values.shape, generator=generator) < data.draw(st.sampled_from([0.0, 0.5, 1.0]))] = 0.0
+    codes, scales = quantization.quantize(values, codebook="normal", bits=bits, block=block, scale_dtype=scale_dtype)
+    levels = quantization.normal(bits, block)
+    expected_codes, expected_scales = reference.quantise(values, levels, block, scale_dtype, search=True)
+    assert scales.dtype == scale_dtype and torch.equal(scales, expected_scales)
+    assert torch.equal(quantization.unpack(codes, bits, length), expected_codes.to(torch.uint8))
+    restored = quantization.dequantize(codes, scales, length, codebook="normal", bits=bits, block=block)
+    assert torch.equal(restored, reference.dequantise(expected_codes, expected_scales, levels, block))
+
+
+def test_each_refinement_lessens_the_error() -> None:
+    """Of an orthogonal matrix: better levels and fitted scales; bfloat16 scales cost next to nothing."""
+    basis = torch.linalg.qr(torch.randn(256, 256, generator=torch.Generator().manual_seed(0))).Q
+
+    def error(**ways: object) -> float:
+        codes, scales = quantization.quantize(basis, bits=4, block=64, **ways)
+        restored = quantization.dequantize(codes, scales, 256, codebook=ways["codebook"], bits=4, block=64)
+        return ((restored - basis).norm() / basis.norm()).item()
+
+    tree, square, normal = (error(codebook=book) for book in ("dynamic_tree", "linear2", "normal"))
+    assert normal < 0.81 * square < 0.81 * tree
+    assert error(codebook="normal", scale_dtype=torch.bfloat16) < 1.005 * normal
+
+
+@pytest.mark.parametrize("order", [1, 2, 3, 8, 9, 65])
+def test_triangles_fold_into_rectangles(order: int) -> None:
+    matrices = torch.randn(2, order, order)
+    matrices = matrices + matrices.mT
+    matrices.diagonal(dim1=-2, dim2=-1).zero_()
+    folded = quantization.fold(matrices)
+    assert folded.shape[1:] == quantization.folded_shape(order)
+    assert torch.equal(quantization.unfold(folded, order), matrices)
+    assert folded[0].numel() <= order * (order - 1) / 2 + order / 2 or order == 1
