@@ -1,0 +1,93 @@
+"""Deliberate faults: does the quick tier catch them?
+
+    python tests/faults.py                      # each fault in a copy of the repository, one after the other
+    python tests/faults.py --only checksum      # one of them
+
+Prints how many tests of the quick tier fail for each fault, beyond those that fail without one, and exits with status 1
+if a fault goes unnoticed. The launch tests are left out unless ``--launch`` is given: the others must do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+# Place: file, what stands there, what is put in its stead.
+FAULTS: dict[str, tuple[str, str, str]] = {
+    "quantizer": ("quantization.py", "scales = largest.to(scale_dtype)", "scales = (1.001 * largest).to(scale_dtype)"),
+    "Bjorck constant": ("eigenbasis.py", "1.5 * basis - 0.5 *", "1.5 * basis - 0.499 *"),
+    "owner choice": ("plan.py", "owners[index] = owner", "owners[index] = owner = 0"),
+    "offset of a piece": ("plan.py", "column=piece.column - block.column)", "column=0)"),
+    "graft norm": ("grafting.py", "(norms[:, 1] + 1e-12)", "(norms[:, 1] + 1e-4)"),
+    "step count": ("preconditioner.py", "self.step += 1", "self.step += 1 if self.step else 2"),
+    "checksum": ("checkpoint.py", "if found != checksum:", "if len(found) != len(checksum):"),
+    "schedule phase": ("schedule.py", "(phase + (after != phase) + turn", "(phase + turn"),
+    "base option": ("options.py", '["weight_decay"] = weight_decay', '["weight_decay"] = weight_decay / 2'),
+    "header": ("preconditioner.py", "_HEADER.pack(self.step, self.rooted)", "_HEADER.pack(self.step, False)"),
+}
+
+
+def copy_repository(folder: Path) -> Path:
+    """Copy what the tests need, so that the package is imported from the copy."""
+    copy = folder / "copy"
+    ignored = shutil.ignore_patterns(".git", ".venv", "runs", "build", "*.egg-info", ".*_cache", "__pycache__")
+    shutil.copytree(ROOT, copy, ignore=ignored)
+    (copy / "sharded_shampoo4" / "integrations").symlink_to(copy / "integrations")
+    return copy
+
+
+def failing(copy: Path, folders: list[str], workers: int) -> set[str]:
+    """The tests of the quick tier that fail in ``copy``."""
+    report = copy.parent / "report.xml"
+    report.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-n", str(workers), "--dist", "loadfile"]
+    command += ["-p", "no:cacheprovider", f"--junitxml={report}", *folders]
+    env = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
+    subprocess.run(command, cwd=copy, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=3600)
+    cases = ElementTree.parse(report).getroot().iter("testcase")
+    return {
+        f"{case.get('classname')}::{case.get('name')}"
+        for case in cases
+        if case.find("failure") is not None or case.find("error") is not None
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", choices=FAULTS, default=list(FAULTS), help="places (default: all)")
+    parser.add_argument("--launch", action="store_true", help="run the launch tests too")
+    parser.add_argument("--workers", type=int, default=2, help="processes of pytest")
+    args = parser.parse_args()
+    folders = ["tests/unit", "tests/ranks", *(["tests/launch"] if args.launch else [])]
+    unnoticed = []
+    with tempfile.TemporaryDirectory() as folder:
+        copy = copy_repository(Path(folder))
+        without = failing(copy, folders, args.workers)
+        print(f"no fault: {len(without)} tests fail {sorted(without)[:3]}", flush=True)
+        for place in args.only:
+            name, right, wrong = FAULTS[place]
+            path = copy / "sharded_shampoo4" / name
+            whole = path.read_text()
+            if whole.count(right) != 1:
+                raise SystemExit(f"{place}: {name} has {right!r} {whole.count(right)} times, not once")
+            path.write_text(whole.replace(right, wrong))
+            begun = time.monotonic()
+            tripped = sorted(failing(copy, folders, args.workers) - without)
+            path.write_text(whole)
+            seconds = time.monotonic() - begun
+            print(f"{place}: {len(tripped)} tests fail in {seconds:.0f} s, such as {tripped[:3]}", flush=True)
+            unnoticed += [place] if not tripped else []
+    if unnoticed:
+        raise SystemExit(f"not caught: {', '.join(unnoticed)}")
+
+
+if __name__ == "__main__":
+    main()
