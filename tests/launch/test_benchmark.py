@@ -390,6 +390,7 @@ def test_the_floor_has_the_blocks_that_ours_preconditions() -> None:
 # -- on ranks ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_ranks_train_and_tell_what_they_send(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ("--ranks", "2", "--host", "fsdp2", "--steps", "3", "--only", "shampoo4")
     benchmark.main([*TINY, *flags, "--output_dir", str(tmp_path)])

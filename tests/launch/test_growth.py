@@ -111,6 +111,7 @@ def test_the_busiest_rank_counts() -> None:
 # -- runs --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_growth_is_measured(tmp_path: Path) -> None:
     flags = ("--parameters", "5e4", "2e5", "--world_sizes", 1, 2, "--matrices", 2, "--order", 64, "--rounds", 1)
     blocks = ("--block_order", 64, "--block_sizes", 32, 64)
@@ -140,6 +141,7 @@ def test_growth_is_measured(tmp_path: Path) -> None:
     assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("host", ["fsdp2", "ddp"])
 def test_the_exchange_overlaps_computing(host: str, tmp_path: Path) -> None:
     flags = ("--hidden_size", 64, "--layers", 2, "--batch_size", 2, "--scratch_mib", 1, "--accumulate", 3)

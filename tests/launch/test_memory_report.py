@@ -174,6 +174,7 @@ def test_all_ranks_together_own_what_one_process_owns(swin: Planner, layout: Lay
 # -- measured ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_ranks_allocate_what_was_estimated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     hosts = ("ddp", "fsdp2", "zero2", "zero3")
     flags = ("--measure", "--models", "vit-digits", "--world_sizes", "2", "--hosts", *hosts)

@@ -41,6 +41,8 @@ QUICK = (
     "offloaded parameters, stage 3",
     "learning rate from a schedule, stage 1",
     "groups, stage 2",
+    "round robin, stage 1",
+    "small sub-groups, stage 3",
     "bf16 with gradients in float32",
     "fp16, stage 3",
     "zero.Init",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 from support.directions import Directions, replayed
-from support.marks import slow_but_for
 from support.reference import Reference
 from torch import Tensor
 
@@ -12,7 +11,6 @@ from sharded_shampoo4 import Shampoo4, quantization
 
 # Orders 48, 64, 65, 96, 130 and 200, and blocks of 100, 65 and 48 where max_preconditioner_dim=100 cuts.
 SHAPES = [(64, 64), (65, 48), (130, 96), (200, 65), (48, 3, 5, 2), (64, 1, 64), (96, 200), (7,)]
-STEPS = 48
 LARGEST_DIFFERENCE = 5e-6  # of a direction, relative to its norm
 
 
@@ -39,10 +37,15 @@ OPTIONS = {
     "compact": Shampoo4.compact_settings(),
 }  # fmt: skip
 QUICK = ("eigenbasis", "naive", "32 bits", "no grafting, other constants", "staggered", "compact")
+CASES = [
+    *((name, 48 if name == "eigenbasis" else 24) for name in QUICK),
+    *((name, 12) for name in OPTIONS if name not in QUICK),
+    *(pytest.param(name, 24, marks=pytest.mark.slow) for name in OPTIONS if name not in QUICK),
+]
 
 
-@pytest.mark.parametrize("name", slow_but_for(QUICK, OPTIONS))
-def test_directions_and_codes(name: str) -> None:
+@pytest.mark.parametrize(("name", "steps"), CASES)
+def test_directions_and_codes(name: str, steps: int) -> None:
     options = {"statistics_interval": 2, "root_interval": 4, "max_preconditioner_dim": 100, **OPTIONS[name]}
     fast = Directions(SHAPES, **options)
     staggered = options.pop("refresh", "together") == "staggered"
@@ -53,7 +56,7 @@ def test_directions_and_codes(name: str) -> None:
     # differs too, so the parameter is left out from there on.
     flipped: set[object] = set()
     differences = []
-    for gradients in replayed(SHAPES, STEPS if name == "eigenbasis" else STEPS // 2):
+    for gradients in replayed(SHAPES, steps):
         directions = zip(fast.step(gradients), slow.step(gradients), strict=True)
         for key in [key for key in slow.factors if key[0] not in flipped]:
             equal, total = compare_codes(fast, slow, key)
