@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,8 +16,10 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
+from support import forked
 from support.configurations import BY_JSON, CONFIGS, HOSTS, LAUNCHERS
-from support.launching import LAUNCH, SCRIPTS, accelerate, losses, metrics, results, run, train
+from support.launching import LAUNCH, SCRIPTS, accelerate, losses, metrics, results, run_really, train
+from support.marks import slow_but_for
 from support.scripts.trainer_script import ARGUMENTS, INTERVALS, Classifier
 from transformers import Trainer, TrainingArguments, ViTForImageClassification
 
@@ -28,8 +30,8 @@ from sharded_shampoo4 import Shampoo4
 from sharded_shampoo4.integrations.accelerate import check_distribution, rehearse_on_cpu
 from sharded_shampoo4.integrations.transformers import ConsolidateStates, shampoo4
 
-Finished = tuple[Path, subprocess.CompletedProcess[str]]
-Runs = Callable[[str], Finished]
+Process = subprocess.CompletedProcess[str]
+Runs = Callable[[str], tuple[Path, Process]]
 
 OPTIMIZER = ("--optimizer", "shampoo4", "--statistics_interval", 3, "--root_interval", 6)
 TOLERANCE = 1e-3  # between losses of one process and of two: sums in another order, which rounding to 4 bits amplifies
@@ -46,29 +48,29 @@ MOVES = {
 }
 
 
+# By the launchers themselves; all others as they would start them, see support/forked.py.
+REALLY = ("fsdp2", "named in the file", "the deepspeed launcher")
+
+
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
-    """All launches, two at a time: a function from a launch's name to its folder and process, which waits for it."""
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """A function from a launch's name to its folder and process. A launch is made when it is first asked for."""
     base = tmp_path_factory.mktemp("runs")
 
-    def launch(host: str, name: str, *flags: object) -> subprocess.CompletedProcess[str]:
-        own = ("--per_device_train_batch_size", 8)
-        return train(base / name, *OPTIMIZER, *FLAGS, *own, *flags, launcher=accelerate(host, 2))
+    def launch(name: str, launcher: Sequence[object], images: int, *flags: object) -> Process:
+        own = (*OPTIMIZER, *FLAGS, "--per_device_train_batch_size", images, *flags)
+        return train(base / name, *own, launcher=launcher, run=run_really if name in REALLY else forked.run)
 
-    def go_on(host: str, name: str) -> subprocess.CompletedProcess[str]:
-        pending[host].result()
-        shutil.copytree(base / host, base / name, ignore=shutil.ignore_patterns("checkpoint-18", "model"))
-        return launch(host, name, "--resume_from_checkpoint", "latest")
-
-    def move(name: str) -> subprocess.CompletedProcess[str]:
-        source, target, images = MOVES[name]
-        pending[source].result()
+    def go_on(source: str, name: str, launcher: Sequence[object], images: int) -> Process:
+        finished(source)
         shutil.copytree(base / source, base / name, ignore=shutil.ignore_patterns("checkpoint-18", "model"))
-        launcher = accelerate(target, 2) if target else ()
-        own = ("--per_device_train_batch_size", images, "--resume_from_checkpoint", "latest")
-        return train(base / name, *OPTIMIZER, *FLAGS, *own, launcher=launcher)
+        return launch(name, launcher, images, "--resume_from_checkpoint", "latest")
 
-    def by_json(name: str) -> subprocess.CompletedProcess[str]:
+    def move(name: str) -> Process:
+        source, target, images = MOVES[name]
+        return go_on(source, name, accelerate(target, 2) if target else (), images)
+
+    def by_json(name: str) -> Process:
         launcher, file, changes = BY_JSON[name]
         config = {**json.loads((LAUNCH / "configs" / f"{file}.json").read_text()), **changes}
         if config["optimizer"] is None:
@@ -77,33 +79,32 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
             config["optimizer"]["params"].update(statistics_interval=3, root_interval=6)
         path = base / f"{name}.json"
         path.write_text(json.dumps(config))
-        own = ("--per_device_train_batch_size", 8, "--deepspeed_config", path)
-        return train(base / name, *OPTIMIZER, *FLAGS, *own, launcher=LAUNCHERS[launcher])
+        return launch(name, LAUNCHERS[launcher], 8, "--deepspeed_config", path)
 
-    def small(config: str) -> subprocess.CompletedProcess[str]:
-        expected = CONFIGS[config]
-        script = (SCRIPTS / "accelerate_script.py", base / f"small-{config}", expected)
-        return run(*accelerate(config, int(expected.split()[-2])), *script)
+    def small(name: str) -> Process:
+        expected = CONFIGS[name.removeprefix("small-")]
+        script = (SCRIPTS / "accelerate_script.py", base / name, expected)
+        return forked.run(*accelerate(name.removeprefix("small-"), int(expected.split()[-2])), *script)
 
-    pending: dict[str, Future[subprocess.CompletedProcess[str]]] = {}
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        for host in HOSTS:
-            pending[host] = pool.submit(launch, host, host)
-        for config in CONFIGS:
-            pending[f"small-{config}"] = pool.submit(small, config)
-        for name in BY_JSON:
-            pending[name] = pool.submit(by_json, name)
-        for name in MOVES:
-            pending[name] = pool.submit(move, name)
-        for host in HOSTS:
-            pending[f"{host}-resumed"] = pool.submit(go_on, host, f"{host}-resumed")
+    @functools.cache
+    def start(name: str) -> Process:
+        if name in HOSTS:
+            return launch(name, accelerate(name, 2), 8)
+        if name in MOVES:
+            return move(name)
+        if name in BY_JSON:
+            return by_json(name)
+        if name.startswith("small-"):
+            return small(name)
+        host = name.removesuffix("-resumed")
+        return go_on(host, name, accelerate(host, 2), 8)
 
-        def finished(name: str) -> Finished:
-            process = pending[name].result()
-            assert process.returncode == 0, process.stderr[-3000:]
-            return base / name, process
+    def finished(name: str) -> tuple[Path, Process]:
+        process = start(name)
+        assert process.returncode == 0, process.stderr[-3000:]
+        return base / name, process
 
-        yield finished
+    return finished
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +129,7 @@ def one_process() -> Iterator[None]:
     reset_accelerate()
 
 
-@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("host", slow_but_for(["fsdp2"], HOSTS))
 def test_two_processes_train_as_one_does(runs: Runs, single: Path, host: str) -> None:
     folder, process = runs(host)
     found, alone = results(folder), results(single)
@@ -155,7 +156,7 @@ def test_two_processes_train_as_one_does(runs: Runs, single: Path, host: str) ->
     assert trained.keys() == weights.keys() and away < 0.1 * size, away / size
 
 
-@pytest.mark.parametrize("name", BY_JSON)
+@pytest.mark.parametrize("name", slow_but_for(["named in the file"], BY_JSON))
 def test_other_launchers_with_a_deepspeed_configuration(runs: Runs, single: Path, name: str) -> None:
     folder, process = runs(name)
     found = results(folder)
@@ -167,7 +168,7 @@ def test_other_launchers_with_a_deepspeed_configuration(runs: Runs, single: Path
     ViTForImageClassification.from_pretrained(folder / "model")
 
 
-@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("host", slow_but_for(["fsdp2"], HOSTS))
 def test_a_resumed_launch_is_the_same_run(runs: Runs, host: str) -> None:
     (full, _), (resumed, process) = runs(host), runs(f"{host}-resumed")
     assert f"Resumed from {resumed / 'checkpoint-9'}" in process.stderr
@@ -176,7 +177,7 @@ def test_a_resumed_launch_is_the_same_run(runs: Runs, host: str) -> None:
     assert all(torch.equal(weights[name], again[name]) for name in weights)
 
 
-@pytest.mark.parametrize("name", MOVES)
+@pytest.mark.parametrize("name", slow_but_for(["fsdp2 to one process"], MOVES))
 def test_a_run_goes_on_under_another_host_and_rank_count(runs: Runs, single: Path, name: str) -> None:
     folder, process = runs(name)
     assert f"Resumed from {folder / 'checkpoint-9'}" in process.stderr
@@ -185,7 +186,7 @@ def test_a_run_goes_on_under_another_host_and_rank_count(runs: Runs, single: Pat
     assert losses(folder) == pytest.approx(losses(single), abs=TOLERANCE)
 
 
-@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("config", slow_but_for(["ddp"], CONFIGS))
 def test_every_configuration_runs_what_it_says_or_is_refused(runs: Runs, config: str) -> None:
     asked, (_, process) = CONFIGS[config], runs(f"small-{config}")
     assert "shampoo4 trained in both orders and in mixed precision" in process.stdout

@@ -1,4 +1,4 @@
-"""The files of launch/ for clusters, with stand-ins for the clusters. tests/test_two_nodes.py has real ones."""
+"""The files of launch/ for clusters, with stand-ins for the clusters. test_two_nodes.py has real ones."""
 
 from __future__ import annotations
 
@@ -122,6 +122,7 @@ def test_a_job_that_fails_is_not_requeued(cluster: Path) -> None:
     assert not (cluster / "requeued").exists()
 
 
+@pytest.mark.slow
 def test_usr1_saves_and_requeues_and_the_next_start_goes_on(cluster: Path) -> None:
     """Two nodes with a process each, as two launchers here; losses equal those of an uninterrupted run on two pods."""
     command = list(map(str, ("bash", "launch/slurm/fsdp2.sbatch", *FLAGS)))

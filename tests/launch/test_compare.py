@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from support.launching import LAUNCH, run
+from support import forked  # launching finds launch/
 
 # isort: split
 import compare
@@ -18,20 +17,26 @@ import vit_args  # all found through launching
 from sharded_shampoo4 import Shampoo4, checkpoint
 
 
-def test_compare_trains_what_is_missing_and_shows_it(tmp_path: Path) -> None:
+def test_compare_trains_what_is_missing_and_shows_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Two of three runs are made; the third diverges, is said to, and is not made again."""
+    monkeypatch.setattr(compare.subprocess, "run", lambda command, **_: forked.run(*command))
     flags = ("--max_train_steps", 6, "--max_train_samples", 96, "--max_eval_samples", 32, "--num_hidden_layers", 1)
-    command = (sys.executable, LAUNCH / "compare.py", "--output_dir", tmp_path, "--optimizers", "adamw", "shampoo4")
-    first = run(*command, "--", *flags)
-    assert first.returncode == 0, first.stderr[-2000:]
-    assert first.stdout.count("training ") >= 2 and "4-bit Shampoo" in first.stdout and "AdamW" in first.stdout
+    command = ["--output_dir", str(tmp_path), "--optimizers", "adamw", "shampoo4"]
+    compare.main([*command, "--", *map(str, flags)])
+    printed = capsys.readouterr().out
+    assert printed.count("training ") >= 2 and "4-bit Shampoo" in printed and "AdamW" in printed
     assert (tmp_path / "comparison.png").stat().st_size > 10_000
     (tmp_path / "sgd-seed0").mkdir()
     (tmp_path / "sgd-seed0" / "diverged.txt").write_text("the training loss of step 3 is nan")
-    again = run(*command, "sgd", "--", *flags)
-    assert again.returncode == 0 and f"training {tmp_path}" not in again.stdout
-    assert "sgd-seed0 holds no finished run: it diverged" in again.stdout
-    assert run(sys.executable, LAUNCH / "compare.py").returncode == 2
+    compare.main([*command, "sgd", "--", *map(str, flags)])
+    printed = capsys.readouterr().out
+    assert f"training {tmp_path}" not in printed
+    assert "sgd-seed0 holds no finished run: it diverged" in printed
+    with pytest.raises(SystemExit) as ended:
+        compare.main([])
+    assert ended.value.code == 2
 
 
 def test_a_run_is_named_by_what_trained_it(tmp_path: Path) -> None:

@@ -1,22 +1,27 @@
 """Every file of launch/configs, launched for three steps on the CPU: it runs what it claims. And train_trainer.py.
 
-Files that test_accelerate.py launches, for longer, are not launched again.
+Files that test_accelerate.py launches, for longer, are not launched again. There, each launcher really runs; here all
+workers are forked (support/forked.py). The JSON files are launched as torchrun does.
+
+All but one of each kind are slow.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from support import forked
 from support.configurations import BY_JSON, CONFIGS, HOSTS
-from support.launching import LAUNCH, SCRIPTS, free_port, results, run
+from support.launching import LAUNCH, SCRIPTS, free_port, results
+from support.marks import slow_but_for
 
 Process = subprocess.CompletedProcess[str]
 Runs = Callable[[str], tuple[Path, str]]
@@ -67,7 +72,6 @@ CLAIMS = {
     "zero3-offload-client.json": Claim("ZeRO-3 on 2 processes", offloaded=BOTH),
 }
 ELSEWHERE = {f"{config}.yaml" for config in (*HOSTS, *CONFIGS)} | {f"{file}.json" for _, file, _ in BY_JSON.values()}
-BY_DEEPSPEED = ("zero2-client.json",)  # by its own launcher, the other JSON files by torchrun
 
 ACCELERATE = (BIN / "accelerate", "launch", "--main_process_port", 0, "--config_file")
 
@@ -97,49 +101,44 @@ STEPS = 23  # of an epoch: 1437 images, 64 a step
 def by_file(name: str, folder: Path) -> list[Process]:
     """Train by a file of launch/configs as it stands: a result for every launcher that this takes."""
     file, script = LAUNCH / "configs" / name, (SCRIPT, "--output_dir", folder, *FLAGS)
-    if name in BY_DEEPSPEED:
-        by_deepspeed = (BIN / "deepspeed", "--num_gpus", 2, "--master_port", free_port())
-        return [run(*by_deepspeed, *script, "--deepspeed_config", file)]
     if file.suffix == ".json":
-        return [run(*TORCHRUN, *script, "--deepspeed_config", file)]
+        return [forked.run(*TORCHRUN, *script, "--deepspeed_config", file)]
     if "2nodes" not in name:
-        return [run(*ACCELERATE, file, *script)]
+        return [forked.run(*ACCELERATE, file, *script)]
     meeting = ("--main_process_ip", "127.0.0.1", "--main_process_port", free_port())
-    with ThreadPoolExecutor(2) as machines:
-        command = (*ACCELERATE, file, *meeting, "--machine_rank")
-        ranks = [machines.submit(run, *command, rank, *script) for rank in range(2)]
-        return [rank.result() for rank in ranks]
+    return forked.run_machines([(*ACCELERATE, file, *meeting, "--machine_rank", rank, *script) for rank in range(2)])
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
-    """All launches, two at a time: a function from a name to its folder and what it printed, which waits for it."""
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """A function from a name to its folder and what it printed. A launch is made when it is first asked for."""
     base = tmp_path_factory.mktemp("configs")
 
     def trainer(name: str) -> list[Process]:
         command, flags, _ = TRAINERS[name]
         if name == "resumed":
-            pending["fsdp2"].result()
+            finished("fsdp2")
             shutil.copytree(base / "fsdp2", base / name, ignore=shutil.ignore_patterns(f"checkpoint-{3 * STEPS}"))
-        return [run(*command, LAUNCH / "train_trainer.py", "--output_dir", base / name, *TRAINER_FLAGS, *flags)]
+        return [forked.run(*command, LAUNCH / "train_trainer.py", "--output_dir", base / name, *TRAINER_FLAGS, *flags)]
+
+    @functools.cache
+    def start(name: str) -> list[Process]:
+        return trainer(name) if name in TRAINERS else by_file(name, base / name)
 
     def finished(name: str) -> tuple[Path, str]:
-        processes = pending[name].result()
+        processes = start(name)
         for process in processes:
             assert process.returncode == 0, process.stderr[-3000:]
         return base / name, "".join(process.stdout + process.stderr for process in processes)
 
-    with ThreadPoolExecutor(2) as pool:
-        pending = {name: pool.submit(by_file, name, base / name) for name in CLAIMS}
-        pending.update({name: pool.submit(trainer, name) for name in TRAINERS})
-        yield finished
+    return finished
 
 
 def test_every_file_is_launched() -> None:
     assert {path.name for path in (LAUNCH / "configs").iterdir()} == CLAIMS.keys() | ELSEWHERE
 
 
-@pytest.mark.parametrize("name", CLAIMS)
+@pytest.mark.parametrize("name", slow_but_for(["fsdp1.yaml", "zero3-offload.json"], CLAIMS))
 def test_a_file_runs_what_it_claims(runs: Runs, name: str) -> None:
     claim, (folder, printed) = CLAIMS[name], runs(name)
     found = results(folder)
@@ -167,7 +166,7 @@ def trainer_losses(folder: Path) -> list[float]:
     return [line["loss"] for line in state["log_history"] if "loss" in line]
 
 
-@pytest.mark.parametrize("name", TRAINERS)
+@pytest.mark.parametrize("name", slow_but_for(["fsdp2"], TRAINERS))
 def test_the_example_of_the_trainer(runs: Runs, name: str) -> None:
     folder, printed = runs(name)
     assert f"{TRAINERS[name][2]}, Shampoo4: " in printed
@@ -175,6 +174,7 @@ def test_the_example_of_the_trainer(runs: Runs, name: str) -> None:
     assert len(losses) == 3 and losses[2] < 0.8 * losses[0], losses
 
 
+@pytest.mark.slow
 def test_the_example_of_the_trainer_goes_on_under_another_host(runs: Runs) -> None:
     full, resumed = (trainer_losses(runs(name)[0]) for name in ("fsdp2", "resumed"))
     assert resumed[:2] == full[:2]

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.launching import LAUNCH, run
+from support.launching import LAUNCH, run_really
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -116,7 +116,7 @@ def test_growth_is_measured(tmp_path: Path) -> None:
     flags = ("--parameters", "5e4", "2e5", "--world_sizes", 1, 2, "--matrices", 2, "--order", 64, "--rounds", 1)
     blocks = ("--block_order", 64, "--block_sizes", 32, 64)
     script = LAUNCH / "bench_growth.py"
-    ended = run(sys.executable, script, *flags, *blocks, "--output_dir", tmp_path)
+    ended = run_really(sys.executable, script, *flags, *blocks, "--output_dir", tmp_path)
     assert ended.returncode == 0, ended.stderr
     assert all(f"Against {what}" in ended.stdout for what in ("parameters", "ranks", "the order of blocks"))
     found = json.loads((tmp_path / "growth.json").read_text())
@@ -146,7 +146,7 @@ def test_growth_is_measured(tmp_path: Path) -> None:
 def test_the_exchange_overlaps_computing(host: str, tmp_path: Path) -> None:
     flags = ("--hidden_size", 64, "--layers", 2, "--batch_size", 2, "--scratch_mib", 1, "--accumulate", 3)
     script = LAUNCH / "timeline.py"
-    ended = run(sys.executable, script, "--host", host, *flags, "--output_dir", tmp_path)
+    ended = run_really(sys.executable, script, "--host", host, *flags, "--output_dir", tmp_path)
     assert ended.returncode == 0, ended.stderr
     found = json.loads((tmp_path / "timeline.json").read_text())
     assert found["host"] == host and min(found["estimated_bytes"]) > 0

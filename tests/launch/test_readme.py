@@ -6,7 +6,8 @@ import json
 import sys
 from pathlib import Path
 
-from support.launching import SCRIPTS, run
+from support import forked
+from support.launching import SCRIPTS
 from support.scripts.readme_script import Model
 
 from sharded_shampoo4 import estimate_memory
@@ -16,7 +17,7 @@ HOSTS = ("One process, DDP, FSDP2, HSDP", "FSDP1", "DeepSpeed", "Accelerate", "H
 
 def test_the_lines_for_every_host_train_with_shared_factors(tmp_path: Path) -> None:
     launcher = (Path(sys.executable).with_name("torchrun"), "--standalone", "--nproc_per_node", 2)
-    found = run(*launcher, SCRIPTS / "readme_script.py", tmp_path)
+    found = forked.run(*launcher, SCRIPTS / "readme_script.py", tmp_path)
     assert found.returncode == 0, found.stderr[-3000:]
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first.keys() == second.keys() == set(HOSTS)

@@ -1,4 +1,4 @@
-"""What clusters do to runs: ask them to stop, and start them again."""
+"""What clusters do to runs: ask them to stop, and start them again. What gets a signal is a real process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+from support import forked
 from support.launching import LAUNCH, accelerate, environment, free_port, losses, train
+from support.marks import slow_but_for
 
 FLAGS = (
     *("--max_train_steps", 24, "--max_train_samples", 640, "--max_eval_samples", 128, "--num_hidden_layers", 2),
@@ -66,7 +68,9 @@ def start_by_hand(rank: int, port: int, folder: Path, fsdp: bool, *flags: object
     return subprocess.Popen(list(map(str, command)), env=own, stdout=log, stderr=log)
 
 
-@pytest.mark.parametrize(("number", "timeout"), [(signal.SIGKILL, 1800), (signal.SIGSTOP, 8)])
+@pytest.mark.parametrize(
+    ("number", "timeout"), slow_but_for([(signal.SIGKILL, 1800)], [(signal.SIGKILL, 1800), (signal.SIGSTOP, 8)])
+)
 def test_no_process_waits_for_one_that_is_gone(number: signal.Signals, timeout: int, tmp_path: Path) -> None:
     """Killed: its connections break at once. Stuck: within --ddp_timeout."""
     folder, port = tmp_path / "run", free_port()
@@ -91,7 +95,9 @@ def test_no_process_waits_for_one_that_is_gone(number: signal.Signals, timeout: 
     assert "Error" in said and ("Timed out" in said or "timed out" in said or not stuck), said[-2000:]
 
 
-@pytest.mark.parametrize(("number", "host"), [(signal.SIGTERM, None), (signal.SIGUSR1, "fsdp2")])
+@pytest.mark.parametrize(
+    ("number", "host"), slow_but_for([(signal.SIGTERM, None)], [(signal.SIGTERM, None), (signal.SIGUSR1, "fsdp2")])
+)
 def test_a_run_that_is_asked_to_stop_saves_itself_and_goes_on(
     number: signal.Signals, host: str | None, tmp_path: Path
 ) -> None:
@@ -103,9 +109,11 @@ def test_a_run_that_is_asked_to_stop_saves_itself_and_goes_on(
     kept = sorted((tmp_path / "stopped").glob("checkpoint-*/complete.json"))
     assert len(kept) == 1
     assert not (tmp_path / "stopped" / "all_results.json").exists()
-    resumed = train(tmp_path / "stopped", *FLAGS, "--resume_from_checkpoint", "latest", launcher=launcher)
+    resumed = train(
+        tmp_path / "stopped", *FLAGS, "--resume_from_checkpoint", "latest", launcher=launcher, run=forked.run
+    )
     assert resumed.returncode == 0, resumed.stderr[-3000:]
-    whole = train(tmp_path / "whole", *FLAGS, launcher=launcher)
+    whole = train(tmp_path / "whole", *FLAGS, launcher=launcher, run=forked.run)
     assert whole.returncode == 0, whole.stderr[-3000:]
     assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
     weights, again = (load_file(tmp_path / run / "model" / "model.safetensors") for run in ("whole", "stopped"))

@@ -2,44 +2,47 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-from support.launching import SCRIPTS, run
+from support import forked
+from support.launching import SCRIPTS
+from support.marks import slow_but_for
 from support.scripts.trainer_script import IN_32_BITS, INTERVALS, MOVES, PORTABLE, SAVED, STEPS, WAYS
 
 Result = list[dict[str, Any]]  # of each process
 CASES = [(host, way) for host, ways in WAYS.items() for way in ways]
+QUICK = [("fsdp2", way) for way in WAYS["fsdp2"]]
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str, str], Result]]:
-    """All launches, two at a time: a function from a host and a way of saving to what its processes found."""
+def results(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Result]:
+    """A function from a host and a way of saving to what its processes found. Launches are made when asked for."""
     base = tmp_path_factory.mktemp("trainer")
 
     def launch(name: str, host: str, processes: int) -> Result:
         (base / name).mkdir()
         torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes)
-        process = run(*torchrun, SCRIPTS / "trainer_script.py", base / name, host, base)
+        process = forked.run(*torchrun, SCRIPTS / "trainer_script.py", base / name, host, base)
         assert process.returncode == 0, process.stderr[-5000:]
         return json.loads((base / name / "result.json").read_text())
 
-    def go_on(processes: int) -> Result:
+    @functools.cache
+    def finished(name: str) -> Result:
+        if name in WAYS:
+            return launch(name, name, 2)
         for host in WAYS:
-            pending[host].result()
-        return launch(f"moves-{processes}", "moves", processes)
+            finished(host)
+        return launch(name, "moves", int(name.removeprefix("moves-")))
 
-    with ThreadPoolExecutor(2) as pool:
-        pending = {host: pool.submit(launch, host, host, 2) for host in WAYS}
-        pending.update({f"moves-{processes}": pool.submit(go_on, processes) for processes in MOVES})
-        yield lambda host, way: [found[way] for found in pending[host].result()]
+    return lambda host, way: [found[way] for found in finished(host)]
 
 
-@pytest.mark.parametrize(("host", "way"), CASES)
+@pytest.mark.parametrize(("host", "way"), slow_but_for(QUICK, CASES))
 def test_the_host_runs_that_was_asked_for(results: Callable[[str, str], Result], host: str, way: str) -> None:
     found = results(host, way)
     assert len(found) == 2
@@ -60,7 +63,7 @@ def test_the_host_runs_that_was_asked_for(results: Callable[[str, str], Result],
             assert (f"global_step{SAVED}" if host.startswith("zero") else optimizer[way]) in process["files"]
 
 
-@pytest.mark.parametrize(("host", "way"), CASES)
+@pytest.mark.parametrize(("host", "way"), slow_but_for(QUICK, CASES))
 def test_the_losses_fall(results: Callable[[str, str], Result], host: str, way: str) -> None:
     for process in results(host, way):
         losses = [line["loss"] for line in process["full"]]
@@ -68,7 +71,7 @@ def test_the_losses_fall(results: Callable[[str, str], Result], host: str, way: 
         assert sum(losses[-4:]) < 0.6 * sum(losses[:4])
 
 
-@pytest.mark.parametrize(("host", "way"), CASES)
+@pytest.mark.parametrize(("host", "way"), slow_but_for(QUICK, CASES))
 def test_a_resumed_run_goes_on_as_the_uninterrupted_one(
     results: Callable[[str, str], Result], host: str, way: str
 ) -> None:
@@ -78,6 +81,7 @@ def test_a_resumed_run_goes_on_as_the_uninterrupted_one(
         assert process["preconditioners"] > 0 and process["differences"] == []
 
 
+@pytest.mark.slow
 def test_all_hosts_train_the_same(results: Callable[[str, str], Result]) -> None:
     found = {(host, way): [line["loss"] for line in results(host, way)[0]["full"]] for host, way in CASES}
     first = INTERVALS["root_interval"]  # the losses of these steps do not know inverse roots
@@ -91,6 +95,7 @@ def test_all_hosts_train_the_same(results: Callable[[str, str], Result]) -> None
     assert len(ddp) == STEPS and fsdp2 == pytest.approx(ddp, abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("processes", "move"), [(n, move) for n, moves in MOVES.items() for move in moves])
 def test_a_run_goes_on_under_another_host_and_rank_count(
     results: Callable[[str, str], Result], processes: int, move: tuple[str, str]

@@ -8,7 +8,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,19 @@ SCRIPTS = ROOT / "tests" / "support" / "scripts"
 LAUNCH = ROOT / "launch"
 sys.path.insert(0, str(LAUNCH))  # where `python launch/train_vit.py` puts it
 
+Finished = subprocess.CompletedProcess[str]
 TIMES = ("images_per_second", "step_seconds", "peak_memory_bytes")  # what may differ between equal runs
 
 
-def train(output_dir: Path, *flags: object, launcher: Sequence[object] = ()) -> subprocess.CompletedProcess[str]:
-    """Run train_vit.py in a process of its own, or by ``launcher``; its result, whatever the exit status."""
-    return run(*(launcher or (sys.executable,)), LAUNCH / "train_vit.py", "--output_dir", output_dir, *flags)
+def train(
+    output_dir: Path, *flags: object, launcher: Sequence[object] = (), run: Callable[..., Finished] | None = None
+) -> Finished:
+    """Run train_vit.py in a process of its own, or by ``launcher``; its result, whatever the exit status.
+
+    ``run`` is what runs the command: really (by default), or :func:`support.forked.run`.
+    """
+    command = (*(launcher or (sys.executable,)), LAUNCH / "train_vit.py", "--output_dir", output_dir, *flags)
+    return (run or run_really)(*command)
 
 
 def accelerate(config: str, processes: int) -> tuple[object, ...]:
@@ -53,7 +60,7 @@ def environment() -> dict[str, str]:
     }
 
 
-def run(*command: object) -> subprocess.CompletedProcess[str]:
+def run_really(*command: object) -> Finished:
     """Run a command to its end; its result, whatever the exit status."""
     return subprocess.run(list(map(str, command)), env=environment(), capture_output=True, text=True, timeout=300)
 

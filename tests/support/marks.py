@@ -10,4 +10,8 @@ import pytest
 
 def slow_but_for(quick: Container[Any], values: Iterable[Any]) -> list[Any]:
     """Mark as slow each of ``values``, for parametrize, that is not among the ``quick`` ones."""
-    return [value if value in quick else pytest.param(value, marks=pytest.mark.slow) for value in values]
+    return [value if value in quick else _slow(value) for value in values]
+
+
+def _slow(value: Any) -> Any:
+    return pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=pytest.mark.slow)

@@ -28,8 +28,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 HOSTS = ("ddp", "fsdp1", "fsdp2", "hsdp")  # each function below also takes "none": one process
 PRELOADED = [  # by what starts ranks: what each of them would spend up to six seconds on
-    *("torch", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor", "zero_worlds"),
-    "deepspeed.runtime.zero.muon.muon_optimizer",
+    *("torch", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor"),
+    *("deepspeed.runtime.zero.muon.muon_optimizer", "support.zero_worlds"),
 ]
 
 
@@ -37,11 +37,15 @@ class RankError(RuntimeError):
     """A rank failed, or the ranks did not end in time."""
 
 
-def _context() -> multiprocessing.context.ForkServerContext:
+def preloaded_context(modules: list[str]) -> multiprocessing.context.ForkServerContext:
+    """What forks processes from a server that has loaded ``modules``, if it is the first to start that server.
+
+    There is one server for a process. It finds modules by the environment's PYTHONPATH.
+    """
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # no processes of its own: nothing is compiled
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    context.set_forkserver_preload(modules)
     return context
 
 
@@ -77,7 +81,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
 
     Raises RankError with the traceback of the rank that failed first, or after ``timeout`` seconds. No process is left.
     """
-    context = _context()
+    context = preloaded_context(PRELOADED)
     with tempfile.TemporaryDirectory() as folder:
         store, pipes, processes = f"{folder}/store", [], []
         for rank in range(world_size):
