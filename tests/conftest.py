@@ -13,6 +13,7 @@ TESTS = Path(__file__).resolve().parent
 LAUNCH = TESTS.parent / "launch"
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the number of threads is part of the arithmetic
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait for work leave the core to other tests
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -1,4 +1,4 @@
-"""Directions of one optimizer in one process, on replayed gradients."""
+"""Directions of one optimizer in one process, on replayed gradients; on the CPU, or computed on another device."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ def replayed(shapes: list[tuple[int, ...]], steps: int, seed: int = 0) -> list[l
 class Directions:
     """Shampoo4 around plain gradient descent, asked for its directions."""
 
-    def __init__(self, shapes: list[tuple[int, ...]], **options: object) -> None:
-        self.parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes]
+    def __init__(self, shapes: list[tuple[int, ...]], *, device: str = "cpu", **options: object) -> None:
+        self.parameters = [torch.nn.Parameter(torch.zeros(shape, device=device)) for shape in shapes]
         self.optimizer = Shampoo4(self.parameters, lr=0.0, base="sgd", **options)
 
     def step(self, gradients: list[Tensor | None]) -> list[Tensor | None]:
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
-            parameter.grad = None if gradient is None else gradient.clone()
+            parameter.grad = None if gradient is None else gradient.to(parameter.device, copy=True)
         self.optimizer.step()
-        return [None if parameter.grad is None else parameter.grad.clone() for parameter in self.parameters]
+        return [None if p.grad is None else p.grad.to("cpu", copy=True) for p in self.parameters]
 
     def factor(self, index: int, row: int, column: int, side: str) -> tuple[FactorPool, int]:
         preconditioner = self.optimizer._bindings.last.preconditioner
