@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from support.directions import Directions, replayed
@@ -9,8 +11,8 @@ from support.directions import Directions, replayed
 from sharded_shampoo4 import Shampoo4, factors, plan
 
 
-@pytest.fixture(params=[1, 2], ids=["1 thread", "2 threads"])
-def threads(request: pytest.FixtureRequest):
+@pytest.fixture
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
     yield request.param
@@ -29,11 +31,16 @@ WAYS = {
 SHAPES = [(2, 3), (10, 64), (48, 48), (64, 65), (96, 130), (65, 200), (147, 64), (384, 96)]
 FEW = [(48, 48), (65, 200), (384, 96)]
 CASES = [(shape, way) for way in WAYS for shape in (FEW if way in ("triangles", "products in bfloat16") else SHAPES)]
+THREADS = [
+    pytest.param(1, *case, marks=() if case[0] in FEW else pytest.mark.slow, id=f"1 thread-{case}") for case in CASES
+] + [
+    pytest.param(2, *case, marks=() if case[0] in FEW[:2] else pytest.mark.slow, id=f"2 threads-{case}")
+    for case in CASES
+]
 
 
-@pytest.mark.parametrize(("shape", "way"), CASES, ids=str)
-@pytest.mark.usefixtures("threads")
-def test_alone_and_in_company(shape: tuple[int, int], way: str) -> None:
+@pytest.mark.parametrize(("threads", "shape", "way"), THREADS, indirect=["threads"])
+def test_alone_and_in_company(threads: int, shape: tuple[int, int], way: str) -> None:
     options = {"statistics_interval": 2, "root_interval": 4, "min_quant_numel": 0, **WAYS[way]}
     gradients = replayed([shape] * 5, steps=9)
     batched = Directions([shape] * 5, **options)
