@@ -13,7 +13,7 @@ PIP_FLAGS ?=
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 
-# Processes of pytest: one for each core, whatever a job may use of them, and no more than four.
+# Number of pytest processes: one for each core, at most four.
 WORKERS ?= $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
 PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 

@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent
-LAUNCH = TESTS.parent / "launch"
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the number of threads is part of the arithmetic
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait for work leave the core to other tests
@@ -19,7 +18,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 # For processes that are forked from a server (support/worlds.py), which takes its path from here only.
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(TESTS), str(LAUNCH), os.environ.get("PYTHONPATH"))))
-sys.path[:0] = [path for path in (str(TESTS), str(LAUNCH)) if path not in sys.path]
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH"))))
+sys.path.insert(0, str(TESTS))
 
 collect_ignore = ["support", "golden", "faults.py", "soak.py"]  # no tests, and none of them is imported for doctests

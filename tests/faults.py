@@ -3,8 +3,8 @@
     python tests/faults.py                      # each fault in a copy of the repository, one after the other
     python tests/faults.py --only checksum      # one of them
 
-Prints how many tests of the quick tier fail for each fault, beyond those that fail without one, and exits with status 1
-if a fault goes unnoticed. The launch tests are left out unless ``--launch`` is given: the others must do.
+For each fault, prints how many tests of the quick tier fail because of it. Exits with status 1 if a fault makes no test
+fail. The launch tests run only with ``--launch``: the other tests must catch every fault.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-# Place: file, what stands there, what is put in its stead.
+# Place: file, the right code, the faulty code.
 FAULTS: dict[str, tuple[str, str, str]] = {
     "quantizer": ("quantization.py", "scales = largest.to(scale_dtype)", "scales = (1.001 * largest).to(scale_dtype)"),
     "Bjorck constant": ("eigenbasis.py", "1.5 * basis - 0.5 *", "1.5 * basis - 0.499 *"),

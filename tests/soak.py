@@ -14,7 +14,6 @@ Any difference ends the soak with status 1, and says which seed, options and hos
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import random
@@ -78,20 +77,12 @@ def draw_options(chance: random.Random) -> dict[str, Any]:
     }
 
 
-def fingerprint(weights: dict[str, Tensor]) -> str:
-    """Of all bits of all weights."""
-    digest = hashlib.sha256()
-    for name, value in sorted(weights.items()):
-        digest.update(name.encode() + value.contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
 def reference(options: dict[str, Any]) -> list[str]:
     """The weights before the first step and after each, in one process that is never stopped."""
     with hosts.one_thread():
         training = Training("none", **options)
         first = training.parameters()
-        return [fingerprint(weights) for weights in (first, *(training.train(range(s, s + 1)) for s in range(STEPS)))]
+        return [hosts.digest(weights) for weights in (first, *(training.train(range(s, s + 1)) for s in range(STEPS)))]
 
 
 def segment(rank: int, folder: str, host: str, options: dict[str, Any], plan: dict[str, Any]) -> int:
@@ -127,7 +118,7 @@ def segment(rank: int, folder: str, host: str, options: dict[str, Any], plan: di
 def note(rank: int, folder: str, what: str, step: int, weights: dict[str, Tensor]) -> None:
     if rank == 0:
         with (Path(folder) / "steps.log").open("a") as log:
-            log.write(f"{what} {step} {fingerprint(weights)}\n")
+            log.write(f"{what} {step} {hosts.digest(weights)}\n")
 
 
 def saved_step(folder: Path) -> int:

@@ -1,7 +1,9 @@
 """Golden digests: record what this version computes, or print it.
 
-python tests/golden/digests.py --write          # after a change that means to change numbers (`make golden`)
-python tests/golden/digests.py --worlds 2 3     # what every host computes at 2 and 3 ranks, as JSON
+    python tests/golden/digests.py --write          # after a change that means to change numbers (`make golden`)
+    python tests/golden/digests.py --worlds 2 3     # what every host computes at 2 and 3 ranks, as JSON
+
+Nothing is recorded without --write.
 """
 
 from __future__ import annotations
@@ -12,13 +14,13 @@ import os
 import sys
 from pathlib import Path
 
-# Kernels that all x86 CPUs share. Read when torch is imported, so the process starts anew with them.
+# Variables that choose kernels which all x86 CPUs have. They must be set before torch is imported.
 PORTABLE = {"MKL_CBWR": "COMPATIBLE", "ATEN_CPU_CAPABILITY": "default", "OMP_NUM_THREADS": "1"}
 TESTS = Path(__file__).resolve().parents[1]
 
 
 def start_portable() -> None:
-    """Start this command anew with portable kernels, unless that has happened."""
+    """Run this command again with PORTABLE set, if it is not set yet."""
     if any(os.environ.get(name) != value for name, value in PORTABLE.items()):
         path = os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH"))))
         wanted = {**os.environ, **PORTABLE, "DS_ACCELERATOR": "cpu", "PYTHONPATH": path}
@@ -29,17 +31,18 @@ def main() -> None:
     start_portable()
     import torch
     from support import golden
+    from support.training import ALL
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="record what one process computes in digests.json")
     parser.add_argument("--worlds", type=int, nargs="*", default=[], help="numbers of ranks to run the hosts at")
-    parser.add_argument("--hosts", nargs="*", default=golden.HOSTS, choices=golden.HOSTS, help="default: all")
+    parser.add_argument("--hosts", nargs="*", default=ALL, choices=ALL, help="default: all")
     parser.add_argument(
         "--cases", nargs="*", default=list(golden.CASES), choices=list(golden.CASES), help="default: all"
     )
-    parser.add_argument("--file_hosts", nargs="*", default=[], choices=golden.HOSTS, help="hosts that load the files")
+    parser.add_argument("--file_hosts", nargs="*", default=[], choices=ALL, help="hosts that load the files")
     args = parser.parse_args()
-    golden.portable()
+    golden.prepare()
     if args.write:
         record = golden.record()
         golden.DIGESTS.write_text(json.dumps({"torch": torch.__version__, **record}, indent=1) + "\n")
@@ -49,8 +52,8 @@ def main() -> None:
         "alone": golden.run_alone(args.cases),
         "worlds": {size: golden.run_world(size, args.hosts, args.cases) for size in args.worlds},
         "files": {
-            0: golden.run_files(0, ()),
-            **{size: golden.run_files(size, args.file_hosts) for size in args.worlds},
+            0: golden.files_alone(),
+            **{size: golden.files_in_world(size, args.file_hosts) for size in args.worlds},
         },
     }
     print(json.dumps(found, indent=1))

@@ -1,6 +1,6 @@
 """Tests on a GPU; skipped where there is none.
 
-``SHAMPOO4_GPU_TESTS_DEVICE=cpu`` runs them on the CPU, to test the tests: all but those that are about CUDA itself.
+Set ``SHAMPOO4_GPU_TESTS_DEVICE=cpu`` to try the tests themselves on a CPU. Tests about CUDA stay skipped.
 """
 
 from __future__ import annotations

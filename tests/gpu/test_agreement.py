@@ -8,12 +8,12 @@ statistics chooses other codes everywhere; then only the angles say something.
 
 from __future__ import annotations
 
-import shutil
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from support.directions import Directions, replayed
+from support.marks import needs_compiler
 from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.nn.functional import cosine_similarity
@@ -89,10 +89,9 @@ def test_directions_are_those_of_the_cpu(name: str, device: torch.device) -> Non
     check(compare(there, here), allowed)
 
 
+@needs_compiler
 @pytest.mark.parametrize("options", [{}, {"bits": 3}, COMPACT], ids=["default", "3 bits", "compact"])
 def test_compiled_directions_are_those_of_eager_steps(options: dict[str, Any], device: torch.device) -> None:
-    if shutil.which("c++") is None:
-        pytest.skip("torch.compile needs a C++ compiler")
     torch._dynamo.reset()
     graphs = counters["stats"]["unique_graphs"]
     eager, compiled = (Directions(SHAPES, device=device.type, compile=c, **INTERVALS, **options) for c in (False, True))
@@ -102,7 +101,7 @@ def test_compiled_directions_are_those_of_eager_steps(options: dict[str, Any], d
 
 @pytest.mark.parametrize("options", [{}, COMPACT], ids=["default", "compact"])
 def test_equal_steps_are_equal(options: dict[str, Any], device: torch.device) -> None:
-    """Two runs on one device, but for the order in which norms are added up."""
+    """Two runs on one device agree. Only the order in which norms are added up may differ."""
     first, second = (Directions(SHAPES, device=device.type, **INTERVALS, **options) for _ in range(2))
     check(compare(first, second), Tolerance(1e-6, 1e-6, 0.99999))
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import io
 import math
-import shutil
 from typing import Any
 
 import pytest
 import torch
 from support import worlds
+from support.marks import needs_compiler
 from torch import Tensor, nn
 
 from sharded_shampoo4 import Shampoo4
@@ -46,7 +46,7 @@ CHOICES: dict[str, dict[str, Any]] = {
     "SGD": {"base": "sgd", "momentum": 0.9, "lr": 1e-2},
     "Adagrad": {"base": "adagrad"},
 }
-# Those that dequantize in another way.
+# Compiled too: each of these has its own code for dequantization.
 COMPILED = (
     "default", "compact", "3 bits", "8 bits", "naive, 3 bits, triangles", "dynamic tree", "blocks of 48", "triangles",
     "products in bfloat16",
@@ -129,9 +129,8 @@ def test_training(name: str, dtype: torch.dtype, device: torch.device) -> None:
     check(device, dtype, **CHOICES[name])
 
 
+@needs_compiler
 @pytest.mark.parametrize("name", COMPILED)
 def test_training_compiled(name: str, device: torch.device) -> None:
-    if shutil.which("c++") is None:
-        pytest.skip("torch.compile needs a C++ compiler")
     torch._dynamo.reset()  # or it stops compiling, after so many kinds of storage
     check(device, torch.float32, compile=True, **CHOICES[name])

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import forked
+from support import configurations, forked
 from support.launching import LAUNCH, SCRIPTS, accelerate, run_really
 from support.marks import slow_but_for
 
@@ -18,7 +18,7 @@ SCRIPT = SCRIPTS / "environment_script.py"
 LAUNCHERS = {
     "fsdp2": accelerate("fsdp2", 2),
     "zero3": accelerate("zero3", 2),
-    "torchrun": (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2),
+    "torchrun": configurations.LAUNCHERS["torchrun"],
 }
 OWN = {  # a launch's own, and those of the agent that forked workers do without
     *("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_ERROR_FILE"),
@@ -53,5 +53,5 @@ def test_a_worker_that_fails_ends_the_others(tmp_path: Path) -> None:
     begun = time.monotonic()
     process = forked.run(*LAUNCHERS["torchrun"], SCRIPT, tmp_path, 3)
     assert process.returncode == 1 and time.monotonic() - begun < 60
-    assert forked.run(sys.executable, LAUNCH / "train_vit.py", "--no_such_flag").returncode == 2
-    assert "--no_such_flag" in forked.run(sys.executable, LAUNCH / "train_vit.py", "--no_such_flag").stderr
+    process = forked.run(sys.executable, LAUNCH / "train_vit.py", "--no_such_flag")
+    assert process.returncode == 2 and "--no_such_flag" in process.stderr

@@ -15,9 +15,29 @@ import pytest
 import torch
 from support import worlds as hosts
 from support import zero_worlds as zero
-from support.contract import CASES, make_optimizer, run_case, run_case_as_zero_does, run_zero_case
+from support.contract import CASES, make_optimizer, train_case, train_case_as_zero_does
 from support.marks import slow_but_for
 from torch import Tensor
+
+Found = tuple[dict[str, Tensor], dict[str, int]]  # the whole parameters, and a rank's state bytes
+
+
+def run_case(host: str, name: str) -> Found:
+    model, optimizer = train_case(host, name)
+    return hosts.full_parameters(model, host), optimizer.state_bytes()
+
+
+def run_zero_case(host: str, name: str) -> Found:
+    engine, optimizer = train_case(host, name)
+    found = zero.full_parameters(engine), optimizer.state_bytes()
+    engine.destroy()
+    return found
+
+
+def run_case_as_zero_does(name: str) -> Found:
+    masters, optimizer = train_case_as_zero_does(name)
+    dtypes = {key: parameter.dtype for key, parameter in hosts.make_model(CASES[name][0]).named_parameters()}
+    return {key: p.detach().to(dtypes[key]) for key, p in masters.named_parameters()}, optimizer.state_bytes()
 
 
 def run_all(rank: int, ran: tuple[str, ...]) -> dict[tuple[str, str], Any]:
@@ -30,13 +50,13 @@ def run_all_of_zero(rank: int) -> dict[tuple[str, str], Any]:
 
 
 @pytest.fixture(scope="module")
-def alone() -> dict[str, tuple[dict[str, Tensor], dict[str, int]]]:
+def alone() -> dict[str, Found]:
     with hosts.one_thread():
         return {name: run_case("none", name) for name in CASES}
 
 
 @pytest.fixture(scope="module")
-def alone_as_zero() -> dict[str, tuple[dict[str, Tensor], dict[str, int]]]:
+def alone_as_zero() -> dict[str, Found]:
     with hosts.one_thread():
         return {name: run_case_as_zero_does(name) for name in CASES}
 
@@ -90,7 +110,7 @@ def train_all_for_real(rank: int) -> dict[str, dict[str, Tensor]]:
 
 @pytest.mark.parametrize("world_size", slow_but_for([2], [2, 3]))
 def test_accumulation_and_clipping(world_size: int) -> None:
-    """Equal but for the hosts' own arithmetic: gradients are averaged, and their norm is added up, in another order."""
+    """Equal up to rounding: hosts average gradients, and add up their norm, in another order than one process."""
     expected = train_for_real("none")
     for result in hosts.run_ranks(world_size, train_all_for_real):
         for host, found in result.items():

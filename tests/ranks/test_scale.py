@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import runpy
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support import launching  # noqa: F401  makes launch/ importable
 from support import worlds as hosts
 from support.marks import slow_but_for
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+# isort: split
+from report_scale import vit_shapes
 
 from sharded_shampoo4 import MemoryEstimate, Shampoo4, estimate_memory, plan
 from sharded_shampoo4.exchange import Exchange
@@ -197,9 +199,6 @@ def test_memory_in_flight_does_not_grow_with_depth(results: list[Any]) -> None:
 
 # -- shares ------------------------------------------------------------------------------------------------------------
 
-vit_shapes: Callable[[int, int], Shapes] = runpy.run_path(
-    str(Path(__file__).parents[2] / "launch" / "report_scale.py")
-)["vit_shapes"]
 VIT_B, VIT_L = (768, 12), (1024, 24)
 
 

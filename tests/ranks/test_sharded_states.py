@@ -16,6 +16,7 @@ import torch.distributed.checkpoint as dcp
 from support import worlds as hosts
 from support.contract import make_optimizer
 from support.marks import slow_but_for
+from support.worlds import said
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
 from sharded_shampoo4 import Shampoo4
@@ -127,14 +128,6 @@ def test_a_sharded_checkpoint_moves_to_another_rank_count(tmp_path: Path) -> Non
     hosts.run_ranks(2, save_for_others, str(tmp_path))
     for found in hosts.run_ranks(3, load_from_others, str(tmp_path)):
         assert all(torch.equal(found[name], expected[name]) for name in expected)
-
-
-def said(function: Callable[[], Any]) -> str:
-    try:
-        function()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return "nothing was raised"
 
 
 def disagreements(rank: int) -> dict[str, str]:

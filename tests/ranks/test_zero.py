@@ -13,7 +13,7 @@ import pytest
 import torch
 from support import worlds as hosts
 from support import zero_worlds as zero
-from support.marks import slow_but_for
+from support.marks import batch_of, slow_but_for
 from support.zero_cases import CASES, OPTIONS, Case, groups_of, make_gradients, make_model, start, train
 from torch import Tensor
 
@@ -57,8 +57,7 @@ def run_cases(rank: int, names: tuple[str, ...]) -> dict[str, dict[str, Any]]:
 
 def results(world_size: int, name: str) -> list[dict[str, Any]]:
     """What every rank found in a case; all quick cases run in one launch, all slow ones in another."""
-    quick = world_size == 2 and name in QUICK
-    names = QUICK if quick else tuple(other for other in CASES if world_size != 2 or other not in QUICK)
+    names = batch_of(name, QUICK if world_size == 2 else (), CASES)
     return [rank[name] for rank in hosts.run_ranks_once(world_size, run_cases, names)]
 
 

@@ -20,7 +20,8 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from support import worlds as hosts
 from support import zero_worlds as zero
-from support.marks import slow_but_for
+from support.marks import batch_of, slow_but_for
+from support.worlds import said
 from support.zero_cases import BF16, CASES, CPU, OPTIONS, Case, groups_of, make_gradients, make_model, start, train
 from torch import Tensor, nn
 
@@ -97,8 +98,7 @@ def save_for_zero_to_fp32(rank: int) -> dict[int, Any]:
 
 @pytest.mark.parametrize("name", slow_but_for(QUICK, SAVED))
 def test_a_checkpoint_of_deepspeed_continues_bitwise(name: str) -> None:
-    names = QUICK if name in QUICK else tuple(other for other in SAVED if other not in QUICK)
-    for rank in hosts.run_ranks_once(2, save_cases, names):
+    for rank in hosts.run_ranks_once(2, save_cases, batch_of(name, QUICK, SAVED)):
         expected, found = rank[name]
         assert all(torch.equal(found[key], expected[key]) for key in expected)
 
@@ -158,7 +158,7 @@ def load_from_another_world(rank: int, folder: str) -> dict[str, dict[str, Any]]
     return results
 
 
-def test_the_base_moves_to_another_rank_count_and_the_factors_start_anew_aloud(
+def test_universal_checkpoints_move_the_base_and_warn_that_the_factors_start_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = hosts.run_ranks(2, save_for_all_worlds, str(tmp_path))[0]
@@ -261,14 +261,6 @@ def test_clipped_gradients(world_size: int) -> None:
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------
-
-
-def said(function: Any) -> str:
-    try:
-        function()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return "nothing was raised"
 
 
 def refusals(rank: int) -> dict[str, Any]:

@@ -74,43 +74,38 @@ def make_gradients_for_zero(kind: str, step: int) -> dict[str, Tensor | None]:
     return {**gradients, **missing}
 
 
-def run_case(host: str, name: str, steps: int = STEPS) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """Replay gradients. Returns the whole parameters and this rank's state bytes."""
-    kind, options = CASES[name]
-    model = hosts.wrap(hosts.make_model(kind), host)
-    optimizer = make_optimizer(model, host, options)
-    for step in range(steps):
-        hosts.set_gradients(model, host, make_gradients(kind, step))
-        optimizer.step()
-    return hosts.full_parameters(model, host), optimizer.state_bytes()
+def train_case(host: str, name: str, **changed: Any) -> tuple[Any, Shampoo4]:
+    """Replay the gradients of a case under a host. Returns the wrapped model, or DeepSpeed's engine, and the optimizer.
 
-
-def run_zero_case(host: str, name: str, steps: int = STEPS) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """The same through an engine of DeepSpeed."""
+    ``changed`` are options that take the place of the case's own.
+    """
     kind, options = CASES[name]
-    model = hosts.make_model(kind)
+    model, options = hosts.make_model(kind), {**options, **changed}
+    if not host.startswith("zero"):
+        model = hosts.wrap(model, host)
+        optimizer = make_optimizer(model, host, options)
+        for step in range(STEPS):
+            hosts.set_gradients(model, host, make_gradients(kind, step))
+            optimizer.step()
+        return model, optimizer
     optimizer = make_optimizer(model, "none", options)
     config = zero.configuration(host, **({"bf16": {"enabled": True}} if kind == "bf16" else {}))
     engine = zero.start(zero.Replay(model), config, optimizer)
-    for step in range(steps):
+    for step in range(STEPS):
         zero.step(engine, make_gradients_for_zero(kind, step))
-    result = zero.full_parameters(engine), optimizer.state_bytes()
-    engine.destroy()
-    return result
+    return engine, optimizer
 
 
-def run_case_as_zero_does(name: str, steps: int = STEPS) -> tuple[dict[str, Tensor], dict[str, int]]:
+def train_case_as_zero_does(name: str, **changed: Any) -> tuple[torch.nn.Module, Shampoo4]:
     """In one process, what DeepSpeed does elsewhere: gradients of zeros for None, and float32 copies of weights."""
     kind, options = CASES[name]
-    model = hosts.make_model(kind)
     masters = hosts.make_model(kind).float()
-    optimizer = make_optimizer(masters, "none", options)
-    for step in range(steps):
+    optimizer = make_optimizer(masters, "none", {**options, **changed})
+    for step in range(STEPS):
         gradients = make_gradients(kind, step)
         for key, parameter in masters.named_parameters():
             gradient = gradients[key]
             if parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter) if gradient is None else gradient.float()
         optimizer.step()
-    kinds = {key: parameter.dtype for key, parameter in model.named_parameters()}
-    return {key: p.detach().to(kinds[key]) for key, p in masters.named_parameters()}, optimizer.state_bytes()
+    return masters, optimizer

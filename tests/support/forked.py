@@ -15,7 +15,6 @@ import runpy
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,17 +23,16 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from . import worlds
 from .launching import environment, free_port
-from .worlds import preloaded_context
 
 TIMEOUT = 300.0  # seconds of a launch
 PRELOADED = [
-    *("torch", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor", "torch.distributed.run"),
-    *("torch.distributed.checkpoint", "torch.utils.tensorboard", "safetensors.torch", "sklearn.datasets", "datasets"),
-    *("matplotlib.pyplot", "kornia.augmentation", "transformers.models.vit.modeling_vit", "transformers.trainer"),
-    *("accelerate", "deepspeed.runtime.zero.muon.muon_optimizer", "support.zero_worlds", "train_vit"),
+    *worlds.PRELOADED,
+    *("torch.distributed.run", "torch.distributed.checkpoint", "torch.utils.tensorboard", "safetensors.torch"),
+    *("sklearn.datasets", "datasets", "matplotlib.pyplot", "kornia.augmentation", "accelerate"),
+    *("transformers.models.vit.modeling_vit", "transformers.trainer", "support.launching", "train_vit"),
 ]
-_CAPTURING = threading.Lock()  # launchers change the environment of the whole process
 
 
 @dataclass
@@ -80,19 +78,18 @@ class Launch:
 
 def capture(*command: object) -> Launch:
     """What ``accelerate launch``, torchrun or Python itself would start for this command line."""
-    words = list(map(str, command))
-    with _CAPTURING, mock.patch.dict(os.environ, environment()):
-        if "accelerate.commands.accelerate_cli" in words:
-            return _capture_accelerate(words[words.index("launch") + 1 :])
-        if Path(words[0]).name == "accelerate":
-            return _capture_accelerate(words[2:])
-        if "torch.distributed.run" in words:
-            return _capture_torchrun(words[words.index("torch.distributed.run") + 1 :])
-        if Path(words[0]).name == "torchrun":
-            return _capture_torchrun(words[1:])
-        if words[0] != sys.executable:
-            raise ValueError(f"no launcher that is known: {words[:3]}")
-        return Launch(words[1:], dict(os.environ))
+    first, *rest = map(str, command)
+    program = Path(first).name
+    if first == sys.executable and rest[0] == "-m":
+        _, program, *rest = rest
+    with mock.patch.dict(os.environ, environment()):
+        if program in ("accelerate", "accelerate.commands.accelerate_cli"):
+            return _capture_accelerate(rest[1:])  # after "launch"
+        if program in ("torchrun", "torch.distributed.run"):
+            return _capture_torchrun(rest)
+        if first != sys.executable:
+            raise ValueError(f"no launcher that is known: {first}")
+        return Launch(rest, dict(os.environ))
 
 
 def _capture_accelerate(arguments: Sequence[str]) -> Launch:
@@ -172,7 +169,7 @@ class _Worker:
         self.launch = launch
         self.place = folder / f"{launch.machine}-{local_rank}"
         arguments = (launch.command, launch.worker_environment(local_rank, port), str(self.place))
-        self.process = preloaded_context(PRELOADED).Process(target=_work, args=arguments)
+        self.process = worlds.preloaded_context(PRELOADED).Process(target=_work, args=arguments)
         self.process.start()
 
     def read(self, stream: str) -> str:

@@ -10,7 +10,6 @@ version, ``golden/checkpoint`` and ``golden/state_dict.pt``, must load and conti
 from __future__ import annotations
 
 import functools
-import hashlib
 import tempfile
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,12 +23,11 @@ from torch import Tensor
 from sharded_shampoo4 import Shampoo4, checkpoint
 from support import worlds as hosts
 from support import zero_worlds as zero
-from support.contract import CASES, STEPS, make_gradients, make_gradients_for_zero, make_optimizer
+from support.contract import CASES, STEPS, make_optimizer, train_case, train_case_as_zero_does
 from support.training import FIRST, THEN, Training
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 DIGESTS, CHECKPOINT, STATE_DICT = GOLDEN / "digests.json", GOLDEN / "checkpoint", GOLDEN / "state_dict.pt"
-HOSTS = (*hosts.HOSTS, *zero.HOSTS)
 Digests = dict[str, Any]
 
 
@@ -81,56 +79,17 @@ class RecordingAdamW(_Recording, torch.optim.AdamW):
 # -- one case under one host -------------------------------------------------------------------------------------------
 
 
-def options_of(name: str) -> tuple[str, dict[str, Any]]:
-    """The kind of model and the options of a case, with a base that records."""
-    kind, options = CASES[name]
-    return kind, {**options, "base": RecordingSGD if options.get("base") == "sgd" else RecordingAdamW}
-
-
-def train_and_save(host: str, name: str, folder: str) -> None:
-    """Replay the gradients of a case under a host, and save; collective."""
-    kind, options = options_of(name)
-    if host.startswith("zero"):
-        model = hosts.make_model(kind)
-        optimizer = make_optimizer(model, "none", options)
-        config = zero.configuration(host, **({"bf16": {"enabled": True}} if kind == "bf16" else {}))
-        engine = zero.start(zero.Replay(model), config, optimizer)
-        for step in range(STEPS):
-            zero.step(engine, make_gradients_for_zero(kind, step))
-        checkpoint.save(engine, folder)
-        engine.destroy()
-        return
-    model = hosts.wrap(hosts.make_model(kind), host)
-    optimizer = make_optimizer(model, host, options)
-    for step in range(STEPS):
-        hosts.set_gradients(model, host, make_gradients(kind, step))
-        optimizer.step()
-    checkpoint.save(optimizer, folder)
-
-
-def train_and_save_as_zero_does(name: str, folder: str) -> None:
-    """In one process: float32 copies of the weights, and gradients of zeros where a parameter has none."""
-    kind, options = options_of(name)
-    model = hosts.make_model(kind).float()
-    optimizer = make_optimizer(model, "none", options)
-    for step in range(STEPS):
-        gradients = make_gradients(kind, step)
-        for key, parameter in model.named_parameters():
-            gradient = gradients[key]
-            if parameter.requires_grad:
-                parameter.grad = torch.zeros_like(parameter) if gradient is None else gradient.float()
-        optimizer.step()
-    checkpoint.save(optimizer, folder)
+def recording_base(name: str) -> type[_Recording]:
+    """The base optimizer of a case, as one that records."""
+    return RecordingSGD if CASES[name][1].get("base") == "sgd" else RecordingAdamW
 
 
 def digests_in(folder: str, host: str, name: str) -> Digests:
     """What a case's checkpoint holds, read in one process."""
-    kind, options = options_of(name)
+    kind, options = CASES[name]
     model = hosts.make_model(kind)
     model = model.float() if host.startswith("zero") else model
-    optimizer = make_optimizer(model, "none", options)
-    for parameter in model.parameters():  # under ZeRO, parameters without any gradient have states
-        parameter.grad = None
+    optimizer = make_optimizer(model, "none", {**options, "base": recording_base(name)})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         checkpoint.load(optimizer, folder)
@@ -153,13 +112,8 @@ def factors(optimizer: Shampoo4) -> dict[str, Tensor]:
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
-    """Of names, types, shapes and bits."""
-    found = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        data = tensor.detach().contiguous()
-        found.update(f"{name} {data.dtype} {tuple(data.shape)}".encode())
-        found.update(data.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()[:16]
+    """The beginning of :func:`support.worlds.digest`: enough here."""
+    return hosts.digest(tensors)[:16]
 
 
 def probe() -> str:
@@ -185,24 +139,29 @@ def probe() -> str:
 
 def save_all(rank: int, folder: str, ran: tuple[str, ...], names: tuple[str, ...]) -> None:
     """Train every case under every host, and save each."""
-    portable()
-    if any(host.startswith("zero") for host in ran):
-        zero.prepare()
+    prepare(ran)
     for host in ran:
         for name in names:
-            train_and_save(host, name, f"{folder}/{host} {name}")
+            trained, optimizer = train_case(host, name, base=recording_base(name))
+            by_zero = host.startswith("zero")
+            checkpoint.save(trained if by_zero else optimizer, f"{folder}/{host} {name}")
+            if by_zero:
+                trained.destroy()
 
 
-def portable() -> None:
-    """Leave out the kernels that no environment variable reaches and that round differently from CPU to CPU.
+def prepare(ran: Iterable[str] = ()) -> None:
+    """Before anything is computed in a process: choose the kernels, and start DeepSpeed if hosts need it.
 
-    Those are oneDNN's products and MKL's square roots, which are not correctly rounded with AVX-512.
+    Left out are kernels that no environment variable reaches and that round differently from CPU to CPU: oneDNN's
+    products, and MKL's square roots, which are not correctly rounded with AVX-512.
     """
     torch.backends.mkldnn.set_flags(_enabled=False)
     torch.set_num_threads(1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         _replace_square_roots()
+    if any(host.startswith("zero") for host in ran):
+        zero.prepare()
 
 
 @functools.cache
@@ -236,9 +195,12 @@ def run_alone(names: Iterable[str]) -> dict[str, dict[str, Digests]]:
     found: dict[str, dict[str, Digests]] = {"plain": {}, "zero": {}}
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
-            train_and_save("none", name, f"{folder}/plain {name}")
-            train_and_save_as_zero_does(name, f"{folder}/zero {name}")
-            for kind in found:
+            base = recording_base(name)
+            for kind, (_, optimizer) in (
+                ("plain", train_case("none", name, base=base)),
+                ("zero", train_case_as_zero_does(name, base=base)),
+            ):
+                checkpoint.save(optimizer, f"{folder}/{kind} {name}")
                 found[kind][name] = digests_in(f"{folder}/{kind} {name}", kind, name)
     return found
 
@@ -255,7 +217,7 @@ def write_files() -> None:
 
 
 def _write_checkpoint(rank: int, folder: str) -> None:
-    portable()
+    prepare()
     training = Training("fsdp1", kind="vit")
     training.train(FIRST)
     training.save(folder)
@@ -263,9 +225,7 @@ def _write_checkpoint(rank: int, folder: str) -> None:
 
 def continue_files(rank: int, ran: tuple[str, ...]) -> dict[str, dict[str, str]]:
     """Load the files under hosts, and train on; digests of the weights at once and at the end."""
-    portable()
-    if any(host.startswith("zero") for host in ran):
-        zero.prepare()
+    prepare(ran)
     found = {}
     for host in ran:
         training = Training(host, seed=1, kind="vit")
@@ -287,10 +247,13 @@ def _go_on(training: Training) -> dict[str, str]:
     return found
 
 
-def run_files(world_size: int, ran: Sequence[str]) -> dict[str, dict[str, str]]:
-    """The files under hosts at a number of ranks; 0: in this process."""
-    if world_size == 0:
-        return continue_files(0, ("none",))
+def files_alone() -> dict[str, dict[str, str]]:
+    """The files in this process."""
+    return continue_files(0, ("none",))
+
+
+def files_in_world(world_size: int, ran: Sequence[str]) -> dict[str, dict[str, str]]:
+    """The files under hosts at a number of ranks."""
     found: dict[str, dict[str, str]] = hosts.run_ranks(world_size, continue_files, tuple(ran))[0]
     return found
 
@@ -299,7 +262,7 @@ def record() -> dict[str, Any]:
     """What ``digests.json`` holds. The two files are written only if they are missing: they stay those of old."""
     if not CHECKPOINT.exists():
         write_files()
-    cases, files = run_alone(CASES), run_files(0, ())
+    cases, files = run_alone(CASES), files_alone()
     if files["state_dict, none"] != files["checkpoint, none"]:
         raise RuntimeError(f"the two files hold the same training, but continue differently: {files}")
     return {"probe": probe(), "cases": cases, "files": files["checkpoint, none"]}

@@ -23,15 +23,20 @@ Finished = subprocess.CompletedProcess[str]
 TIMES = ("images_per_second", "step_seconds", "peak_memory_bytes")  # what may differ between equal runs
 
 
+def run_really(*command: object) -> Finished:
+    """Run a command to its end; its result, whatever the exit status."""
+    return subprocess.run(list(map(str, command)), env=environment(), capture_output=True, text=True, timeout=300)
+
+
 def train(
-    output_dir: Path, *flags: object, launcher: Sequence[object] = (), run: Callable[..., Finished] | None = None
+    output_dir: Path, *flags: object, launcher: Sequence[object] = (), run: Callable[..., Finished] = run_really
 ) -> Finished:
     """Run train_vit.py in a process of its own, or by ``launcher``; its result, whatever the exit status.
 
-    ``run`` is what runs the command: really (by default), or :func:`support.forked.run`.
+    ``run`` is what runs the command: :func:`run_really`, or :func:`support.forked.run`.
     """
     command = (*(launcher or (sys.executable,)), LAUNCH / "train_vit.py", "--output_dir", output_dir, *flags)
-    return (run or run_really)(*command)
+    return run(*command)
 
 
 def accelerate(config: str, processes: int) -> tuple[object, ...]:
@@ -58,11 +63,6 @@ def environment() -> dict[str, str]:
         "CXX": "/bin/false",  # nothing is compiled at run time
         "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH")))),
     }
-
-
-def run_really(*command: object) -> Finished:
-    """Run a command to its end; its result, whatever the exit status."""
-    return subprocess.run(list(map(str, command)), env=environment(), capture_output=True, text=True, timeout=300)
 
 
 def results(output_dir: Path) -> dict[str, Any]:

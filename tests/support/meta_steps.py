@@ -16,11 +16,16 @@ from sharded_shampoo4 import Shampoo4
 from sharded_shampoo4.memory import shard_all
 from sharded_shampoo4.plan import Shard
 
+from . import launching  # noqa: F401  makes launch/ importable
 from .kernels import Counts, CountWork
+
+# isort: split
+from report_scale import SIZES, vit_shapes
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 LAYOUTS: dict[str, dict[str, Any]] = {"default": {}, "compact": Shampoo4.compact_settings()}
+VIT_B = vit_shapes(*SIZES["ViT-B"])
 RANK = 3  # of those that are simulated: one in the middle
 
 _BACKEND = "fake_gloo"  # by this name it serves the host as well: no second group is made beside it
@@ -122,22 +127,6 @@ def whole_parameters(shapes: Shapes) -> dict[str, nn.Parameter]:
 def count_vit_b(world_size: int, layout: str) -> StepCounts:
     """Count steps of ViT-B in one process, or on rank ``RANK`` under FSDP2, with the options of ``LAYOUTS``."""
     if world_size == 1:
-        return count_steps(whole_parameters(vit_shapes()), **LAYOUTS[layout])
-    with FakeRanks(RANK, world_size, vit_shapes()) as ranks:
+        return count_steps(whole_parameters(VIT_B), **LAYOUTS[layout])
+    with FakeRanks(RANK, world_size, VIT_B) as ranks:
         return count_steps(ranks.parameters(), **LAYOUTS[layout])
-
-
-def vit_shapes(
-    hidden: int = 768, layers: int = 12, tokens: int = 197, patch: int = 16, classes: int = 1000
-) -> dict[str, tuple[int, ...]]:
-    """The parameters of a vision transformer, as transformers has them; by default ViT-B/16 on 224 x 224 pixels."""
-    linear = {"patches": (hidden, 3, patch, patch), "head": (classes, hidden)}
-    norms = ["norm"]
-    for layer in range(layers):
-        linear |= {f"{layer}.{name}": (hidden, hidden) for name in "qkvo"}
-        linear |= {f"{layer}.up": (4 * hidden, hidden), f"{layer}.down": (hidden, 4 * hidden)}
-        norms += [f"{layer}.before", f"{layer}.after"]
-    shapes: dict[str, tuple[int, ...]] = {"token": (1, 1, hidden), "position": (1, tokens, hidden)}
-    for name, shape in linear.items():
-        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
-    return shapes | {f"{name}.{part}": (hidden,) for name in norms for part in ("weight", "bias")}

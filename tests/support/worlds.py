@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.context
@@ -15,7 +16,7 @@ import pickle
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -31,6 +32,25 @@ PRELOADED = [  # by what starts ranks: what each of them would spend up to six s
     *("torch", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor"),
     *("deepspeed.runtime.zero.muon.muon_optimizer", "support.zero_worlds"),
 ]
+
+
+def said(function: Callable[[], object]) -> str:
+    """The error that ``function`` raises, in words."""
+    try:
+        function()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing was raised"
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, types, shapes and bits."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        data = tensor.detach().contiguous()
+        found.update(f"{name} {data.dtype} {tuple(data.shape)}".encode())
+        found.update(data.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 class RankError(RuntimeError):

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
-
 import pytest
 import torch
 from support.directions import Directions, replayed
+from support.marks import needs_compiler
 from torch._dynamo.utils import counters
 
 SHAPES = [(64, 64), (65, 48), (130, 96), (130, 96)]
 
 
-@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+@needs_compiler
 @pytest.mark.parametrize("options", [{}, {"bits": 3, "root": "implicit", "scale_dtype": "bfloat16"}], ids=str)
 def test_compiled_steps_are_the_same_and_compile_once(options: dict[str, object]) -> None:
     options = {"statistics_interval": 2, "root_interval": 4, "min_quant_numel": 0, "refresh": "staggered", **options}

@@ -15,13 +15,16 @@ from support.kernels import Counts, CountWork, launches
 from support.meta_steps import (
     LAYOUTS,
     RANK,
+    VIT_B,
     StepCounts,
     count_step,
     count_vit_b,
-    vit_shapes,
     whole_parameters,
 )
 from torch import Tensor
+
+# isort: split
+from report_scale import vit_shapes  # found through meta_steps
 
 from sharded_shampoo4 import Shampoo4, estimate_memory
 
@@ -63,7 +66,7 @@ def test_a_step_launches_few_kernels(case: tuple[int, str], counted: StepCounts,
 
 
 def test_a_step_before_the_first_roots_launches_what_the_base_does(case: tuple[int, str], counted: StepCounts) -> None:
-    parameters = whole_parameters(vit_shapes())
+    parameters = whole_parameters(VIT_B)
     base = torch.optim.AdamW(parameters.values(), foreach=True, weight_decay=0.0)
     _, alone = (count_step(base, parameters.values()) for _ in range(2))
     if case[0] == 1:
@@ -97,7 +100,7 @@ def test_collectives_of_a_rank(counted: StepCounts, case: tuple[int, str]) -> No
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_rank_that_is_simulated_keeps_and_sends_what_is_estimated(layout: str) -> None:
     counted = count_vit_b(8, layout)
-    estimate = estimate_memory(vit_shapes(), 8, **LAYOUTS[layout])
+    estimate = estimate_memory(VIT_B, 8, **LAYOUTS[layout])
     assert counted.state_bytes == {"preconditioner": estimate.preconditioner[RANK], "base": estimate.base[RANK]}
     assert counted.ordinary.sent["alltoall_base_"] == estimate.traffic[RANK] > 0
     blocks = counted.ordinary.sent["allreduce_"] / 16
@@ -106,7 +109,7 @@ def test_the_rank_that_is_simulated_keeps_and_sends_what_is_estimated(layout: st
 
 def test_staggered_steps_wait_at_the_end_of_an_interval_only() -> None:
     """Also steps that refresh some factors. New places of factors are copied in the first periods, and kept."""
-    parameters = whole_parameters(vit_shapes(hidden=128, layers=1, tokens=17, classes=10))
+    parameters = whole_parameters(vit_shapes(128, 1, image=64, classes=10))
     intervals = {"statistics_interval": 4, "root_interval": 8}
     optimizer = Shampoo4(parameters.items(), foreach=True, min_quant_numel=0, refresh="staggered", **intervals)
     count_step(optimizer, parameters.values(), answer=1)
@@ -119,7 +122,7 @@ def test_staggered_steps_wait_at_the_end_of_an_interval_only() -> None:
 
 
 def test_vit_b_is_the_published_one() -> None:
-    shapes = [torch.Size(shape) for shape in vit_shapes().values()]
+    shapes = [torch.Size(shape) for shape in VIT_B.values()]
     assert sum(shape.numel() for shape in shapes) == 86_567_656 and len(shapes) == 200
 
 
@@ -252,7 +255,7 @@ def test_numbers_are_the_answer_that_is_wished_for() -> None:
 
 def test_a_step_that_waits_and_copies_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole way: a product in the middle of a step that looks at its numbers."""
-    parameters = whole_parameters(vit_shapes(hidden=64, layers=1, tokens=5, classes=10))
+    parameters = whole_parameters(vit_shapes(64, 1, image=32, classes=10))
     optimizer = Shampoo4(parameters.items(), foreach=True, statistics_interval=1, root_interval=1)
     count_step(optimizer, parameters.values(), answer=1)
     sound = count_step(optimizer, parameters.values())
