@@ -146,7 +146,7 @@ def _elementwise_costs(rule: type[Optimizer], arguments: Mapping[str, Any], dtyp
     Raises ValueError if bytes do not grow evenly with elements.
     """
     sizes = (16, 32, 8192)
-    states = make(rule, arguments, [torch.empty(size, dtype=dtype) for size in sizes])
+    states = make(rule, arguments, [torch.empty(size, dtype=dtype, device="cpu") for size in sizes])
     found = [sum(bytes_by_tensor([state]).values()) for state in states]
     per_element = (found[1] - found[0]) // 16
     per_tensor = found[0] - 16 * per_element
@@ -175,11 +175,21 @@ def as_tensors(groups: Sequence[dict[str, Any]], options: Mapping[str, torch.dty
     numbers = [{name: group[name] for name in options if isinstance(group[name], (int, float))} for group in groups]
     try:
         for group, plain in zip(groups, numbers, strict=True):
-            group.update({name: torch.tensor(value, dtype=options[name]) for name, value in plain.items()})
+            group.update(
+                {name: torch.tensor(value, dtype=options[name], device="cpu") for name, value in plain.items()}
+            )
         yield
     finally:
         for group, plain in zip(groups, numbers, strict=True):
             group.update(plain)
+
+
+def step(base: Optimizer) -> None:
+    """Let ``base`` take its step; hooks for all optimizers do not run here, as they run around Shampoo4's own step."""
+    rule: Any = type(base).step
+    if getattr(rule, "hooked", False):
+        rule = rule.__wrapped__
+    rule(base)
 
 
 @contextlib.contextmanager

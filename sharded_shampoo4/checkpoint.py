@@ -36,6 +36,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from . import stored, untrained
+from .context import own_arithmetic
 from .integrations import fsdp, zero
 from .optimizer import Shampoo4
 from .ranks import Ranks
@@ -44,6 +45,7 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 
 
+@own_arithmetic()
 def save(optimizer: Any, directory: str | os.PathLike[str], *, model: nn.Module | None = None) -> None:
     """Write the optimizer's states and its parameters' values to ``directory``; collective.
 
@@ -65,6 +67,7 @@ def save(optimizer: Any, directory: str | os.PathLike[str], *, model: nn.Module 
     _write(_collect(subject, Path(directory)), subject.ranks)
 
 
+@own_arithmetic()
 def async_save(optimizer: Any, directory: str | os.PathLike[str], *, model: nn.Module | None = None) -> Future[None]:
     """Like :func:`save`, but the files are written in the background while training goes on; collective.
 
@@ -84,6 +87,7 @@ def async_save(optimizer: Any, directory: str | os.PathLike[str], *, model: nn.M
     return background.pending
 
 
+@own_arithmetic()
 def load(optimizer: Any, directory: str | os.PathLike[str], *, model: nn.Module | None = None) -> None:
     """Restore what :func:`save` wrote, under this host and on this number of ranks; collective.
 

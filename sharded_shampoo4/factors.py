@@ -105,7 +105,7 @@ class FactorPool:
         }
         self.dtype_of_scales: torch.dtype = getattr(torch, options.scale_dtype)
         self.implicit = "root" not in self.tensors and "root.diagonal" not in self.tensors
-        identity = torch.eye(order, device=device).unsqueeze(0)
+        identity = torch.eye(order, dtype=torch.float32, device=device).unsqueeze(0)
         if not self.implicit:
             self._initialise("root", identity)
         if "eigenvalues" in self.tensors:

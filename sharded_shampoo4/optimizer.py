@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from . import base_states, packing
 from .binding import Binding
 from .bindings import Bindings, Unbound
+from .context import own_arithmetic
 from .factors import HEALTH
 from .integrations import fsdp as hosts
 from .integrations import zero
@@ -164,7 +166,9 @@ class Shampoo4(Optimizer):
 
     def _make_base(self, rule: type[Optimizer]) -> None:
         """The base sees a stand-in only: hosts replace parameters after construction, so nothing is kept of them."""
-        self._base = rule([torch.nn.Parameter(torch.zeros(1))], **self._base_arguments)
+        self._base = rule(
+            [torch.nn.Parameter(torch.zeros(1, dtype=torch.float32, device="cpu"))], **self._base_arguments
+        )
         self._base_makes_state_early = bool(self._base.state)
         self._base_tensor_options = base_states.tensor_options(self._base.param_groups[0])
 
@@ -194,6 +198,7 @@ class Shampoo4(Optimizer):
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
+    @_disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Replace gradients by directions and let the base optimizer take its step.
@@ -205,13 +210,14 @@ class Shampoo4(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        binding = self._bindings.bind(self.param_groups, self.state, self._engine())
-        self._consolidated = {}
-        if self._is_dry_step(binding):
-            self._make_base_states_only()
-        else:
-            binding.precondition()
-            self._base_step()
+        with own_arithmetic():
+            binding = self._bindings.bind(self.param_groups, self.state, self._engine())
+            self._consolidated = {}
+            if self._is_dry_step(binding):
+                self._make_base_states_only()
+            else:
+                binding.precondition()
+                self._base_step()
         return loss
 
     def _engine(self) -> Any:
@@ -226,7 +232,7 @@ class Shampoo4(Optimizer):
             self._make_base_state()
         refusing = base_states.refusing_dtensors(type(self._base), self._current())
         with base_states.as_tensors(self.param_groups, self._base_tensor_options), refusing:
-            self._base.step()
+            base_states.step(self._base)
 
     def _make_base_state(self) -> None:
         """For a base that makes its states in the constructor: those of parameters that have none yet."""
@@ -287,7 +293,7 @@ class Shampoo4(Optimizer):
         packed = self._packed(everywhere=zero.find_engine(self) is not None)
         return packing.join(super().state_dict(), [packed.get(parameter) for parameter in self._current()])
 
-    @torch.no_grad()
+    @own_arithmetic()
     def consolidate_state_dict(self) -> None:
         """Gather all factors on every rank, on the host, so that :meth:`state_dict` can be called on any of them.
 
@@ -297,7 +303,7 @@ class Shampoo4(Optimizer):
         if self._bindings.spread and not self._members.partitioned:
             self._consolidated = {parameter: data.cpu() for parameter, data in self._bindings.packed().items()}
 
-    @torch.no_grad()
+    @own_arithmetic()
     def _packed(self, everywhere: bool = False) -> dict[Tensor, Tensor]:
         """Every preconditioner there is, as bytes; under FSDP2 and HSDP sharded as parameters are, and collective.
 
@@ -313,7 +319,7 @@ class Shampoo4(Optimizer):
             )
         return self._bindings.packed()
 
-    @torch.no_grad()
+    @own_arithmetic()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` gave. Hyperparameters come from ``state_dict``, as in torch.
 
@@ -368,7 +374,7 @@ class Shampoo4(Optimizer):
         """Bytes of the states on this rank, measured: ``{"preconditioner": int, "base": int}``."""
         return {"preconditioner": self._bindings.nbytes, "base": tensor_bytes(self.state.values())}
 
-    @torch.no_grad()
+    @own_arithmetic()
     def health(self) -> dict[str, dict[str, float]]:
         """How the factors of each preconditioned parameter are, by its name; collective, and not for every step.
 

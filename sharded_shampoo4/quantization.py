@@ -28,7 +28,7 @@ def linear2(bits: int) -> Tensor:
 
     Source: the paper's "linear square" quantisation (section 3.3). Returns float32 levels in ascending order.
     """
-    points = torch.linspace(-1.0, 1.0, 2**bits, dtype=torch.float64)
+    points = torch.linspace(-1.0, 1.0, 2**bits, dtype=torch.float64, device="cpu")
     points[2 ** (bits - 1) - 1] = 0.0
     return (points.sign() * points.square()).to(torch.float32)
 
@@ -41,10 +41,10 @@ def dynamic_tree(bits: int) -> Tensor:
     levels = [0.0, 1.0]
     for exponent in range(bits - 1):
         count = 2 ** (bits - 2 - exponent)
-        edges = torch.linspace(0.1, 1.0, count + 1, dtype=torch.float64)
+        edges = torch.linspace(0.1, 1.0, count + 1, dtype=torch.float64, device="cpu")
         centres = (edges[:-1] + edges[1:]) / 2 * 10.0**-exponent
         levels += [*centres.tolist(), *(-centres).tolist()]
-    return torch.tensor(sorted(levels), dtype=torch.float64).to(torch.float32)
+    return torch.tensor(sorted(levels), dtype=torch.float64, device="cpu").to(torch.float32)
 
 
 def normal(bits: int, block: int) -> Tensor:
@@ -55,11 +55,11 @@ def normal(bits: int, block: int) -> Tensor:
     in ``block`` is -1 or 1 and the others are Gaussian between -m and m, whose means are known; what is integrated
     numerically is m alone. Returns float32 levels in ascending order, symmetric around 0.
     """
-    largest = torch.linspace(1e-2, 9.0, 900, dtype=torch.float64).unsqueeze(1)
+    largest = torch.linspace(1e-2, 9.0, 900, dtype=torch.float64, device="cpu").unsqueeze(1)
     inside = torch.erf(largest / math.sqrt(2))  # the share of all Gaussian values
     chance = torch.exp(-largest.square() / 2) * inside.pow(block - 1)
     weight = chance / chance.sum() * (block - 1) / block / inside
-    outermost = torch.tensor([1.0], dtype=torch.float64)
+    outermost = torch.tensor([1.0], dtype=torch.float64, device="cpu")
     levels = _good_start(weight * largest, largest, 2**bits)
     for _ in range(500):
         edges = torch.cat([-outermost, (levels[:-1] + levels[1:]) / 2, outermost])
@@ -75,9 +75,9 @@ def normal(bits: int, block: int) -> Tensor:
 
 def _good_start(weight: Tensor, largest: Tensor, count: int) -> Tensor:
     """Levels as dense as the cube root of the density, which is best for many of them (Panter and Dite, 1951)."""
-    points = torch.linspace(-1.0, 1.0, 4001, dtype=torch.float64)
+    points = torch.linspace(-1.0, 1.0, 4001, dtype=torch.float64, device="cpu")
     share = (weight * torch.exp(-(largest * points).square() / 2)).sum(0).pow(1 / 3).cumsum(0)
-    wanted = (torch.arange(count, dtype=torch.float64) + 0.5) / count * share[-1]
+    wanted = (torch.arange(count, dtype=torch.float64, device="cpu") + 0.5) / count * share[-1]
     return points[torch.searchsorted(share, wanted)]
 
 
@@ -114,7 +114,7 @@ def _tables(codebook: str, bits: int, block: int, device: torch.device) -> _Tabl
 
 
 def _table_of_words(levels: Tensor, bits: int, word_bits: int) -> Tensor:
-    words = torch.arange(2**word_bits)
+    words = torch.arange(2**word_bits, device="cpu")
     codes = torch.stack([(words >> shift) & (2**bits - 1) for shift in range(0, word_bits, bits)], dim=-1)
     return levels[codes].view(_TYPES[word_bits // bits]).flatten()
 
@@ -175,7 +175,7 @@ def quantize(
     blocks = pad(values.to(torch.float32), (0, -length % block)).contiguous().unflatten(-1, (-1, block))
     largest = blocks.abs().amax(-1)
     if codebook == "normal":
-        there = pad(torch.ones(length, device=values.device), (0, -length % block)).view(-1, block)
+        there = pad(torch.ones(length, dtype=torch.float32, device=values.device), (0, -length % block)).view(-1, block)
         scales, codes = _least_squares(blocks, largest, there, tables, scale_dtype)
     else:
         scales = largest.to(scale_dtype)

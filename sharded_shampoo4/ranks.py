@@ -33,7 +33,7 @@ class Ranks:
         """Flag by flag, whether any rank has it set. Waits for no accelerator."""
         if self.group is None:
             return tuple(flags)
-        joined = torch.tensor(flags, dtype=torch.uint8)
+        joined = torch.tensor(flags, dtype=torch.uint8, device="cpu")
         dist.all_reduce(joined, dist.ReduceOp.MAX, group=self.host_group)
         return tuple(bool(flag) for flag in joined.tolist())
 

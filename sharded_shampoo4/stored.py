@@ -273,7 +273,7 @@ class Restoration:
             return
         group = self._bindings.members.group(entry.group)
         on_device = key != "step" or group.get("capturable") or group.get("fused")
-        state[key] = torch.tensor(float(value), device=entry.holder.device if on_device else None)
+        state[key] = torch.tensor(float(value), dtype=torch.float32, device=entry.holder.device if on_device else "cpu")
 
     def apply(self) -> None:
         """Put what was read in place."""
