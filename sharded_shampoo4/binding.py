@@ -131,12 +131,13 @@ class Binding:
         active = tuple(has and matrix.busy for has, matrix in zip(present, matrices, strict=True))
         directed = tuple(has and matrix.rooted for has, matrix in zip(present, matrices, strict=True))
         shards = [self._gradient_shard(index) for index in range(len(matrices))]
+        targets = self.grafting.targets(shards, directed)
         self.grafting.begin()
         if any(active):
-            self.exchange.run(shards, active, directed, self._directions)
+            self.exchange.run(shards, targets, active, directed, self._directions)
         if any(has and matrix.check_due for has, matrix in zip(present, matrices, strict=True)):
             self.ranks.raise_together(self.preconditioner.failure())
-        self.grafting.apply(shards, directed, self.ranks)
+        self.grafting.apply(shards, targets, directed, self.ranks)
 
     def _directions(self, number: int, chosen: list[int], gradients: Tensor) -> Tensor:
         batch = self.preconditioner.batches[number]

@@ -41,7 +41,7 @@ from .integrations import fsdp, zero
 from .optimizer import Shampoo4
 from .ranks import Ranks
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1: the code book "normal" had other levels
 MANIFEST = "manifest.json"
 
 

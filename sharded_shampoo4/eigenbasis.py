@@ -58,5 +58,12 @@ def inverse_powers(eigenvalues: Tensor, matrix_eps: float) -> Tensor:
 
 
 def inverse_root_of(matrices: Tensor, matrix_eps: float) -> Tensor:
-    """:func:`inverse_root` of symmetric ``matrices`` (B, n, n) themselves, decomposed by eigh."""
-    return inverse_root(*linalg.eigh(matrices), matrix_eps)
+    """:func:`inverse_root` of symmetric ``matrices`` (B, n, n) themselves, decomposed by eigh.
+
+    A coordinate whose off-diagonal elements are all zero, as that of a row that never had a gradient, has zeros there
+    in the root too. eigh alone would leave rounding errors, which a base optimizer that normalizes makes large.
+    """
+    root = inverse_root(*linalg.eigh(matrices), matrix_eps)
+    diagonal = torch.diag_embed(root.diagonal(dim1=-2, dim2=-1))
+    connected = (matrices != 0).sum(-1) > (matrices.diagonal(dim1=-2, dim2=-1) != 0)
+    return torch.where(connected.unsqueeze(-1) & connected.unsqueeze(-2), root, diagonal)

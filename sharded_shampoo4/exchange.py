@@ -66,12 +66,18 @@ class Exchange:
         self._parts = lru_cache(maxsize=8)(self._select)
 
     def run(
-        self, shards: Sequence[Tensor], active: tuple[bool, ...], directed: tuple[bool, ...], compute: Compute
+        self,
+        shards: Sequence[Tensor],
+        targets: Sequence[Tensor],
+        active: tuple[bool, ...],
+        directed: tuple[bool, ...],
+        compute: Compute,
     ) -> None:
-        """Replace gradients by what ``compute`` makes of their blocks.
+        """Write what ``compute`` makes of the gradients' blocks to ``targets``.
 
-        ``shards`` are this rank's flattened gradients of all matrices. Blocks of ``active`` matrices go to their
-        owners; those of ``directed`` ones, a subset, come back. Both must be the same on every rank.
+        ``shards`` are this rank's flattened gradients of all matrices; the targets may be the same tensors. Blocks of
+        ``active`` matrices go to their owners; those of ``directed`` ones, a subset, come back. Both must be the same
+        on every rank.
         """
         parts = self._parts(active, directed)
         gradients = self._send_gradients(parts[0], shards) if parts else None
@@ -82,7 +88,7 @@ class Exchange:
             directions = self._compute(part, gradients, shards, compute)
             if arriving is not None:
                 arriving.write()
-            arriving = self._send_directions(part, directions, shards)
+            arriving = self._send_directions(part, directions, targets)
             gradients = following
         if arriving is not None:
             arriving.write()
@@ -140,12 +146,12 @@ class Exchange:
         gradients = gradients.to(torch.bfloat16).to(gradients.dtype)
         return compute(part.number, part.chosen, gradients).to(torch.bfloat16).to(gradients.dtype)
 
-    def _send_directions(self, part: Part, directions: Tensor | None, shards: Sequence[Tensor]) -> _Arriving:
+    def _send_directions(self, part: Part, directions: Tensor | None, targets: Sequence[Tensor]) -> _Arriving:
         """Start the directions' way back; those that stay here are written at once."""
         outgoing: list[list[Tensor]] = [[] for _ in part.send_directions]
         if directions is not None:
             outgoing = [[directions[p.position][p.piece.slices] for p in pieces] for pieces in part.send_directions]
-        places = [[self._view(shards, p.matrix, p.piece) for p in pieces] for pieces in part.receive_directions]
+        places = [[self._view(targets, p.matrix, p.piece) for p in pieces] for pieces in part.receive_directions]
         _copy(places[self.rank], outgoing[self.rank])
         places[self.rank] = []
         sizes = [sum(view.numel() for view in views) for views in places]

@@ -163,20 +163,28 @@ class FactorPool:
             matrices.diagonal(dim1=-2, dim2=-1).copy_(self.tensors[f"{name}.diagonal"][where])
         return matrices
 
-    def _commit(self, where: Index, new: dict[str, Tensor], kind: int) -> None:
-        """Store ``new`` for the factors whose numbers are finite; the others keep what they had, and are counted."""
+    def _commit(self, where: Index, new: dict[str, Tensor], kind: int, wanted: Tensor | None = None) -> None:
+        """Store ``new`` for the factors whose numbers are finite; the others keep what they had, and are counted.
+
+        ``wanted`` (k,) tells which factors are to change at all; None means all of them.
+        """
         finite = torch.stack([_finite(value) for value in new.values() if value.is_floating_point()]).all(0)
+        changed = finite if wanted is None else finite & wanted
         for name, value in new.items():
             old = self.tensors[name]
-            kept = finite.view(-1, *[1] * (value.ndim - 1))
-            old[where] = torch.where(kept, value, old[where])
+            replaced = changed.view(-1, *[1] * (value.ndim - 1))
+            old[where] = torch.where(replaced, value, old[where])
         failures = self.tensors["failures"][:, kind]
         failures[where] = torch.where(finite, 0, failures[where] + 1)
 
     # -- the algorithm -------------------------------------------------------------------------------------------------
 
     def absorb(self, where: Tensor, gradients: Tensor) -> None:
-        """Statistics step: absorb G G^T of each of ``gradients`` (k, n, any) into the factors ``where``."""
+        """Statistics step: absorb G G^T of each of ``gradients`` (k, n, any) into the factors ``where``.
+
+        A gradient of zeros leaves its factor as it is, as a gradient that is missing does. If the average decayed
+        instead, the first gradient of a layer that wakes up would be scaled without bound.
+        """
         beta = self.options.shampoo_beta
         for chunk, gradient in zip(self._chunks(where), gradients.split(self._chunk_size()), strict=True):
             gradient = gradient.to(self.refresh_dtype)
@@ -188,7 +196,7 @@ class FactorPool:
             else:
                 old = self._decode("statistics", chunk).to(self.refresh_dtype)
                 new = self._encode("statistics", beta * old + (1 - beta) * statistic)
-            self._commit(chunk, new, _STATISTICS)
+            self._commit(chunk, new, _STATISTICS, gradient.flatten(1).any(1))
 
     def invert(self, where: Tensor) -> None:
         """Root step: recompute the inverse fourth roots of the factors ``where``, if they are stored."""

@@ -44,32 +44,55 @@ class Grafting:
         indices = index_tensor([self._block_index[owned] for owned in members], squares.device)
         squares.index_copy_(0, indices, norms.square().to(squares.device))
 
-    def apply(self, shards: Sequence[Tensor], directed: Sequence[bool], ranks: Ranks) -> None:
-        """Scale the directions that now stand in this rank's ``shards``."""
-        grafted = [
-            index
-            for index, (matrix, is_directed) in enumerate(zip(self._matrices, directed, strict=True))
-            if is_directed and matrix.options.grafting == "parameter"
+    def targets(self, shards: Sequence[Tensor], directed: Sequence[bool]) -> list[Tensor]:
+        """Where directions are to be written: into the gradients, but into float32 vectors beside low-precision ones.
+
+        A direction is rounded to the type of its gradient once, after it has been scaled.
+        """
+        grafted = set(self._grafted(directed))
+        return [
+            torch.empty_like(shard, dtype=torch.float32) if index in grafted and _is_low_precision(shard) else shard
+            for index, shard in enumerate(shards)
         ]
+
+    def apply(
+        self, shards: Sequence[Tensor], targets: Sequence[Tensor], directed: Sequence[bool], ranks: Ranks
+    ) -> None:
+        """Scale the directions in this rank's ``targets`` and leave them in its ``shards``."""
+        grafted = self._grafted(directed)
         if not grafted:
             return
         squares = self._all_squares()
         ranks.sum(squares)
         sums = torch.zeros(len(self._matrices), 2, dtype=torch.float64, device=squares.device)
         sums.index_add_(0, index_tensor(self._matrix_of_block, squares.device), squares)
-        ratios = _ratio(sums.sqrt()).to(torch.float32).unbind()
+        exact = _ratio(sums.sqrt())
+        ratios = {dtype: exact.to(dtype).unbind() for dtype in {self._matrices[index].dtype for index in grafted}}
         for index in grafted:
-            shard, ratio = shards[index], ratios[index].to(shards[index].device)
-            if shard.dtype in (torch.float32, torch.float64):
+            shard, target = shards[index], targets[index]
+            ratio = ratios[self._matrices[index].dtype][index].to(shard.device)
+            if target is shard:
                 shard.mul_(ratio)
-            else:  # a ratio rounded to the gradient's type would change the norm
-                shard.copy_(shard.float() * ratio)
+            else:
+                shard.copy_(target.mul_(ratio))
+
+    def _grafted(self, directed: Sequence[bool]) -> list[int]:
+        """The matrices whose directions take the norm of the parameter's whole gradient."""
+        return [
+            index
+            for index, (matrix, is_directed) in enumerate(zip(self._matrices, directed, strict=True))
+            if is_directed and matrix.options.grafting == "parameter"
+        ]
 
     def _all_squares(self) -> Tensor:
         if self._squares is None:
             device = self._matrices[0].device
             self._squares = torch.zeros(len(self._block_index), 2, dtype=torch.float64, device=device)
         return self._squares
+
+
+def _is_low_precision(shard: Tensor) -> bool:
+    return shard.dtype not in (torch.float32, torch.float64)
 
 
 def _ratio(norms: Tensor) -> Tensor:

@@ -63,7 +63,7 @@ class Shampoo4(Optimizer):
         bits: 3, 4 or 8 bits per stored matrix element; 32 is the reference Shampoo, which keeps L and R themselves.
         quantize: ``"eigenbasis"``, or ``"preconditioner"``, which quantises L and R (the paper's naive baseline).
         codebook: ``"linear2"``, ``"dynamic_tree"``, or ``"normal"``, the best levels for Gaussian values, with scales
-            of least squared error.
+            of least squared error. All of them have a zero.
         quant_block_size: elements that share one scale.
         scale_dtype: of the scales, ``"float32"`` or ``"bfloat16"``.
         root: how inverse roots are kept: ``"stored"``; ``"triangle"``, their symmetric off-diagonal once; or
@@ -342,6 +342,8 @@ class Shampoo4(Optimizer):
         for parameter, option, data in zip(self._current(), options, packed, strict=True):
             if data is not None:
                 unbound[parameter] = packing.PackedState(option, data.detach().clone())
+        groups = [{**group, packing.VERSION_KEY: packing.FORMAT_VERSION} for group in plain["param_groups"]]
+        plain = {**plain, "param_groups": groups}
         super().load_state_dict(plain)
         base_states.load_by_base(self._base, plain, self)
         self._members.adopt(self.param_groups)

@@ -14,7 +14,7 @@ from .options import PreconditionerOptions
 from .preconditioner import Matrix
 from .ranks import Ranks
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1: the code book "normal" had other levels, none of them zero
 VERSION_KEY = "preconditioner_format"  # in each parameter group
 STATE_KEY = "preconditioner"  # in state_dict()["state"][i]: one uint8 vector for each preconditioned parameter
 PIECES_KEY = "preconditioner_pieces"  # in state_dict(), where flat tensors have replaced the parameters (ZeRO)
@@ -125,6 +125,15 @@ def _check_options(stored: PreconditionerOptions, matrix: Matrix) -> None:
         raise ValueError(f"the stored preconditioner of {matrix.name} has {difference}")
 
 
+def refuse_former_levels(version: int, stored: PreconditionerOptions, what: str) -> None:
+    """Raise ValueError if bytes of this format have codes for levels that are no longer there."""
+    if version < 2 and stored.precondition and stored.bits != 32 and stored.codebook == "normal":
+        raise ValueError(
+            f"{what} has codebook='normal' in format {version}, whose levels had no zero and can no longer be read: "
+            "go on with the version of Shampoo4 that wrote it, or begin with new states"
+        )
+
+
 def shaping_difference(stored: PreconditionerOptions, wanted: PreconditionerOptions) -> str:
     """The options whose different values make stored bytes unreadable, in words; empty if there are none."""
     old, new = stored.shaping_bytes(), wanted.shaping_bytes()
@@ -167,9 +176,13 @@ def check_loadable(
         version = saved.get(VERSION_KEY)
         if version is None:
             raise ValueError(f"param group {index} of the state_dict was not written by Shampoo4")
-        if version != FORMAT_VERSION:
-            raise ValueError(f"the state_dict has format {version}, this version of Shampoo4 reads {FORMAT_VERSION}")
-        difference = shaping_difference(PreconditionerOptions.of_group(saved), PreconditionerOptions.of_group(group))
+        if version > FORMAT_VERSION:
+            raise ValueError(
+                f"the state_dict has format {version}, this version of Shampoo4 reads up to {FORMAT_VERSION}"
+            )
+        stored = PreconditionerOptions.of_group(saved)
+        refuse_former_levels(version, stored, f"param group {index} of the state_dict")
+        difference = shaping_difference(stored, PreconditionerOptions.of_group(group))
         if difference:
             raise ValueError(f"param group {index} of the state_dict has {difference}")
 

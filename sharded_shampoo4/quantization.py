@@ -53,14 +53,16 @@ def normal(bits: int, block: int) -> Tensor:
     That is what the rows of a random orthogonal matrix are. Lloyd's algorithm (Least squares quantization in PCM,
     1982): every level moves to the mean of the values that are nearest to it. Given the largest magnitude m, one value
     in ``block`` is -1 or 1 and the others are Gaussian between -m and m, whose means are known; what is integrated
-    numerically is m alone. Returns float32 levels in ascending order, symmetric around 0.
+    numerically is m alone. One level stays at zero, so that zeros are stored exactly; of the others the positive side
+    has one more. Returns float32 levels in ascending order.
     """
     largest = torch.linspace(1e-2, 9.0, 900, dtype=torch.float64, device="cpu").unsqueeze(1)
     inside = torch.erf(largest / math.sqrt(2))  # the share of all Gaussian values
     chance = torch.exp(-largest.square() / 2) * inside.pow(block - 1)
     weight = chance / chance.sum() * (block - 1) / block / inside
     outermost = torch.tensor([1.0], dtype=torch.float64, device="cpu")
-    levels = _good_start(weight * largest, largest, 2**bits)
+    levels, zero = _good_start(weight * largest, largest, 2**bits), 2 ** (bits - 1) - 1
+    levels[zero] = 0.0
     for _ in range(500):
         edges = torch.cat([-outermost, (levels[:-1] + levels[1:]) / 2, outermost])
         mass = (weight * torch.erf(largest * edges / math.sqrt(2)) / 2).sum(0).diff()
@@ -68,8 +70,8 @@ def normal(bits: int, block: int) -> Tensor:
         for end, sign in ((0, -1), (-1, 1)):
             mass[end] += 0.5 / block
             moment[end] += sign * 0.5 / block
-        means = moment / mass
-        levels = (means - means.flip(0)) / 2
+        levels = moment / mass
+        levels[zero] = 0.0
     return (levels * 2**12).round().to(torch.float32) / 2**12  # no platform's last digits
 
 

@@ -18,7 +18,7 @@ from .integrations.fsdp import Location, is_dtensor, local_tensor
 from .members import Entry
 from .optimizer import Shampoo4
 from .options import PreconditionerOptions
-from .packing import shaping_difference
+from .packing import VERSION_KEY, refuse_former_levels, shaping_difference
 from .plan import Owned
 from .preconditioner import Matrix
 from .ranks import Ranks
@@ -147,7 +147,9 @@ def check(
         if saved[name]["base"]:
             held = torch.Size([local_tensor(entry.holder).numel()])
             base_states.refuse_unportable(type(optimizer._base), name, imagination.of(entry), held)
-        difference = shaping_difference(PreconditionerOptions.of_group(saved[name]["options"]), entry.options)
+        options = PreconditionerOptions.of_group(saved[name]["options"])
+        refuse_former_levels(manifest["format"], options, f"{name} in the checkpoint")
+        difference = shaping_difference(options, entry.options)
         if difference:
             raise ValueError(f"{name} in the checkpoint has {difference}")
     matrices = {matrix.name: matrix for binding in bindings.all() for matrix in binding.matrices}
@@ -300,8 +302,8 @@ class Restoration:
 
 def _as_before(saved: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
     """Options from a manifest, with tuples where the group has tuples and tensors where it has tensors."""
-    options = dict(saved)
-    for name, value in saved.items():
+    options = {name: value for name, value in saved.items() if name != VERSION_KEY}
+    for name, value in options.items():
         if isinstance(group.get(name), tuple):
             options[name] = tuple(value)
         elif isinstance(group.get(name), Tensor):

@@ -214,7 +214,7 @@ def test_missing_truncated_and_newer_ones(tmp_path: Path) -> None:
     sealed["manifest"]["format"] = 99
     sealed["checksum"] = checkpoint._text_checksum(sealed["manifest"])
     path.write_text(json.dumps(sealed))
-    with pytest.raises(ValueError, match="has format 99, this version reads up to 1"):
+    with pytest.raises(ValueError, match="has format 99, this version reads up to 2"):
         checkpoint.load(optimizer, tmp_path)
     assert snapshot(optimizer) == before
 

@@ -167,7 +167,7 @@ def test_checkpoints_that_do_not_fit() -> None:
         Shampoo4([parameter]).load_state_dict(cast)
     newer = copy.deepcopy(saved)
     newer["param_groups"][0]["preconditioner_format"] = 99
-    with pytest.raises(ValueError, match="has format 99, this version of Shampoo4 reads 1"):
+    with pytest.raises(ValueError, match="has format 99, this version of Shampoo4 reads up to 2"):
         Shampoo4([parameter]).load_state_dict(newer)
 
 

@@ -96,16 +96,14 @@ def test_bytes_of_an_odd_row(bits: int, bytes_per_row: int) -> None:
 
 
 @pytest.mark.parametrize(("bits", "block"), [(3, 64), (4, 64), (4, 7), (8, 64)])
-def test_normal_levels_are_the_means_of_what_is_nearest_to_them(bits: int, block: int) -> None:
+def test_normal_levels_but_zero_are_the_means_of_what_is_nearest_to_them(bits: int, block: int) -> None:
     levels = quantization.normal(bits, block).double()
-    assert levels.numel() == 2**bits and (levels.diff() > 0).all() and torch.equal(levels, -levels.flip(0))
+    assert levels.numel() == 2**bits and (levels.diff() > 0).all() and levels[2 ** (bits - 1) - 1] == 0
     values = torch.randn(2**22 // block, block, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     values = (values / values.abs().amax(1, keepdim=True)).flatten()
-    nearest = (values.unsqueeze(1) - levels[: 2 ** (bits - 1)]).abs().argmin(1) if bits < 8 else None
     codes = torch.bucketize(values, (levels[1:] + levels[:-1]) / 2)
-    if nearest is not None:
-        assert torch.equal(codes[values < -0.1], nearest[values < -0.1]), "the cells end midway"
     means = torch.zeros_like(levels).index_add_(0, codes, values) / torch.bincount(codes, minlength=2**bits)
+    means[2 ** (bits - 1) - 1] = 0.0  # that level stays, whatever is nearest to it
     assert (means - levels).abs().max() < 2e-3
 
 
