@@ -155,6 +155,7 @@ class Shampoo4(Optimizer):
         )
         rule = base_class(base)
         self._base_arguments = base_arguments(rule, lr, weight_decay, base_options)
+        lr, weight_decay = self._base_arguments["lr"], self._base_arguments.get("weight_decay", 0.0)
         self._make_base(rule)
         self._members = Members()
         self._bindings = Bindings(self._members, type(self._base).__name__)
@@ -184,13 +185,26 @@ class Shampoo4(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its options are checked as the constructor's are."""
+        given = set(param_group)
         super().add_param_group(param_group)
         try:
-            check_group(param_group, len(self.param_groups) - 1, self.defaults)
+            self._check_group(param_group, len(self.param_groups) - 1, given)
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
         self._members.add(param_group)
+
+    def _check_group(self, group: dict[str, Any], index: int, given: set[str]) -> None:
+        """Check and convert a group's options, of which ``given`` are its own; the base checks those of its own."""
+        rule = type(self._base)
+        own = [name for name in (*self._base_arguments, *self._base.defaults) if name in given]
+        check_group(group, index, self.defaults, rule, own)
+        if own:
+            arguments = {**self._base_arguments, **{name: group[name] for name in own}}
+            try:
+                rule([torch.nn.Parameter(torch.zeros(1))], **arguments)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"param group {index}: {error}") from None
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
