@@ -61,10 +61,15 @@ class Entry:
         """In what its direction is computed."""
         return torch.promote_types(self.parameter.dtype, torch.float32)
 
+    @property
+    def view(self) -> tuple[int, int] | None:
+        """Rows and columns of its matrix; None if it is not preconditioned."""
+        return matrix_shape(self.shape) if self.options.precondition and self.trained else None
+
     def matrix(self, schedule: Mapping[tuple[int, str], Phases]) -> Matrix | None:
         """Its matrix, with fresh factors that are due as ``schedule`` says; None if it is not preconditioned."""
-        shape = matrix_shape(self.shape)
-        if shape is None or not self.options.precondition or not self.trained:
+        shape = self.view
+        if shape is None:
             return None
         phases = schedule.get((self.group, self.name), _TOGETHER)
         return Matrix(self.name, shape, self.options, self.device, self.dtype, phases=phases)

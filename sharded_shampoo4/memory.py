@@ -81,6 +81,8 @@ def estimate_memory(
     options = PreconditionerOptions(**own)
     rule = base_class(base)
     arguments = base_arguments(rule, lr, weight_decay, shampoo4_options)
+    if options.precondition and not dtype.is_floating_point:
+        raise TypeError(f"dtype is {dtype}, and Shampoo4 preconditions real numbers only: give precondition=False")
     computed = torch.promote_types(dtype, torch.float32)
 
     items = list(named_shapes.items() if isinstance(named_shapes, Mapping) else named_shapes)
