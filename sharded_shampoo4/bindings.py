@@ -98,7 +98,8 @@ class Bindings:
 
     def _meet(self, groups: Sequence[dict[str, Any]], engine: Any) -> Ranks:
         if self.ranks is None:  # first of all: an error on one rank must reach the others
-            self.ranks = Ranks(fsdp.process_group([p for group in groups for p in group["params"]]))
+            names = [name for name, _, _ in self.members.given()]
+            self.ranks = Ranks(fsdp.process_group([p for group in groups for p in group["params"]], names))
             self.members.meet(engine)
             self._check_that_groups_agree(self.ranks)
         return self.ranks
