@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .advice import Given
 from .integrations import fsdp, zero
 from .layout import matrix_shape
 from .options import PreconditionerOptions
@@ -199,6 +200,16 @@ class Members:
             for given in self._given
             for name, reference in zip(given.names, given.references, strict=True)
         ]
+
+    def trained(self, bound: Mapping[Tensor, fsdp.Location]) -> list[Given]:
+        """Every parameter that was to be trained when it was given."""
+        found = []
+        for given in self._given:
+            options = PreconditionerOptions.of_group(given.group)
+            alive = [p for p in given.parameters() if p.requires_grad]
+            itemsize = alive[0].itemsize if alive else 4
+            found += [Given(name, shape, itemsize, options) for name, shape in given.trained_shapes(bound)]
+        return found
 
     def schedule(self, bound: Mapping[Tensor, fsdp.Location]) -> Mapping[tuple[int, str], Phases]:
         """The phases of every parameter's factors, by group and name; the same object as long as nothing has changed.

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from . import base_states, packing
+from .advice import Advice
 from .binding import Binding
 from .bindings import Bindings, Unbound
 from .factors import HEALTH
@@ -158,10 +159,13 @@ class Shampoo4(Optimizer):
         lr, weight_decay = self._base_arguments["lr"], self._base_arguments.get("weight_decay", 0.0)
         self._make_base(rule)
         self._members = Members()
+        self._advice: Advice | None = None  # given for all groups at once
         self._bindings = Bindings(self._members, type(self._base).__name__)
         self._consolidated: dict[Tensor, Tensor] = {}  # all factors, until the next step
         defaults = {"lr": lr, "weight_decay": weight_decay, **self._base.defaults, **options.as_group()}
         super().__init__(params, {**defaults, packing.VERSION_KEY: packing.FORMAT_VERSION})
+        self._advice = Advice()
+        self._advise()
 
     def _make_base(self, rule: type[Optimizer]) -> None:
         """The base sees a stand-in only: hosts replace parameters after construction, so nothing is kept of them."""
@@ -188,23 +192,16 @@ class Shampoo4(Optimizer):
         given = set(param_group)
         super().add_param_group(param_group)
         try:
-            self._check_group(param_group, len(self.param_groups) - 1, given)
-        except (TypeError, ValueError):
+            check_group(param_group, len(self.param_groups) - 1, given, self._base, self._base_arguments)
+        except Exception:
             self.param_groups.pop()
             raise
         self._members.add(param_group)
+        self._advise()
 
-    def _check_group(self, group: dict[str, Any], index: int, given: set[str]) -> None:
-        """Check and convert a group's options, of which ``given`` are its own; the base checks those of its own."""
-        rule = type(self._base)
-        own = [name for name in (*self._base_arguments, *self._base.defaults) if name in given]
-        check_group(group, index, self.defaults, rule, own)
-        if own:
-            arguments = {**self._base_arguments, **{name: group[name] for name in own}}
-            try:
-                rule([torch.nn.Parameter(torch.zeros(1))], **arguments)
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"param group {index}: {error}") from None
+    def _advise(self) -> None:
+        if self._advice is not None:
+            self._advice.give(self._members.trained(self._bindings.locations), stacklevel=3)
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
@@ -284,6 +281,7 @@ class Shampoo4(Optimizer):
     def _bind_locations(self, locations: Mapping[Tensor, hosts.Location]) -> None:
         """Be told where parameters live that cannot tell it themselves (FSDP1)."""
         self._bindings.locate(locations)
+        self._advise()
 
     # -- states --------------------------------------------------------------------------------------------------------
 
@@ -370,7 +368,7 @@ class Shampoo4(Optimizer):
         super().__setstate__(state)
         if unbound is not None:  # a copy: torch's load_state_dict calls this too, with the parameters as they are
             self._make_base(rule)
-            self._members = Members()
+            self._members, self._advice = Members(), Advice()
             for group in self.param_groups:
                 self._members.add(group)
             self._bindings = Bindings(self._members, type(self._base).__name__)

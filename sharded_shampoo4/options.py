@@ -264,22 +264,32 @@ def base_value(rule: type[torch.optim.Optimizer], name: str, value: Any) -> Any:
 
 
 def check_group(
-    group: dict[str, Any], index: int, known: Iterable[str], rule: type[torch.optim.Optimizer], arguments: Iterable[str]
+    group: dict[str, Any], index: int, given: Iterable[str], base: torch.optim.Optimizer, arguments: Mapping[str, Any]
 ) -> None:
     """Check a parameter group's options and convert them, in place.
 
     An unknown key that looks like a misspelt option, or is another library's, raises TypeError. Others pass, as in
-    torch: schedulers and training scripts keep notes of their own in groups. ``arguments`` are those of ``rule``.
+    torch: schedulers and training scripts keep notes of their own in groups.
+
+    Args:
+        group: with the values of all options.
+        index: its number, for messages.
+        given: the options that it was given itself.
+        base: the base optimizer, which checks its own options by being made with them.
+        arguments: with which ``base`` was made.
     """
-    known = set(known) | {"params", "param_names"}
+    rule, own = type(base), [name for name in {**arguments, **base.defaults} if name in given]
+    known = {*OPTION_NAMES, *arguments, *base.defaults, "lr", "weight_decay", "params", "param_names"}
     for key in group.keys() - known:
         hint = _hint(key, known, cutoff=0.85)
         if hint:
             raise TypeError(f"unknown option {key!r} in param group {index}{hint}")
     try:
         group.update(PreconditionerOptions.of_group(group).as_group())
-        group.update({name: base_value(rule, name, group[name]) for name in arguments if name in group})
-    except ValueError as error:
+        group.update({name: base_value(rule, name, group[name]) for name in own})
+        if own:
+            rule([torch.nn.Parameter(torch.zeros(1))], **{**arguments, **{name: group[name] for name in own}})
+    except (TypeError, ValueError) as error:
         raise ValueError(f"param group {index}: {error}") from None
 
 
