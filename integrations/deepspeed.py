@@ -4,7 +4,8 @@
 
     {"optimizer": {"type": "Shampoo4", "params": {"lr": 1e-3, "weight_decay": 0.05}}, ...}
 
-Import it before ``deepspeed.initialize`` or ``Accelerator(...)``. An optimizer that the program makes itself works as
+Import it before ``deepspeed.initialize`` or ``Accelerator(...)``: without the import DeepSpeed says "AssertionError:
+Shampoo4 is not a supported DeepSpeed Optimizer". An optimizer that the program makes itself works as
 well, without this import: ``deepspeed.initialize(model=model, optimizer=Shampoo4(...), ...)``; ZeRO then asks for
 ``"zero_allow_untested_optimizer": true``, which this import makes unnecessary too. All else is found at the first step
 (:mod:`.zero`).
@@ -22,19 +23,22 @@ from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS  # type: igno
 
 from sharded_shampoo4 import Shampoo4
 
-NAME = "Shampoo4"  # in the configuration: DeepSpeed looks up names that it does not know itself in torch.optim
+NAMES = ("Shampoo4", "shampoo4")  # in the configuration: DeepSpeed looks up those that it does not know in torch.optim
 
 
 def register() -> None:
-    """Let DeepSpeed's configuration name ``Shampoo4``, and ZeRO take it as one of those it knows.
+    """Let DeepSpeed's configuration name ``Shampoo4``, also in lower case, and ZeRO take it as one of those it knows.
 
     Raises:
         RuntimeError: torch.optim has another optimizer of this name.
     """
-    existing = getattr(torch.optim, NAME, Shampoo4)
-    if existing is not Shampoo4:
-        raise RuntimeError(f"torch.optim.{NAME} is {existing!r}: this name in a DeepSpeed configuration means that one")
-    setattr(torch.optim, NAME, Shampoo4)
+    for name in NAMES:
+        existing = getattr(torch.optim, name, Shampoo4)
+        if existing is not Shampoo4:
+            raise RuntimeError(
+                f"torch.optim.{name} is {existing!r}: this name in a DeepSpeed configuration means that one"
+            )
+        setattr(torch.optim, name, Shampoo4)
     if Shampoo4 not in ZERO_SUPPORTED_OPTIMIZERS:
         ZERO_SUPPORTED_OPTIMIZERS.append(Shampoo4)
 

@@ -16,6 +16,7 @@ DDP, HSDP and FSDP1's HYBRID_SHARD and NO_SHARD keep several complete copies of 
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -160,10 +161,11 @@ def shard_vector(vector: Tensor, parameter: Tensor) -> Tensor:
     return DTensor.from_local(local, mesh, placements, run_check=False, shape=vector.shape, stride=(1,))
 
 
-def process_group(parameters: Iterable[Tensor]) -> dist.ProcessGroup | None:
+def process_group(parameters: Iterable[Tensor], names: Iterable[str] = ()) -> dist.ProcessGroup | None:
     """The ranks that hold ``parameters`` between them, or None if this rank holds them alone.
 
-    The default group, unless the parameters are DTensors on a mesh of some of the ranks only.
+    The default group, unless the parameters are DTensors on a mesh of some of the ranks only. ``names`` are for
+    messages.
 
     Raises:
         ValueError: the parameters' meshes have different ranks, or a mesh of two or more dimensions has only some of
@@ -171,10 +173,17 @@ def process_group(parameters: Iterable[Tensor]) -> dist.ProcessGroup | None:
     """
     if not dist.is_available() or not dist.is_initialized():
         return None
-    meshes = {mesh: None for mesh in map(_mesh, parameters) if mesh is not None}
+    meshes: dict[DeviceMesh, str] = {}  # with the name of their first parameter
+    for mesh, name in itertools.zip_longest(map(_mesh, parameters), names):
+        if mesh is not None:
+            meshes.setdefault(mesh, name)
     by_ranks = {tuple(sorted(mesh.mesh.flatten().tolist())): mesh for mesh in meshes}
     if len(by_ranks) > 1:
-        raise ValueError(f"the parameters are on meshes of different ranks: {', '.join(map(str, meshes))}")
+        found = ", ".join(f"{mesh}{f' ({name}, ...)' if name else ''}" for mesh, name in meshes.items())
+        raise ValueError(
+            f"the parameters are on meshes of different ranks: {found}. That is expert or tensor parallelism: give the "
+            "parameters of each mesh to a Shampoo4 of their own"
+        )
     world = tuple(range(dist.get_world_size()))
     group = dist.group.WORLD
     for ranks, mesh in by_ranks.items():
@@ -223,9 +232,16 @@ def _locate_dtensor(name: str, parameter: DTensor) -> Location:
 
     mesh, shape = parameter.device_mesh, parameter.shape
     described = f"{name} of shape {tuple(shape)} has placements {tuple(parameter.placements)} on {mesh}"
+    instead = (
+        "tensor and expert parallelism and other dimensions than the first are not supported. Leave it to the base "
+        "optimizer, in a param group with precondition=False (state_dict() holds it then, a portable checkpoint does "
+        "not), or shard it by FSDP2 alone"
+    )
     coordinate = mesh.get_coordinate()
     if coordinate is None:
-        raise ValueError(f"{described}, of which this rank is no part")
+        raise ValueError(
+            f"{described}, of which this rank is no part: make its optimizer on the ranks of the mesh only"
+        )
     offsets = [0] * len(shape)
     sizes, largest = list(shape), list(shape)  # of this rank's box, and of rank 0's
     replica = 0
@@ -238,9 +254,9 @@ def _locate_dtensor(name: str, parameter: DTensor) -> Location:
         elif type(placement) is Replicate:
             replica = replica * ranks + position
         else:
-            raise ValueError(f"{described}: only Shard(0) and Replicate() are understood")
+            raise ValueError(f"{described}: only Shard(0) and Replicate() are understood; {instead}")
     if not _is_interval(largest, shape):
-        raise ValueError(f"{described}: a rank's part is not one interval of it, as it is with Shard(0)")
+        raise ValueError(f"{described}: a rank's part is not one interval of it, as it is with Shard(0); {instead}")
     start = sum(offset * math.prod(shape[dim + 1 :]) for dim, offset in enumerate(offsets))
     numel = math.prod(sizes)
     return interval(shape, start, start + numel, replica)
@@ -279,7 +295,10 @@ def _group_of(mesh: DeviceMesh) -> dist.ProcessGroup | None:
     """The group of a mesh with at most one dimension longer than 1; None if it has a single rank."""
     longer = [dim for dim in range(mesh.ndim) if mesh.size(dim) > 1]
     if len(longer) > 1:
-        raise ValueError(f"{mesh} has only some of the {dist.get_world_size()} ranks, and more than one dimension")
+        raise ValueError(
+            f"{mesh} has only some of the {dist.get_world_size()} ranks, and more than one dimension: there is no "
+            "process group of just those. Shard on a mesh of one dimension, or of all ranks"
+        )
     return mesh.get_group(longer[0]) if longer else None
 
 
@@ -324,7 +343,9 @@ def _unit_replica(unit: Any) -> int:
     across = getattr(unit, "_inter_node_pg", None)  # HYBRID_SHARD: the ranks that hold the same shard
     ranks = unit.process_group.size() * (1 if across is None else across.size())
     if ranks != dist.get_world_size():
-        raise ValueError(f"FSDP1 shards a module among {ranks} of {dist.get_world_size()} ranks: it must be all")
+        raise ValueError(
+            f"FSDP1 shards a module among {ranks} of {dist.get_world_size()} ranks (process_group=): it must be all"
+        )
     if not unit._handle.uses_sharded_strategy:
         return dist.get_rank()
     return 0 if across is None else int(across.rank())

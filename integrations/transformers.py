@@ -19,8 +19,10 @@ set ``ACCELERATE_USE_FSDP=true``, call ``rehearse_on_cpu()`` before ``TrainingAr
 
 from __future__ import annotations
 
+import inspect
 import logging
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ from transformers.trainer_pt_utils import get_parameter_names
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from sharded_shampoo4 import Shampoo4, checkpoint
+from sharded_shampoo4.options import base_class
 
 from .accelerate import consolidate
 from .fsdp import plain_name
@@ -49,17 +52,31 @@ def shampoo4(args: TrainingArguments | None = None, **options: Any) -> tuple[typ
     """What ``Trainer(optimizer_cls_and_kwargs=...)`` takes to train with ``Shampoo4``.
 
     Args:
-        args: the Trainer's arguments. Learning rate and weight decay are taken from them unless ``options`` give them.
+        args: the Trainer's arguments. Learning rate, weight decay and, where the base optimizer has ``betas``, these
+            and ``eps`` (``adam_beta1``, ``adam_beta2``, ``adam_epsilon``) are taken from them unless ``options`` give
+            them.
         **options: of :class:`Shampoo4`. ``weight_decay`` acts on the parameters that the Trainer itself would decay.
 
     Raises:
         TypeError: neither ``args`` nor ``lr`` is given. The Trainer does not pass its learning rate on.
     """
     if args is not None:
-        options = {"lr": args.learning_rate, "weight_decay": args.weight_decay, **options}
+        options = {
+            "lr": args.learning_rate,
+            "weight_decay": args.weight_decay,
+            **_adam_options(args, options),
+            **options,
+        }
     if "lr" not in options:
         raise TypeError("shampoo4() needs TrainingArguments or lr: the Trainer does not pass its learning rate on")
     return Shampoo4Factory, options
+
+
+def _adam_options(args: TrainingArguments, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of Adam in ``args``, for a base optimizer that has them: one with ``betas``, and perhaps ``eps``."""
+    known = inspect.signature(base_class(options.get("base", "adamw"))).parameters
+    found = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    return {name: value for name, value in found.items() if name in known} if "betas" in known else {}
 
 
 class Shampoo4Factory:

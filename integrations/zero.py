@@ -46,8 +46,13 @@ class Untested(NamedTuple):
 
 
 _ALWAYS = (
-    Untested("has_moe_layers", (False,), "a mixture of experts", "use a dense model"),
-    Untested("pipeline_parallelism", (False,), "pipeline parallelism"),
+    Untested(
+        "has_moe_layers",
+        (False,),
+        "a mixture of experts (deepspeed.moe, expert parallelism)",
+        "use a dense model, or experts that every rank has, without deepspeed.moe.layer.MoE",
+    ),
+    Untested("pipeline_parallelism", (False,), "pipeline parallelism", "use a model that is no PipelineModule"),
     Untested("_config.tensor_parallel_config.autotp_size", (0, 1), "tensor_parallel.autotp_size"),
     Untested("_config.compile_config.deepcompile", (False,), "compile.deepcompile"),
     Untested("_config.torch_autocast_enabled", (False,), "torch_autocast", 'use "bf16" or "fp16"'),
@@ -306,7 +311,7 @@ def _check_group(name: str, group: dist.ProcessGroup) -> None:
     if size != world:
         raise ValueError(
             f"ZeRO shards {name} among {size} of {world} ranks (tensor, pipeline or expert parallelism, or MiCS): "
-            "Shampoo4 was not tested with that; shard among all ranks"
+            "Shampoo4 was not tested with that; shard among all ranks, without mpu=, MoE layers and mics_shard_size"
         )
 
 

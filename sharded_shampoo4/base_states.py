@@ -31,6 +31,8 @@ def plain_tensors(values: Iterable[Any]) -> Iterator[Tensor]:
         if isinstance(value, Tensor) and is_traceable_wrapper_subclass(value):
             names, _ = value.__tensor_flatten__()
             yield from plain_tensors(getattr(value, name) for name in names)
+        elif isinstance(value, Tensor) and value.layout == torch.sparse_coo:
+            yield from (value._indices(), value._values())
         elif isinstance(value, Tensor):
             yield value
         elif isinstance(value, Mapping):
@@ -61,8 +63,12 @@ def is_low_bit(value: Any) -> bool:
 
 
 def floats(value: Tensor) -> Tensor:
-    """An elementwise state's numbers, flattened, of this rank: in float32 where they are kept in low precision."""
+    """An elementwise state's numbers, flattened, of this rank: in float32 where they are kept in low precision.
+
+    Sparse ones, such as SGD's momentum of sparse gradients, are made dense.
+    """
     local = local_tensor(value).detach()
+    local = local if local.layout == torch.strided else local.to_dense()
     numbers: Tensor = local.dequantize().float() if is_low_bit(local) else local
     return numbers.reshape(-1)
 

@@ -75,7 +75,7 @@ class Bindings:
         try:
             entries = self.members.entries(groups, self.locations)
             for entry in entries:
-                _check_gradient(entry.name, entry.holder.grad)
+                _check_numbers(entry, entry.holder.grad)
         except (TypeError, ValueError) as found:
             error = found
         self.last = self._bind_entries(ranks, entries, state, error)
@@ -86,6 +86,8 @@ class Bindings:
         ranks = self._meet(groups, engine)
         with ranks.together():
             calls = self.members.calls(groups, self.locations)
+            for entry in (entry for call in calls for entry in call):
+                _check_numbers(entry, None)
         for entries in calls:
             self._bind_entries(ranks, entries, state, None)
 
@@ -96,7 +98,8 @@ class Bindings:
 
     def _meet(self, groups: Sequence[dict[str, Any]], engine: Any) -> Ranks:
         if self.ranks is None:  # first of all: an error on one rank must reach the others
-            self.ranks = Ranks(fsdp.process_group([p for group in groups for p in group["params"]]))
+            names = [name for name, _, _ in self.members.given()]
+            self.ranks = Ranks(fsdp.process_group([p for group in groups for p in group["params"]], names))
             self.members.meet(engine)
             self._check_that_groups_agree(self.ranks)
         return self.ranks
@@ -306,10 +309,20 @@ def _steps(state: Mapping[Tensor, Any], holder: Tensor) -> float:
     return float(steps)
 
 
-def _check_gradient(name: str, gradient: Tensor | None) -> None:
-    if gradient is None:
+def _check_numbers(entry: Entry, gradient: Tensor | None) -> None:
+    """Raise TypeError unless what is to be preconditioned is dense and real. All else is for the base to judge."""
+    if entry.view is None:
         return
-    if gradient.layout != torch.strided:
-        raise TypeError(f"the gradient of {name} is sparse ({gradient.layout}): Shampoo4 needs dense gradients")
-    if not gradient.is_floating_point():
-        raise TypeError(f"the gradient of {name} is of type {gradient.dtype}: Shampoo4 needs real floating-point ones")
+    name = entry.name
+    instead = f"leave {name} to the base optimizer: put it into a param group with precondition=False"
+    if gradient is not None and gradient.layout != torch.strided:
+        raise TypeError(
+            f"the gradient of {name} is sparse ({gradient.layout}), and Shampoo4 preconditions dense ones only: "
+            f"{instead}, with a base that takes sparse gradients ('sgd', 'adagrad'); or make its embedding with "
+            "sparse=False"
+        )
+    for kind, tensor in ((f"the gradient of {name}", gradient), (name, entry.parameter)):
+        if tensor is not None and not tensor.is_floating_point():
+            raise TypeError(
+                f"{kind} is of type {tensor.dtype}, and Shampoo4 preconditions real numbers only: {instead}"
+            )

@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+_LONGEST_KERNEL = 11  # of convolutions in one dimension, as far as they are usual
+
 
 class Block(NamedTuple):
     """A rectangle of a parameter matrix: ``matrix[row : row + rows, column : column + columns]``."""
@@ -34,6 +36,19 @@ def matrix_shape(shape: Sequence[int]) -> tuple[int, int] | None:
     return dims[0], math.prod(dims[1:])
 
 
+def is_stack(shape: Sequence[int]) -> bool:
+    """Whether a parameter of this ``shape`` looks like a stack of matrices, such as the experts of a layer.
+
+    It has three dimensions longer than 1, and the last is not the kernel of a convolution: short, and the smallest.
+
+    >>> is_stack((8, 2048, 1024)), is_stack((512, 256, 3)), is_stack((1, 197, 768)), is_stack((64, 3, 7, 7))
+    (True, False, False, False)
+    """
+    if len(shape) != 3 or min(shape) <= 1:
+        return False
+    return shape[2] > _LONGEST_KERNEL or shape[2] >= min(shape[:2])
+
+
 def split_dimension(size: int, limit: int, split: str) -> list[int]:
     """Cut ``size`` into parts of at most ``limit``.
 
@@ -43,11 +58,22 @@ def split_dimension(size: int, limit: int, split: str) -> list[int]:
     >>> split_dimension(1536, 1200, "even"), split_dimension(1536, 1200, "remainder")
     ([768, 768], [1200, 336])
     """
-    parts = -(-size // limit)
+    return [part for part, count in count_parts(size, limit, split) for _ in range(count)]
+
+
+def count_parts(size: int, limit: int, split: str) -> list[tuple[int, int]]:
+    """The sizes of the parts of :func:`split_dimension`, and how many parts there are of each.
+
+    >>> count_parts(2500, 1024, "even"), count_parts(2500, 1024, "remainder")
+    ([(834, 1), (833, 2)], [(1024, 2), (452, 1)])
+    """
     if split == "even":
+        parts = -(-size // limit)
         small, larger_parts = divmod(size, parts)
-        return [small + 1] * larger_parts + [small] * (parts - larger_parts)
-    return [min(limit, size - start) for start in range(0, size, limit)]
+        counts = [(small + 1, larger_parts), (small, parts - larger_parts)]
+    else:
+        counts = [(limit, size // limit), (size % limit, 1)]
+    return [(part, count) for part, count in counts if part and count]
 
 
 def cut_blocks(matrix: tuple[int, int], limit: int, split: str) -> list[Block]:

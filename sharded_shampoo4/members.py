@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .advice import Given
 from .integrations import fsdp, zero
 from .layout import matrix_shape
 from .options import PreconditionerOptions
@@ -61,10 +62,15 @@ class Entry:
         """In what its direction is computed."""
         return torch.promote_types(self.parameter.dtype, torch.float32)
 
+    @property
+    def view(self) -> tuple[int, int] | None:
+        """Rows and columns of its matrix; None if it is not preconditioned."""
+        return matrix_shape(self.shape) if self.options.precondition and self.trained else None
+
     def matrix(self, schedule: Mapping[tuple[int, str], Phases]) -> Matrix | None:
         """Its matrix, with fresh factors that are due as ``schedule`` says; None if it is not preconditioned."""
-        shape = matrix_shape(self.shape)
-        if shape is None or not self.options.precondition or not self.trained:
+        shape = self.view
+        if shape is None:
             return None
         phases = schedule.get((self.group, self.name), _TOGETHER)
         return Matrix(self.name, shape, self.options, self.device, self.dtype, phases=phases)
@@ -194,6 +200,16 @@ class Members:
             for given in self._given
             for name, reference in zip(given.names, given.references, strict=True)
         ]
+
+    def trained(self, bound: Mapping[Tensor, fsdp.Location]) -> list[Given]:
+        """Every parameter that was to be trained when it was given."""
+        found = []
+        for given in self._given:
+            options = PreconditionerOptions.of_group(given.group)
+            alive = [p for p in given.parameters() if p.requires_grad]
+            itemsize = alive[0].itemsize if alive else 4
+            found += [Given(name, shape, itemsize, options) for name, shape in given.trained_shapes(bound)]
+        return found
 
     def schedule(self, bound: Mapping[Tensor, fsdp.Location]) -> Mapping[tuple[int, str], Phases]:
         """The phases of every parameter's factors, by group and name; the same object as long as nothing has changed.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .base_states import bytes_by_tensor, bytes_on_ranks
 from .exchange import wire_dtype
-from .layout import matrix_shape
+from .layout import is_stack, matrix_shape
 from .options import OPTION_NAMES, PreconditionerOptions, base_arguments, base_class
 from .plan import Plan, PlannedMatrix, Shard
 from .preconditioner import Matrix
@@ -81,6 +81,8 @@ def estimate_memory(
     options = PreconditionerOptions(**own)
     rule = base_class(base)
     arguments = base_arguments(rule, lr, weight_decay, shampoo4_options)
+    if options.precondition and not dtype.is_floating_point:
+        raise TypeError(f"dtype is {dtype}, and Shampoo4 preconditions real numbers only: give precondition=False")
     computed = torch.promote_types(dtype, torch.float32)
 
     items = list(named_shapes.items() if isinstance(named_shapes, Mapping) else named_shapes)
@@ -208,8 +210,13 @@ def describe_parameter(
         blocks = f"{len(matrix.blocks)} of {', '.join(sizes)}"
         orders = {order for block in matrix.blocks for order in (block.rows, block.columns)}
         bits = sorted({options.bits if options.is_quantized(order) else 32 for order in orders})
-        kept = f"yes: {' and '.join(map(str, bits))} bits"
-        return (name, str(tuple(whole)), kept, blocks, owners, format_bytes(matrix.nbytes)), matrix.nbytes
+        kept = f"yes: {' and '.join(map(str, bits))} bits" + (
+            f", as {shape[0]} x {shape[1]}" if is_stack(whole) else ""
+        )
+        size = format_bytes(matrix.nbytes)
+        if matrix.is_costly:
+            size += f", {matrix.bytes_per_element:.0f} per element"
+        return (name, str(tuple(whole)), kept, blocks, owners, size), matrix.nbytes
     return (name, str(tuple(whole)), reason, "", "", ""), 0
 
 

@@ -11,6 +11,7 @@ from torch._compile import _disable_dynamo
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from . import base_states, packing
+from .advice import Advice
 from .binding import Binding
 from .bindings import Bindings, Unbound
 from .context import own_arithmetic
@@ -157,12 +158,16 @@ class Shampoo4(Optimizer):
         )
         rule = base_class(base)
         self._base_arguments = base_arguments(rule, lr, weight_decay, base_options)
+        lr, weight_decay = self._base_arguments["lr"], self._base_arguments.get("weight_decay", 0.0)
         self._make_base(rule)
         self._members = Members()
+        self._advice: Advice | None = None  # given for all groups at once
         self._bindings = Bindings(self._members, type(self._base).__name__)
         self._consolidated: dict[Tensor, Tensor] = {}  # all factors, until the next step
         defaults = {"lr": lr, "weight_decay": weight_decay, **self._base.defaults, **options.as_group()}
         super().__init__(params, {**defaults, packing.VERSION_KEY: packing.FORMAT_VERSION})
+        self._advice = Advice()
+        self._advise()
 
     def _make_base(self, rule: type[Optimizer]) -> None:
         """The base sees a stand-in only: hosts replace parameters after construction, so nothing is kept of them."""
@@ -188,13 +193,19 @@ class Shampoo4(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its options are checked as the constructor's are."""
+        given = set(param_group)
         super().add_param_group(param_group)
         try:
-            check_group(param_group, len(self.param_groups) - 1, self.defaults)
-        except (TypeError, ValueError):
+            check_group(param_group, len(self.param_groups) - 1, given, self._base, self._base_arguments)
+        except Exception:
             self.param_groups.pop()
             raise
         self._members.add(param_group)
+        self._advise()
+
+    def _advise(self) -> None:
+        if self._advice is not None:
+            self._advice.give(self._members.trained(self._bindings.locations), stacklevel=3)
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
@@ -276,6 +287,7 @@ class Shampoo4(Optimizer):
     def _bind_locations(self, locations: Mapping[Tensor, hosts.Location]) -> None:
         """Be told where parameters live that cannot tell it themselves (FSDP1)."""
         self._bindings.locate(locations)
+        self._advise()
 
     # -- states --------------------------------------------------------------------------------------------------------
 
@@ -364,7 +376,7 @@ class Shampoo4(Optimizer):
         super().__setstate__(state)
         if unbound is not None:  # a copy: torch's load_state_dict calls this too, with the parameters as they are
             self._make_base(rule)
-            self._members = Members()
+            self._members, self._advice = Members(), Advice()
             for group in self.param_groups:
                 self._members.add(group)
             self._bindings = Bindings(self._members, type(self._base).__name__)

@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 import torch
 
+from .values import like, not_negative, refuse_auto, to_boolean, to_integer, to_number, to_tuple, to_word
+
 Bits = Literal[3, 4, 8, 32]
 Quantize = Literal["eigenbasis", "preconditioner"]
 CodeBook = Literal["linear2", "dynamic_tree", "normal"]
@@ -50,7 +52,10 @@ _LOWEST_INTEGER = {
 
 @dataclass(frozen=True)
 class PreconditionerOptions:
-    """Everything that a parameter group may say of its preconditioner. :class:`Shampoo4` describes each field."""
+    """Everything that a parameter group may say of its preconditioner. :class:`Shampoo4` describes each field.
+
+    Values may also stand as configuration files write them, such as ``"100"`` or ``100.0`` for 100.
+    """
 
     precondition: bool = True
     bits: Bits = 4
@@ -78,6 +83,7 @@ class PreconditionerOptions:
     compile: bool = False
 
     def __post_init__(self) -> None:
+        self._convert()
         for name in ("precondition", "compile"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
@@ -102,13 +108,22 @@ class PreconditionerOptions:
             raise ValueError(f"root={self.root!r} is about low precision: bits=32 keeps its roots as they are")
         if self.root == "implicit" and self.quantize != "eigenbasis":
             raise ValueError(f"root='implicit' needs quantize='eigenbasis', got {self.quantize!r}")
-        object.__setattr__(self, "rectify_steps", tuple(steps))  # a JSON file or a checkpoint may bring a list
+
+    def _convert(self) -> None:
+        """Replace values by what they mean. The checks refuse those that stay as they were."""
+        for name, default in _DEFAULTS.items():
+            given = getattr(self, name)
+            refuse_auto(name, given, default)
+            value = _CONVERTERS[type(default)](given)
+            if isinstance(value, tuple):
+                value = tuple(map(to_integer, value))
+            object.__setattr__(self, name, value)
 
     @classmethod
     def of_group(cls, group: Mapping[str, Any]) -> PreconditionerOptions:
         """The options that stand in a parameter group; the defaults for those that an older version did not know."""
         given = (group.get(name, default) for name, default in _DEFAULTS.items())
-        values: list[Any] = [tuple(v) if isinstance(v, list) else v for v in given]
+        values: list[Any] = [tuple(v) if isinstance(v, list) else v for v in given]  # which can be hashed
         try:
             return _cached(*values)
         except TypeError:  # a value that cannot be hashed cannot be right either: let the checks say so
@@ -158,7 +173,8 @@ COMPACT_SETTINGS: dict[str, Any] = {
 }
 _DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(PreconditionerOptions)}
 OPTION_NAMES = tuple(_DEFAULTS)
-_cached = functools.lru_cache(maxsize=256)(PreconditionerOptions)
+_CONVERTERS: dict[type, Any] = {bool: to_boolean, int: to_integer, float: to_number, str: to_word, tuple: to_tuple}
+_cached = functools.lru_cache(maxsize=256, typed=True)(PreconditionerOptions)
 
 
 def _is_number(value: Any) -> bool:
@@ -181,10 +197,11 @@ _NOT_ELEMENTWISE = ("LBFGS", "Muon", "Adafactor", "SparseAdam")
 def base_class(base: str | type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
     """The optimizer class that ``base`` names. Raises ValueError or TypeError, naming what would be accepted."""
     if isinstance(base, str):
-        if base not in _BASES:
+        if base.lower() not in _BASES:
             names = ", ".join(map(repr, _BASES))
-            raise ValueError(f"base must be one of {names} or a torch optimizer class, got {base!r}")
-        return _BASES[base]
+            hint = _class_hint(base) or _hint(base.lower(), _BASES)
+            raise ValueError(f"base must be one of {names} or a torch optimizer class, got {base!r}{hint}")
+        return _BASES[base.lower()]
     if not (isinstance(base, type) and issubclass(base, torch.optim.Optimizer)):
         raise TypeError(f"base must be a name or a subclass of torch.optim.Optimizer (not an instance), got {base!r}")
     if base.__module__.startswith("torch.optim") and base.__name__ in _NOT_ELEMENTWISE:
@@ -195,12 +212,24 @@ def base_class(base: str | type[torch.optim.Optimizer]) -> type[torch.optim.Opti
     return base
 
 
+def _class_hint(base: str) -> str:
+    """What to say of a name that torch.optim has a class for."""
+    classes = {name.lower(): name for name, found in vars(torch.optim).items() if isinstance(found, type)}
+    name = classes.get(base.lower())
+    if name is None or name in _NOT_ELEMENTWISE or name == "Optimizer":
+        return ""
+    near = "; 'adamw' is Adam with decoupled weight decay" if name == "Adam" else ""
+    return f": give the class itself, base=torch.optim.{name}{near}"
+
+
 def base_arguments(
-    rule: type[torch.optim.Optimizer], lr: Any, weight_decay: float, options: Mapping[str, Any]
+    rule: type[torch.optim.Optimizer], lr: Any, weight_decay: Any, options: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The keyword arguments for ``rule``: learning rate, weight decay and ``options``.
 
-    Raises TypeError for an option that neither the preconditioner nor ``rule`` knows.
+    Raises:
+        TypeError: an option that neither the preconditioner nor ``rule`` knows.
+        ValueError: a value of the wrong type, or a negative learning rate or weight decay.
     """
     parameters = inspect.signature(rule).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
@@ -211,32 +240,93 @@ def base_arguments(
                 f"Shampoo4 got an unknown option {name!r}: it is neither an option of the preconditioner nor of "
                 f"{rule.__name__}{_hint(name, [*OPTION_NAMES, *known, 'lr', 'weight_decay'])}"
             )
-    if options.get("differentiable"):
-        raise ValueError("differentiable=True is not supported: gradients are preconditioned outside autograd")
     arguments = {"lr": lr, **options}
     if "weight_decay" in parameters or takes_any:
         arguments["weight_decay"] = weight_decay
-    elif weight_decay != 0.0:
+    elif to_number(weight_decay) != 0.0:
         raise TypeError(f"weight_decay={weight_decay!r} was given, but {rule.__name__} has no weight_decay")
+    arguments = {name: base_value(rule, name, value) for name, value in arguments.items()}
+    if arguments.get("differentiable"):
+        raise ValueError("differentiable=True is not supported: gradients are preconditioned outside autograd")
     return arguments
 
 
-def check_group(group: Mapping[str, Any], index: int, known: Iterable[str]) -> None:
-    """Check a parameter group's options; an unknown key that looks like a misspelt option raises TypeError.
+def base_value(rule: type[torch.optim.Optimizer], name: str, value: Any) -> Any:
+    """The value of an option of ``rule``, as its constructor takes it. Raises ValueError for one of the wrong type."""
+    parameter = inspect.signature(rule).parameters.get(name)
+    if name in ("lr", "weight_decay"):
+        value = like(name, value, 1e-3 if name == "lr" else 0.0)
+        not_negative(name, value)
+        return value
+    if parameter is None or parameter.default is parameter.empty:
+        return value
+    return like(name, value, parameter.default, whole=parameter.annotation in (int, "int"))
 
-    Other unknown keys pass, as in torch: schedulers and training scripts keep notes of their own in groups.
+
+def check_group(
+    group: dict[str, Any], index: int, given: Iterable[str], base: torch.optim.Optimizer, arguments: Mapping[str, Any]
+) -> None:
+    """Check a parameter group's options and convert them, in place.
+
+    An unknown key that looks like a misspelt option, or is another library's, raises TypeError. Others pass, as in
+    torch: schedulers and training scripts keep notes of their own in groups.
+
+    Args:
+        group: with the values of all options.
+        index: its number, for messages.
+        given: the options that it was given itself.
+        base: the base optimizer, which checks its own options by being made with them.
+        arguments: with which ``base`` was made.
     """
-    known = set(known) | {"params", "param_names"}
+    rule, own = type(base), [name for name in {**arguments, **base.defaults} if name in given]
+    known = {*OPTION_NAMES, *arguments, *base.defaults, "lr", "weight_decay", "params", "param_names"}
     for key in group.keys() - known:
         hint = _hint(key, known, cutoff=0.85)
         if hint:
             raise TypeError(f"unknown option {key!r} in param group {index}{hint}")
     try:
-        PreconditionerOptions.of_group(group)
-    except ValueError as error:
+        group.update(PreconditionerOptions.of_group(group).as_group())
+        group.update({name: base_value(rule, name, group[name]) for name in own})
+        if own:
+            rule([torch.nn.Parameter(torch.zeros(1))], **{**arguments, **{name: group[name] for name in own}})
+    except (TypeError, ValueError) as error:
         raise ValueError(f"param group {index}: {error}") from None
 
 
+# What other libraries call an option, and what to write here.
+_STEPS = "statistics_interval (T1, steps between statistics) and root_interval (T2, steps between inverse roots)"
+_OTHER_NAMES = {
+    **dict.fromkeys(("precondition_frequency", "preconditioning_frequency", "precondition_freq"), _STEPS),
+    **dict.fromkeys(("precond_freq", "precond_frequency", "precond_update_freq", "update_precond_freq"), _STEPS),
+    **dict.fromkeys(("update_freq", "update_frequency", "preconditioner_update_freq", "precond_interval"), _STEPS),
+    **dict.fromkeys(("preconditioning_compute_steps", "precondition_every_n_steps"), _STEPS),
+    **dict.fromkeys(("T1", "t1", "statistics_compute_steps", "stat_compute_steps"), "statistics_interval"),
+    **dict.fromkeys(("T2", "t2", "prec_compute_steps", "root_compute_steps"), "root_interval"),
+    **dict.fromkeys(
+        ("start_preconditioning_step", "start_prec_step"), "root_interval: directions begin with the first"
+    ),
+    **dict.fromkeys(("block_size", "max_precond_dim", "max_precond_size", "prec_maxorder"), "max_preconditioner_dim"),
+    **dict.fromkeys(("max_size_triangular", "max_dim"), "max_preconditioner_dim"),
+    "precondition_1d": "never done: vectors go to the base optimizer, leave it out",
+    "merge_dims": "always done: all dimensions after the first are one side of the matrix, leave it out",
+    **dict.fromkeys(("shampoo_eps", "matrix_epsilon", "diagonal_epsilon", "precond_eps"), "matrix_eps"),
+    **dict.fromkeys(("epsilon", "adam_epsilon"), "eps, of the base optimizer, or matrix_eps, of the inverse roots"),
+    **dict.fromkeys(("beta1", "beta2", "adam_beta1", "adam_beta2"), "betas=(beta1, beta2), of the base optimizer"),
+    **dict.fromkeys(("beta", "beta3", "stat_decay", "precond_beta", "preconditioner_beta"), "shampoo_beta"),
+    **dict.fromkeys(("graft_type", "grafting_type", "grafting_config"), "grafting"),
+    **dict.fromkeys(("prec_bits", "num_bits", "nbits"), "bits"),
+    **dict.fromkeys(("quan_blocksize", "quant_blocksize", "quantization_block_size"), "quant_block_size"),
+    **dict.fromkeys(("min_lowbit_size", "min_quant_size"), "min_quant_numel"),
+    **dict.fromkeys(("rect_t1", "rect_t2"), "rectify_steps=(rect_t1, rect_t2)"),
+    "learning_rate": "lr",
+    "wd": "weight_decay",
+    "use_nesterov": "nesterov, with base='sgd'",
+    "use_decoupled_weight_decay": "base='adamw', whose weight decay is decoupled",
+}
+
+
 def _hint(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    if name in _OTHER_NAMES:
+        return f"; here this is {_OTHER_NAMES[name]}"
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
     return f"; did you mean {matches[0]!r}?" if matches else ""

@@ -6,6 +6,7 @@ Knows tensors and numbers, not how parameters or gradients are laid out over ran
 from __future__ import annotations
 
 import functools
+import math
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,12 +15,17 @@ import torch
 from torch import Tensor
 
 from .factors import HEALTH, FactorPool, Index, factor_bytes
-from .layout import Block, cut_blocks
+from .layout import Block, count_parts, cut_blocks
 from .options import PreconditionerOptions
 from .plan import Owned
 from .schedule import TOGETHER, Phases
 
 _HEADER = struct.Struct("<qq")  # steps taken, whether a root step has come
+
+# Bytes of factors for an element of their matrix that are worth a warning: twice the states of AdamW, and seven times
+# what 4-bit factors of a square matrix take. Such factors in float32 take 16.
+COSTLY_BYTES = 16.0
+COSTLY_FLOAT32_BYTES = 64.0
 
 Place = tuple[FactorPool, int]  # where a factor is kept
 _PoolKey = tuple[PreconditionerOptions, torch.device, int]
@@ -85,8 +91,30 @@ class Matrix:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all factors of this matrix."""
-        return sum(map(self.block_bytes, self.blocks))
+        """Bytes of all factors of this matrix, without cutting it: it may have very many blocks."""
+        rows, columns = self._parts
+        left = sum(count * factor_bytes(order, self.options) for order, count in rows)
+        right = sum(count * factor_bytes(order, self.options) for order, count in columns)
+        return left * sum(count for _, count in columns) + right * sum(count for _, count in rows)
+
+    @property
+    def bytes_per_element(self) -> float:
+        """Bytes of all factors for each element of this matrix."""
+        return self.nbytes / math.prod(self.shape)
+
+    @property
+    def is_costly(self) -> bool:
+        """Whether the factors cost much more than those of a square matrix of as many elements."""
+        longest = max(order for side in self._parts for order, _ in side)
+        limit = COSTLY_BYTES if self.options.is_quantized(longest) else COSTLY_FLOAT32_BYTES
+        return self.bytes_per_element > limit
+
+    @functools.cached_property
+    def _parts(self) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+        """Into how many parts of which sizes the rows and the columns are cut."""
+        limit, split = self.options.max_preconditioner_dim, self.options.split
+        rows, columns = (count_parts(size, limit, split) for size in self.shape)
+        return rows, columns
 
     def block_bytes(self, block: Block) -> int:
         """Bytes of one block's factors."""

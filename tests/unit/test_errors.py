@@ -46,7 +46,7 @@ IMPOSSIBLE: list[tuple[dict[str, Any], str]] = [
     ({"base": torch.optim.LBFGS}, "base=LBFGS is not an elementwise rule"),
     ({"base": torch.optim.Muon}, "base=Muon is not an elementwise rule"),
     ({"differentiable": True}, "differentiable"),
-    ({"lr": -1.0}, "Invalid learning rate"),
+    ({"lr": -1.0}, "lr must be a finite number of at least 0, got -1.0"),
     ({"betas": (1.5, 0.9)}, "Invalid beta"),
 ]
 

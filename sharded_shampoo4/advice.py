@@ -1,0 +1,129 @@
+"""Warnings about what is allowed, but hardly meant: factors that outweigh their parameters, stacks, intervals."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from .layout import is_stack, matrix_shape
+from .memory import format_bytes
+from .options import PreconditionerOptions
+from .preconditioner import COSTLY_BYTES, Matrix
+
+# The factors of costly parameters are worth a warning if together they take at least so many bytes, and at least so
+# large a share of what all parameters and factors take. The head of a classifier of ten classes does not.
+_LEAST_BYTES = 2**20
+_LEAST_SHARE = 0.02
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Given:
+    """A parameter that is trained, as it was given: its name, whole shape, bytes per element and options."""
+
+    name: str
+    shape: torch.Size
+    itemsize: int
+    options: PreconditionerOptions
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the parameter itself."""
+        return self.shape.numel() * self.itemsize
+
+    def matrix(self, limit: int | None = None) -> Matrix | None:
+        """Its matrix, in blocks of at most ``limit``; None if it is not preconditioned."""
+        view = matrix_shape(self.shape) if self.options.precondition else None
+        options = self.options if limit is None else replace(self.options, max_preconditioner_dim=limit)
+        return _matrix(view, options) if view else None
+
+
+@functools.lru_cache(maxsize=4096)
+def _matrix(view: tuple[int, int], options: PreconditionerOptions) -> Matrix:
+    return Matrix("", view, options, torch.device("meta"))
+
+
+class Advice:
+    """What is to be said of an optimizer's parameters and options; nothing is said twice."""
+
+    def __init__(self) -> None:
+        self._told: set[Hashable] = set()
+
+    def give(self, parameters: Sequence[Given], stacklevel: int) -> None:
+        """Warn of what is new in ``parameters``, which are all of the optimizer's."""
+        messages = [*self._on_intervals(parameters), *self._on_stacks(parameters), *self._on_costs(parameters)]
+        for message in messages:
+            warnings.warn(message, stacklevel=stacklevel + 1)
+
+    def _on_intervals(self, parameters: Sequence[Given]) -> Iterable[str]:
+        intervals = {(g.options.statistics_interval, g.options.root_interval) for g in parameters if g.matrix()}
+        for statistics, root in sorted(intervals):
+            if statistics > root and self._is_new((statistics, root)):
+                yield (
+                    f"statistics_interval={statistics} is larger than root_interval={root}: until step {statistics} "
+                    "inverse roots are those of the initial statistics, which no gradient has entered, and directions "
+                    "are plain gradients; later ones are recomputed from statistics that have not changed. Make "
+                    "statistics_interval at most root_interval"
+                )
+
+    def _on_stacks(self, parameters: Sequence[Given]) -> Iterable[str]:
+        stacks = [g for g in parameters if g.matrix() and is_stack(g.shape) and self._is_new(("stack", g.name))]
+        if stacks:
+            views = [f"{g.name} {tuple(g.shape)} as {_times(matrix_shape(g.shape))}" for g in stacks]
+            yield (
+                "parameters that look like stacks of matrices, such as [experts, out, in], are preconditioned as one "
+                f"matrix each, which has a row for each matrix of the stack: {_few(views)}. That is not Shampoo of "
+                "those matrices, and may cost much memory. Make each of them a parameter of its own, or leave the "
+                "stacks to the base optimizer, in a param group with precondition=False"
+            )
+
+    def _on_costs(self, parameters: Sequence[Given]) -> Iterable[str]:
+        matrices = [(g, matrix) for g in parameters if (matrix := g.matrix())]
+        costly = [(g, matrix) for g, matrix in matrices if matrix.is_costly]
+        total = sum(matrix.nbytes for _, matrix in costly)
+        everything = sum(g.nbytes for g in parameters) + sum(matrix.nbytes for _, matrix in matrices)
+        if total < max(_LEAST_BYTES, _LEAST_SHARE * everything):
+            return
+        if not any([self._is_new(("cost", g.name)) for g, _ in costly]):
+            return
+        costly.sort(key=lambda pair: -pair[1].nbytes)
+        yield (
+            f"the factors of {len(costly)} of {len(parameters)} parameters take {format_bytes(total)}, and the "
+            f"parameters themselves {format_bytes(sum(g.nbytes for g, _ in costly))}: "
+            f"{_few([_cost(g, matrix) for g, matrix in costly])}. A factor is as large as the square of a side, and "
+            "here one side is short and the other long. Leave them to the base optimizer, in a param group with "
+            "precondition=False, or give their group a smaller max_preconditioner_dim"
+        )
+
+    def _is_new(self, what: Hashable) -> bool:
+        new = what not in self._told
+        self._told.add(what)
+        return new
+
+
+def _cost(given: Given, matrix: Matrix) -> str:
+    """What a parameter's factors cost, and a smaller limit of blocks with which they would not."""
+    found = (
+        f"{given.name} {tuple(given.shape)} has {format_bytes(matrix.nbytes)} of factors for "
+        f"{format_bytes(given.nbytes)} of values ({matrix.bytes_per_element:.0f} bytes per element"
+    )
+    limit = matrix.options.max_preconditioner_dim
+    while limit > 1:
+        limit //= 2
+        smaller = given.matrix(limit)
+        if smaller and smaller.bytes_per_element <= COSTLY_BYTES:
+            return f"{found}; {smaller.bytes_per_element:.0f} with max_preconditioner_dim={limit})"
+    return f"{found})"
+
+
+def _times(view: tuple[int, int] | None) -> str:
+    return " x ".join(map(str, view or ()))
+
+
+def _few(found: Sequence[str]) -> str:
+    more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+    return "; ".join(found[:_SHOWN]) + more

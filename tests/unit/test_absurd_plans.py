@@ -1,0 +1,191 @@
+"""Warnings at construction: factors that outweigh their parameters, stacks of matrices, intervals in wrong order."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM, ViTConfig, ViTModel
+
+from sharded_shampoo4 import Shampoo4
+from sharded_shampoo4.layout import cut_blocks
+from sharded_shampoo4.options import PreconditionerOptions
+from sharded_shampoo4.preconditioner import Matrix
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def parameters(shapes: Shapes, trained: bool = True) -> list[tuple[str, nn.Parameter]]:
+    return [(name, nn.Parameter(torch.empty(shape, device="meta"), trained)) for name, shape in shapes.items()]
+
+
+def warned(shapes: Shapes | nn.Module, **options: Any) -> list[str]:
+    """What is said of parameters of these shapes when an optimizer is made of them."""
+    named = shapes.named_parameters() if isinstance(shapes, nn.Module) else parameters(shapes)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        Shampoo4(named, **options)
+    assert all(warning.filename == __file__ for warning in found), "they point at the caller"
+    return [str(warning.message) for warning in found]
+
+
+# -- costs -------------------------------------------------------------------------------------------------------------
+
+COSTLY: dict[str, tuple[Shapes, str]] = {
+    "LoRA, r=8": (
+        {"lora_A": (8, 4096), "lora_B": (4096, 8)},
+        "2 of 2 parameters take 9.1 MiB, and the parameters themselves 256.0 KiB: lora_A (8, 4096) has 4.5 MiB of "
+        "factors for 128.0 KiB of values (145 bytes per element; 11 with max_preconditioner_dim=64)",
+    ),
+    "many small LoRA": (
+        {f"layer{n}": (8, 768) for n in range(24)},
+        "24 of 24 parameters take 15.3 MiB, and the parameters themselves 576.0 KiB: layer0 (8, 768) has 654.5 KiB of "
+        "factors for 24.0 KiB of values (109 bytes per element; 11 with max_preconditioner_dim=64); layer1",
+    ),
+    "Mamba's convolution": (
+        {"conv1d.weight": (1536, 1, 4), "in_proj": (3072, 768)},
+        "1 of 2 parameters take 1.3 MiB, and the parameters themselves 24.0 KiB: conv1d.weight (1536, 1, 4) has 1.3 "
+        "MiB of factors for 24.0 KiB of values (218 bytes per element)",
+    ),
+    "a vocabulary": ({"embedding": (50257, 64)}, "embedding (50257, 64) has 55.0 MiB of factors for 12.3 MiB"),
+    "biases of experts": ({"bias": (32, 5760)}, "bias (32, 5760) has 6."),
+    "four dimensions": ({"odd": (3, 12, 64, 768)}, "odd (3, 12, 64, 768) has 652.5 MiB of factors for 6.8 MiB"),
+}
+
+
+@pytest.mark.parametrize("case", COSTLY)
+def test_factors_that_outweigh_their_parameters_are_told(case: str) -> None:
+    shapes, words = COSTLY[case]
+    (message,) = warned(shapes)
+    assert words in message
+    assert "precondition=False" in message and "smaller max_preconditioner_dim" in message
+
+
+def test_one_warning_names_the_worst() -> None:
+    (message,) = warned({**{f"small{n}": (8, 512) for n in range(9)}, "worst": (4, 8192), "bad": (6, 4096)})
+    assert message.index("worst (4, 8192)") < message.index("bad (6, 4096)") < message.index("; and 8 more")
+
+
+USUAL: dict[str, Shapes] = {
+    "a head of ten classes": {"head": (10, 768), **{f"layer{n}": (768, 768) for n in range(48)}},
+    "a head of a thousand": {"head": (1000, 768)},
+    "patches": {"patch": (768, 3, 16, 16), "position": (1, 197, 768), "token": (1, 1, 768)},
+    "convolutions": {"stem": (64, 3, 7, 7), "deep": (512, 512, 3, 3), "point": (256, 64, 1, 1)},
+    "convolutions in one dimension": {"whisper": (384, 80, 3), "wav2vec": (512, 512, 2), "gan": (256, 128, 11)},
+    "vocabularies": {"gpt2": (50257, 768), "llama": (32000, 4096)},
+    "segments of a large model": {"segments": (2, 1024), **{f"layer{n}": (4096, 1024) for n in range(48)}},
+    "many tiny matrices": {f"layer{n}": (40, 44) for n in range(400)},
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"bits": 8}, {"bits": 32}, Shampoo4.compact_settings()], ids=str)
+@pytest.mark.parametrize("case", USUAL)
+def test_usual_layers_are_not_told(case: str, options: dict[str, Any]) -> None:
+    assert warned(USUAL[case], **options) == []
+
+
+def test_a_small_head_alone_is_not_told() -> None:
+    assert warned({"head": (10, 768)}) == []
+
+
+def test_usual_models_are_not_told() -> None:
+    with torch.device("meta"):
+        models = [GPT2LMHeadModel(GPT2Config()), ViTModel(ViTConfig())]
+    for model in models:
+        assert warned(model) == [] == warned(model, bits=32)
+
+
+def test_what_is_told_once_is_not_told_again() -> None:
+    shapes: Shapes = {"lora_A": (8, 4096)}
+    with pytest.warns(UserWarning, match="lora_A"):
+        optimizer = Shampoo4(parameters(shapes))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.add_param_group({"params": parameters({"layer": (512, 512)})})
+        optimizer.add_param_group({"params": parameters({"lora_B": (4096, 8)}), "precondition": False})
+        optimizer.add_param_group({"params": parameters({"lora_C": (4096, 8)}), "max_preconditioner_dim": 64})
+        Shampoo4(parameters(shapes, trained=False))
+        copy.deepcopy(optimizer)
+    with pytest.warns(UserWarning, match="lora_D") as found:
+        optimizer.add_param_group({"params": parameters({"lora_D": (4096, 8)})})
+    assert len(found) == 1 and found[0].filename == __file__
+
+
+@pytest.mark.parametrize("split", ["even", "remainder"])
+@pytest.mark.parametrize("shape", [(8, 6), (1024, 1024), (2500, 1025), (5, 7000)])
+def test_bytes_are_those_of_the_blocks(shape: tuple[int, int], split: Any) -> None:
+    options = PreconditionerOptions(split=split, max_preconditioner_dim=1000)
+    matrix = Matrix("w", shape, options, torch.device("meta"))
+    assert matrix.nbytes == sum(map(matrix.block_bytes, cut_blocks(shape, 1000, split)))
+
+
+# -- stacks ------------------------------------------------------------------------------------------------------------
+
+
+def test_mixtral_s_experts_are_told() -> None:
+    config = MixtralConfig(
+        vocab_size=100, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2
+    )
+    with torch.device("meta"):
+        model = MixtralForCausalLM(config)
+    stacks, costs = warned(model)
+    assert "experts.gate_up_proj (8, 256, 64) as 8 x 16384" in stacks and "; and 1 more" in stacks
+    assert "precondition=False" in stacks and "a parameter of its own" in stacks
+    assert "experts.gate_up_proj (8, 256, 64) has 18.1 MiB of factors for 512.0 KiB of values (145 bytes" in costs
+    named = {name: p for name, p in model.named_parameters() if "experts" not in name}
+    experts = [(name, p) for name, p in model.named_parameters() if "experts" in name]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Shampoo4([{"params": list(named.items())}, {"params": experts, "precondition": False}])
+
+
+def test_real_experts_are_told_at_once() -> None:
+    """Their blocks are too many to be cut for it."""
+    stacks, costs = warned({"gate_up": (8, 28672, 4096), "down": (8, 4096, 14336)})
+    assert "gate_up (8, 28672, 4096) as 8 x 117440512; down (8, 4096, 14336) as 8 x 58720256" in stacks
+    assert "2 of 2 parameters take 190.4 GiB" in costs and "126.9 GiB of factors for 3.5 GiB" in costs
+
+
+@pytest.mark.parametrize("shape", [(4, 8, 6), (2, 2, 2), (12, 768, 64), (64, 32, 64), (8, 16, 12)])
+def test_stacks_of_any_size_are_told(shape: tuple[int, ...]) -> None:
+    message = warned({"stack": shape})[0]
+    assert f"stack {shape} as {shape[0]} x {shape[1] * shape[2]}" in message
+
+
+def test_describe_shows_both() -> None:
+    with pytest.warns(UserWarning):
+        optimizer = Shampoo4(parameters({"experts": (4, 512, 128), "conv": (1536, 1, 4), "layer": (512, 512)}))
+    rows = {line.split()[0]: line for line in optimizer.describe().splitlines()}
+    assert "yes: 4 and 32 bits, as 4 x 65536" in rows["experts"] and "72.5 MiB, 290 per element" in rows["experts"]
+    assert "1.3 MiB, 218 per element" in rows["conv"] and " as " not in rows["conv"]
+    assert "per element" not in rows["layer"] and " as " not in rows["layer"]
+
+
+# -- intervals ---------------------------------------------------------------------------------------------------------
+
+
+def test_roots_that_come_before_statistics_are_told() -> None:
+    (message,) = warned({"w": (8, 6)}, statistics_interval=500, root_interval=100)
+    assert "statistics_interval=500 is larger than root_interval=100" in message
+    assert "until step 500 inverse roots are those of the initial statistics" in message
+    assert warned({"w": (8, 6)}, statistics_interval=500, root_interval=100, precondition=False) == []
+    assert warned({"w": (8, 6)}, statistics_interval=100, root_interval=100) == []
+    optimizer = Shampoo4(parameters({"w": (8, 6)}))
+    with pytest.warns(UserWarning, match="statistics_interval=9 is larger than root_interval=4"):
+        optimizer.add_param_group({"params": parameters({"v": (8, 6)}), "statistics_interval": "9", "root_interval": 4})
+
+
+def test_what_that_warning_says_is_so() -> None:
+    parameter = nn.Parameter(torch.zeros(8, 6))
+    with pytest.warns(UserWarning, match="until step 3 .*directions are plain gradients"):
+        optimizer = Shampoo4([("w", parameter)], base="sgd", statistics_interval=3, root_interval=1, grafting="none")
+    for step in range(1, 5):
+        gradient = torch.randn(8, 6)
+        parameter.grad = gradient.clone()
+        optimizer.step()
+        assert torch.allclose(parameter.grad, gradient * (parameter.grad.norm() / gradient.norm())) is (step < 3)
