@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .plan import Owned, Plan
 from .preconditioner import Matrix, index_tensor
-from .ranks import Ranks
+from .ranks import Company, Ranks
 
 _SMALL, _LARGE = 1e-12, 1e18  # norms of blocks between which the squares of float32 rows are exact enough
 
@@ -44,17 +44,19 @@ class Grafting:
         indices = index_tensor([self._block_index[owned] for owned in members], squares.device)
         squares.index_copy_(0, indices, norms.square().to(squares.device))
 
-    def apply(self, shards: Sequence[Tensor], directed: Sequence[bool], ranks: Ranks) -> None:
-        """Scale the directions that now stand in this rank's ``shards``."""
+    def apply(self, shards: Sequence[Tensor], directed: Sequence[bool], ranks: Ranks, company: Company) -> None:
+        """Scale the directions that now stand in this rank's ``shards``; what fails is kept in ``company``."""
         grafted = [
             index
             for index, (matrix, is_directed) in enumerate(zip(self._matrices, directed, strict=True))
             if is_directed and matrix.options.grafting == "parameter"
         ]
-        if not grafted:
-            return
-        squares = self._all_squares()
-        ranks.sum(squares)
+        if grafted:
+            squares = company.buffer(self._all_squares)
+            ranks.sum(squares)
+            company.attempt(self._scale, shards, grafted, squares)
+
+    def _scale(self, shards: Sequence[Tensor], grafted: Sequence[int], squares: Tensor) -> None:
         sums = torch.zeros(len(self._matrices), 2, dtype=torch.float64, device=squares.device)
         sums.index_add_(0, index_tensor(self._matrix_of_block, squares.device), squares)
         ratios = _ratio(sums.sqrt()).to(torch.float32).unbind()
