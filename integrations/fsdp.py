@@ -20,7 +20,7 @@ import itertools
 import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,12 +42,14 @@ class Location:
         stop: one past the last element held; ``start == stop == 0`` if nothing is held.
         replica: which complete copy of the parameter this rank belongs to: 0 where there is only one, the rank where
             every rank holds everything.
+        device: where FSDP1 computes a parameter that it has offloaded to the host.
     """
 
     shape: torch.Size
     start: int
     stop: int
     replica: int
+    device: torch.device | None = None
 
 
 def locate(name: str, parameter: Tensor, bound: Mapping[Tensor, Location]) -> Location:
@@ -80,6 +82,20 @@ def local_tensor(tensor: Tensor) -> Tensor:
     """The plain tensor behind a DTensor, in the same storage; any other tensor itself."""
     dtensor = _as_dtensor(tensor)
     return tensor if dtensor is None else dtensor._local_tensor
+
+
+def compute_device(tensor: Tensor) -> torch.device:
+    """Where a gradient like ``tensor`` is exchanged and preconditioned.
+
+    A DTensor that is offloaded to the host (FSDP2's CPUOffloadPolicy) goes to the accelerator of its mesh: that is
+    faster, and the process group may not be able to send from the host.
+    """
+    dtensor = _as_dtensor(tensor)
+    if dtensor is None:
+        return tensor.device
+    held, mesh = dtensor._local_tensor.device, dtensor.device_mesh.device_type
+    device: torch.device = _current_device(mesh) if held.type == "cpu" and mesh != "cpu" else held
+    return device
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -161,23 +177,27 @@ def shard_vector(vector: Tensor, parameter: Tensor) -> Tensor:
     return DTensor.from_local(local, mesh, placements, run_check=False, shape=vector.shape, stride=(1,))
 
 
-def process_group(parameters: Iterable[Tensor], names: Iterable[str] = ()) -> dist.ProcessGroup | None:
+def process_group(
+    parameters: Iterable[Tensor], chosen: dist.ProcessGroup | str | None = None, names: Iterable[str] = ()
+) -> dist.ProcessGroup | None:
     """The ranks that hold ``parameters`` between them, or None if this rank holds them alone.
 
-    The default group, unless the parameters are DTensors on a mesh of some of the ranks only. ``names`` are for
-    messages.
+    The ``chosen`` ones (a group, or ``"alone"``); otherwise the default group, unless the parameters are DTensors on a
+    mesh of some of the ranks only. ``names`` are for messages.
 
     Raises:
         ValueError: the parameters' meshes have different ranks, or a mesh of two or more dimensions has only some of
             the ranks (there is no group of just those).
     """
-    if not dist.is_available() or not dist.is_initialized():
+    if not dist.is_available() or not dist.is_initialized() or isinstance(chosen, str):
         return None
+    if chosen is not None:
+        return chosen if dist.get_world_size(chosen) > 1 else None
     meshes: dict[DeviceMesh, str] = {}  # with the name of their first parameter
     for mesh, name in itertools.zip_longest(map(_mesh, parameters), names):
         if mesh is not None:
             meshes.setdefault(mesh, name)
-    by_ranks = {tuple(sorted(mesh.mesh.flatten().tolist())): mesh for mesh in meshes}
+    by_ranks = {_ranks_of(mesh): mesh for mesh in meshes}
     if len(by_ranks) > 1:
         found = ", ".join(f"{mesh}{f' ({name}, ...)' if name else ''}" for mesh, name in meshes.items())
         raise ValueError(
@@ -190,6 +210,46 @@ def process_group(parameters: Iterable[Tensor], names: Iterable[str] = ()) -> di
         if ranks != world:
             group = _group_of(mesh)
     return group if group is not None and group.size() > 1 else None
+
+
+def check_chosen(chosen: Any) -> None:
+    """Raise TypeError or ValueError unless ``chosen`` can be an optimizer's ``process_group``."""
+    if chosen is None or chosen == "alone":
+        return
+    if isinstance(chosen, str):
+        raise ValueError(f"process_group must be None, 'alone' or a torch.distributed ProcessGroup, got {chosen!r}")
+    if dist.is_available() and chosen is dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError(
+            f"rank {dist.get_rank()} is not in the group that process_group= was given: make the optimizer on the "
+            "ranks of the group only"
+        )
+    if not dist.is_available() or not isinstance(chosen, dist.ProcessGroup):
+        hint = "; of a DeviceMesh, give mesh.get_group()" if type(chosen).__name__ == "DeviceMesh" else ""
+        raise TypeError(
+            "process_group must be None, 'alone' or a torch.distributed ProcessGroup, not "
+            f"{type(chosen).__name__}{hint}"
+        )
+
+
+def check_shared(name: str, parameter: Tensor, chosen: dist.ProcessGroup | str | None) -> None:
+    """Raise ValueError unless those that share ``parameter`` are the ``chosen`` ones, where it tells who they are."""
+    dtensor = _as_dtensor(parameter)
+    if chosen is None or dtensor is None:
+        return
+    ranks = _ranks_of(dtensor.device_mesh)
+    if isinstance(chosen, str):
+        if any(p.is_shard() and n > 1 for p, n in zip(dtensor.placements, dtensor.device_mesh.shape, strict=True)):
+            raise ValueError(
+                f"process_group={chosen!r}, but {name} is sharded over ranks {list(ranks)}: leave process_group out, "
+                "the ranks of a mesh are found by themselves"
+            )
+        return
+    members = tuple(sorted(dist.get_process_group_ranks(chosen)))
+    if ranks != members:
+        raise ValueError(
+            f"process_group has ranks {list(members)}, but {name} is on a mesh of ranks {list(ranks)}: leave "
+            "process_group out, or give a group of just these ranks"
+        )
 
 
 def bind(optimizer: Any, model: nn.Module) -> None:
@@ -209,7 +269,7 @@ def bind(optimizer: Any, model: nn.Module) -> None:
         optimizer = optimizer.optimizer
     if not hasattr(optimizer, "_bind_locations"):
         raise TypeError(f"bind needs a Shampoo4 optimizer, not {type(optimizer).__name__}")
-    optimizer._bind_locations(_bound_locations(model))
+    optimizer._bind_locations(_bound_locations(model, getattr(optimizer, "_process_group", None)))
 
 
 # -- plain tensors and DTensors ----------------------------------------------------------------------------------------
@@ -286,9 +346,18 @@ def _is_interval(sizes: Sequence[int], shape: Sequence[int]) -> bool:
     return list(sizes[first + 1 :]) == list(shape[first + 1 :])
 
 
+def _current_device(kind: str) -> torch.device:
+    """This process's device of a ``kind`` such as "cuda"."""
+    return torch.device(kind, torch.get_device_module(kind).current_device())
+
+
 def _mesh(parameter: Tensor) -> DeviceMesh | None:
     dtensor = _as_dtensor(parameter)
     return None if dtensor is None else dtensor.device_mesh
+
+
+def _ranks_of(mesh: DeviceMesh) -> tuple[int, ...]:
+    return tuple(sorted(mesh.mesh.flatten().tolist()))
 
 
 def _group_of(mesh: DeviceMesh) -> dist.ProcessGroup | None:
@@ -296,8 +365,8 @@ def _group_of(mesh: DeviceMesh) -> dist.ProcessGroup | None:
     longer = [dim for dim in range(mesh.ndim) if mesh.size(dim) > 1]
     if len(longer) > 1:
         raise ValueError(
-            f"{mesh} has only some of the {dist.get_world_size()} ranks, and more than one dimension: there is no "
-            "process group of just those. Shard on a mesh of one dimension, or of all ranks"
+            f"{mesh} has only some of the {dist.get_world_size()} ranks, and more than one dimension: give "
+            "process_group=, a group of just its ranks"
         )
     return mesh.get_group(longer[0]) if longer else None
 
@@ -305,8 +374,8 @@ def _group_of(mesh: DeviceMesh) -> dist.ProcessGroup | None:
 # -- FSDP1 -------------------------------------------------------------------------------------------------------------
 
 
-def _bound_locations(model: nn.Module) -> dict[Tensor, Location]:
-    """The locations of all parameters that FSDP1 shards in ``model``."""
+def _bound_locations(model: nn.Module, chosen: dist.ProcessGroup | str | None) -> dict[Tensor, Location]:
+    """The locations of all parameters that FSDP1 shards in ``model``, among the ``chosen`` ranks or all."""
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     units = FullyShardedDataParallel.fsdp_modules(model)
@@ -315,16 +384,17 @@ def _bound_locations(model: nn.Module) -> dict[Tensor, Location]:
     locations: dict[Tensor, Location] = {}
     for unit in units:
         if unit._handle is not None:  # None: it has no parameters of its own
-            locations.update(_unit_locations(unit))
+            locations.update(_unit_locations(unit, chosen))
     return locations
 
 
-def _unit_locations(unit: Any) -> Iterator[tuple[Tensor, Location]]:
+def _unit_locations(unit: Any, chosen: dist.ProcessGroup | str | None) -> Iterator[tuple[Tensor, Location]]:
     """The parameters that one FSDP1 module shards, and their locations."""
     flat = unit._handle.flat_param
     if flat._params is None:
         raise ValueError("FSDP1 was made with use_orig_params=False, which leaves no matrices to precondition")
-    replica = _unit_replica(unit)
+    replica = _unit_replica(unit, chosen)
+    computes = unit.compute_device if flat.device.type == "cpu" and unit.compute_device.type != "cpu" else None
     fields = (flat._params, flat._fqns, flat._shapes, flat._strides, flat._param_extensions, flat._shard_param_infos)
     for parameter, name, shape, stride, extension, shard in zip(*fields, strict=True):
         if extension is not None:
@@ -335,16 +405,23 @@ def _unit_locations(unit: Any) -> Iterator[tuple[Tensor, Location]]:
                 "contiguous before the model is wrapped"
             )
         start, stop = (shard.intra_param_start_idx, shard.intra_param_end_idx + 1) if shard.in_shard else (0, 0)
-        yield parameter, interval(torch.Size(shape), start, stop, replica)
+        yield parameter, replace(interval(torch.Size(shape), start, stop, replica), device=computes)
 
 
-def _unit_replica(unit: Any) -> int:
+def _unit_replica(unit: Any, chosen: dist.ProcessGroup | str | None) -> int:
     """Which copy of an FSDP1 module's parameters this rank has a part of."""
     across = getattr(unit, "_inter_node_pg", None)  # HYBRID_SHARD: the ranks that hold the same shard
     ranks = unit.process_group.size() * (1 if across is None else across.size())
-    if ranks != dist.get_world_size():
+    wanted = 1 if isinstance(chosen, str) else dist.get_world_size(chosen)
+    if ranks != wanted and isinstance(chosen, str):
         raise ValueError(
-            f"FSDP1 shards a module among {ranks} of {dist.get_world_size()} ranks (process_group=): it must be all"
+            f"process_group={chosen!r}, but FSDP1 shards a module among {ranks} ranks: leave process_group out, or "
+            "give their group"
+        )
+    if ranks != wanted:
+        raise ValueError(
+            f"FSDP1 shards a module among {ranks} of {dist.get_world_size()} ranks: it must be all, or those of "
+            f"Shampoo4(..., process_group=), which has {wanted}"
         )
     if not unit._handle.uses_sharded_strategy:
         return dist.get_rank()

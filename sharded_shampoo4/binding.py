@@ -5,7 +5,7 @@ Nothing is bound in a constructor: hosts replace parameters, shard them and move
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,7 +18,12 @@ from .integrations.fsdp import local_tensor
 from .packing import PackedPieces
 from .plan import Owned, Plan, PlannedMatrix, Shard, Work
 from .preconditioner import Matrix, Preconditioner
-from .ranks import Ranks
+from .ranks import OWN_MODELS, Company, Ranks
+
+_WAYS_OUT = (
+    f"{OWN_MODELS}; torch's ZeroRedundancyOptimizer, which gives every rank some parameters, takes "
+    "optimizer_class=functools.partial(Shampoo4, process_group='alone')"
+)
 
 
 @dataclass
@@ -36,7 +41,8 @@ class Candidate:
 
     def describe(self) -> tuple[str, tuple[int, int], dict[str, Any], Shard]:
         """What the ranks must tell each other of it."""
-        return self.matrix.name, self.matrix.shape, asdict(self.matrix.options), self.shard
+        arithmetic = {"device": self.matrix.device.type, "dtype": str(self.matrix.dtype)}
+        return self.matrix.name, self.matrix.shape, {**asdict(self.matrix.options), **arithmetic}, self.shard
 
 
 class Binding:
@@ -66,12 +72,15 @@ class Binding:
             )
             for index, matrix in enumerate(self.matrices)
         ]
-        self.plan = Plan(planned, ranks.size, others)
-        self.preconditioner = Preconditioner(self.matrices, self.plan.batches[ranks.rank])
-        self.grafting = Grafting(self.plan, self.matrices)
-        devices, dtypes = [m.device for m in self.matrices], [m.dtype for m in self.matrices]
-        rounded = [matrix.options.exchange_dtype == "bfloat16" for matrix in self.matrices]
-        self.exchange = Exchange(self.plan, ranks.group, devices, dtypes, rounded)
+        with ranks.together():
+            self.plan = Plan(planned, ranks.size, others)
+            self.preconditioner = Preconditioner(self.matrices, self.plan.batches[ranks.rank])
+            self.grafting = Grafting(self.plan, self.matrices)
+            devices, dtypes = [m.device for m in self.matrices], [m.dtype for m in self.matrices]
+            rounded = [matrix.options.exchange_dtype == "bfloat16" for matrix in self.matrices]
+            self.exchange = Exchange(self.plan, ranks, devices, dtypes, rounded)
+        try_out(ranks, self.matrices)
+        self.has_stepped = False  # whether the base optimizer has made a step with this binding
         self._replicas_differ = ranks.size > 1  # as far as is known
         self._present: tuple[bool, ...] = ()  # which parameters had a gradient on any rank in the last step
 
@@ -105,11 +114,12 @@ class Binding:
         if not self._replicas_differ or not any(self._present):
             return
         rank = self.ranks.rank
-        digests = [
-            (matrix.shards[rank], _digest(self._gradient_shard(index)))
-            for index, matrix in enumerate(self.plan.matrices)
-            if self._present[index] and matrix.replicas > 1
-        ]
+        with self.ranks.together():
+            digests = [
+                (matrix.shards[rank], _digest(self._gradient_shard(index)))
+                for index, matrix in enumerate(self.plan.matrices)
+                if self._present[index] and matrix.replicas > 1
+            ]
         names = [m.name for m, p in zip(self.plan.matrices, self._present, strict=True) if p and m.replicas > 1]
         seen: dict[tuple[int, int, int], tuple[int, int]] = {}
         for other, theirs in enumerate(self.ranks.gather(digests)):
@@ -118,26 +128,41 @@ class Binding:
                 if digest != expected:
                     raise RuntimeError(
                         f"ranks {first} and {other} hold the same elements of {names[position]}, but their gradients "
-                        "differ: wrap the model in DistributedDataParallel or FSDP, which average gradients"
+                        "differ: wrap the model in DistributedDataParallel or FSDP, which average gradients; "
+                        f"{OWN_MODELS}, as with local SGD, which averages parameters now and then"
                     )
         self._replicas_differ = False
 
     def precondition(self) -> None:
-        """Overwrite the gradients by their directions; collective."""
+        """Overwrite the gradients by their directions; collective.
+
+        What fails on one rank is raised on every rank, before any has changed a parameter. Gradients may then be
+        anything, and factors may have absorbed them.
+        """
+        company = self.exchange.company = Company(self.ranks)
         present, matrices = self._present, self.matrices
         for matrix, has_gradient in zip(matrices, present, strict=True):
             if has_gradient:
                 matrix.advance()
         active = tuple(has and matrix.busy for has, matrix in zip(present, matrices, strict=True))
         directed = tuple(has and matrix.rooted for has, matrix in zip(present, matrices, strict=True))
-        shards = [self._gradient_shard(index) for index in range(len(matrices))]
-        targets = self.grafting.targets(shards, directed)
+        shards = company.attempt(self._gradient_shards) or []
+        targets = company.attempt(self.grafting.targets, shards, directed) or []
         self.grafting.begin()
         if any(active):
             self.exchange.run(shards, targets, active, directed, self._directions)
         if any(has and matrix.check_due for has, matrix in zip(present, matrices, strict=True)):
-            self.ranks.raise_together(self.preconditioner.failure())
-        self.grafting.apply(shards, targets, directed, self.ranks)
+            company.attempt(self._raise_failure)
+        self.grafting.apply(shards, targets, directed, self.ranks, company)
+        company.part()
+
+    def _gradient_shards(self) -> list[Tensor]:
+        return [self._gradient_shard(index) for index in range(len(self.matrices))]
+
+    def _raise_failure(self) -> None:
+        failure = self.preconditioner.failure()
+        if failure is not None:
+            raise failure
 
     def _directions(self, number: int, chosen: list[int], gradients: Tensor) -> Tensor:
         batch = self.preconditioner.batches[number]
@@ -175,13 +200,15 @@ class Binding:
     def pack(self, index: int) -> Tensor:
         """A matrix's whole preconditioner as one uint8 vector, on every rank; collective."""
         matrix = self.matrices[index]
-        packed = torch.empty(matrix.packed_bytes, dtype=torch.uint8, device=matrix.device)
-        header = matrix.header
-        packed[: len(header)] = header
         ranges = [(self.plan.owner_of[Owned(index, block)], block, place) for block, place in matrix.packed_ranges()]
-        mine = [self.preconditioner.to_bytes(Owned(index, b)) for owner, b, _ in ranges if owner == self.ranks.rank]
         sizes = [sum(s.stop - s.start for owner, _, s in ranges if owner == rank) for rank in range(self.ranks.size)]
-        parts = self.ranks.gather_bytes(torch.cat(mine) if mine else packed[:0], sizes)
+        with self.ranks.together():
+            packed = torch.empty(matrix.packed_bytes, dtype=torch.uint8, device=matrix.device)
+            header = matrix.header
+            packed[: len(header)] = header
+            mine = [self.preconditioner.to_bytes(Owned(index, b)) for owner, b, _ in ranges if owner == self.ranks.rank]
+            own = torch.cat(mine) if mine else packed[:0]
+        parts = self.ranks.gather_bytes(own, sizes)
         starts = [0] * self.ranks.size
         for owner, block, place in ranges:
             size = matrix.block_bytes(block)
@@ -217,6 +244,40 @@ def _digest(values: Tensor) -> int:
     return int(values.contiguous().view(integers).sum(dtype=torch.int64))
 
 
+def try_out(ranks: Ranks, matrices: Sequence[Matrix]) -> None:
+    """Try what might otherwise fail late, once for each device: memory, solvers, connections to all ranks; collective.
+
+    A rank that fails raises on every rank, now and not after hours.
+    """
+    needs = {matrix.device: matrix for matrix in matrices if matrix.device not in ranks.tried}
+    on_host = all(device.type == "cpu" for device in needs)
+    if on_host and ranks.size == 1:
+        return
+    with ranks.together():
+        for device, matrix in needs.items():
+            ranks.check_device(matrix.name, device)
+            _try_solvers(device, {m.options.refresh_dtype for m in matrices if m.device == device})
+            if device.type != "cpu":
+                most = max(m.options.scratch_mib for m in matrices if m.device == device)
+                torch.empty(most * 2**20, dtype=torch.uint8, device=device)
+    for device in needs:
+        each = [1] * ranks.size
+        with ranks.together():
+            receive, send = torch.zeros(ranks.size, device=device), torch.zeros(ranks.size, device=device)
+        if ranks.size > 1:
+            work = ranks.start_all_to_all(receive, send, each, each)
+            with ranks.explaining():
+                work.wait()
+        ranks.tried.add(device)
+
+
+def _try_solvers(device: torch.device, dtypes: Iterable[str]) -> None:
+    for name in sorted(dtypes):
+        matrix = torch.eye(8, dtype=getattr(torch, name), device=device)
+        torch.linalg.qr(matrix)
+        torch.linalg.eigh(matrix)
+
+
 def _check_agreement(everyone: list[list[tuple[str, tuple[int, int], dict[str, Any], Shard]]]) -> None:
     """Raise ValueError unless all ranks have the same parameters with the same options."""
     first = everyone[0]
@@ -224,11 +285,15 @@ def _check_agreement(everyone: list[list[tuple[str, tuple[int, int], dict[str, A
         if [name for name, *_ in other] != [name for name, *_ in first]:
             raise ValueError(
                 f"ranks precondition different parameters: rank 0 {_few([d[0] for d in first])}, "
-                f"rank {rank} {_few([d[0] for d in other])}"
+                f"rank {rank} {_few([d[0] for d in other])}: they must give Shampoo4 the same ones in the same order. "
+                f"It spreads its work by itself; {_WAYS_OUT}"
             )
         for (name, shape, options, _), (_, other_shape, other_options, _) in zip(first, other, strict=True):
             if shape != other_shape:
-                raise ValueError(f"{name} has shape {shape} on rank 0 and {other_shape} on rank {rank}")
+                raise ValueError(
+                    f"{name} has shape {shape} on rank 0 and {other_shape} on rank {rank}, but ranks must have the "
+                    f"same parameters: {_WAYS_OUT}"
+                )
             for option, value in options.items():
                 if other_options[option] != value:
                     raise ValueError(

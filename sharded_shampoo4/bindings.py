@@ -7,8 +7,9 @@ by the others.
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -17,13 +18,14 @@ from torch import Tensor
 
 from . import packing
 from .binding import Binding, Candidate
+from .groups import leave_word
 from .integrations import fsdp, zero
 from .layout import matrix_shape
 from .members import Entry, Members
 from .options import PreconditionerOptions
 from .plan import Shard, Work
 from .preconditioner import Matrix, worse
-from .ranks import Ranks
+from .ranks import Company, Ranks, has_waited
 from .schedule import Phases
 
 Unbound = packing.PackedState | packing.PackedPieces
@@ -32,16 +34,18 @@ Unbound = packing.PackedState | packing.PackedPieces
 class Bindings:
     """All bindings of an optimizer's ``members``, and the factors of parameters that are not bound (yet).
 
-    ``base`` is the name of the base optimizer.
+    ``base`` is the name of the base optimizer, ``chosen`` its ``process_group`` as it was given.
     """
 
-    def __init__(self, members: Members, base: str) -> None:
+    def __init__(self, members: Members, base: str, chosen: Any = None) -> None:
         self.members = members
         self.base = base
+        self.chosen = chosen
         self.ranks: Ranks | None = None
         self.locations: dict[Tensor, fsdp.Location] = {}  # of parameters that cannot tell where they live
         self.unbound: dict[Tensor, Unbound] = {}
         self.last: Binding | None = None  # that of the last step
+        self._has_left_word = False
         self._by_key: dict[tuple[Hashable, ...], Binding] = {}
 
     def all(self) -> Iterable[Binding]:
@@ -64,26 +68,33 @@ class Bindings:
 
     # -- at a step -----------------------------------------------------------------------------------------------------
 
-    def bind(self, groups: Sequence[dict[str, Any]], state: Mapping[Tensor, Any], engine: Any) -> Binding:
+    def bind(
+        self, groups: Sequence[dict[str, Any]], state: Mapping[Tensor, Any], engine: Any, error: Exception | None = None
+    ) -> Binding:
         """Check this step's gradients, and give the binding of the parameters in ``groups`` as they are; collective.
 
-        ``state`` are the base optimizer's states; ``engine`` is DeepSpeed's, if one is calling.
+        ``state`` are the base optimizer's states; ``engine`` is DeepSpeed's, if one is calling; an ``error`` of this
+        rank's is raised on every rank.
         """
-        ranks = self._meet(groups, engine)
-        error: Exception | None = None
+        ranks = self._meet(groups, engine, "step()")
         entries: list[Entry] = []
         try:
             entries = self.members.entries(groups, self.locations)
             for entry in entries:
                 _check_numbers(entry, entry.holder.grad)
-        except (TypeError, ValueError) as found:
-            error = found
+        except Exception as found:
+            error = error or found
         self.last = self._bind_entries(ranks, entries, state, error)
         return self.last
 
-    def bind_all(self, groups: Sequence[dict[str, Any]], state: Mapping[Tensor, Any], engine: Any) -> None:
-        """Bind all parameters, between steps, as the calls of ``step()`` would do; collective."""
-        ranks = self._meet(groups, engine)
+    def bind_all(
+        self, groups: Sequence[dict[str, Any]], state: Mapping[Tensor, Any], engine: Any, calling: str
+    ) -> None:
+        """Bind all parameters, between steps, as the calls of ``step()`` would do; collective.
+
+        ``calling`` is the call in which that is done, for messages.
+        """
+        ranks = self._meet(groups, engine, calling)
         with ranks.together():
             calls = self.members.calls(groups, self.locations)
             for entry in (entry for call in calls for entry in call):
@@ -96,13 +107,49 @@ class Bindings:
         entries = [entry for call in self.members.calls(groups, self.locations) for entry in call if entry.trained]
         return [(entry, *entry.locate(self.locations, self.members.engine)) for entry in entries]
 
-    def _meet(self, groups: Sequence[dict[str, Any]], engine: Any) -> Ranks:
+    @contextlib.contextmanager
+    def leaving_word(self, groups: Sequence[dict[str, Any]]) -> Iterator[None]:
+        """Leave word of what is raised in here for the other ranks, which may be waiting for this one."""
+        if self._has_left_word:
+            self._leave_word(groups, "")
+        try:
+            yield
+        except BaseException as error:
+            if not has_waited(error):
+                self._leave_word(groups, f"{type(error).__name__}: {error}")
+            raise
+
+    def _leave_word(self, groups: Sequence[dict[str, Any]], text: str) -> None:
+        self._has_left_word = bool(text)
+        with contextlib.suppress(Exception):
+            leave_word(self.process_group(groups), text)
+
+    def process_group(self, groups: Sequence[dict[str, Any]]) -> Any:
+        """The ranks that hold the parameters in ``groups`` between them; None: this process alone."""
+        if self.ranks is not None and not self.ranks.gone:
+            return self.ranks.group
+        names = [name for name, _, _ in self.members.given()]
+        return fsdp.process_group([p for group in groups for p in group["params"]], self.chosen, names)
+
+    def _meet(self, groups: Sequence[dict[str, Any]], engine: Any, calling: str) -> Ranks:
         if self.ranks is None:  # first of all: an error on one rank must reach the others
-            names = [name for name, _, _ in self.members.given()]
-            self.ranks = Ranks(fsdp.process_group([p for group in groups for p in group["params"]], names))
+            self.ranks = Ranks(self.process_group(groups))
+            self.ranks.calling = calling
             self.members.meet(engine)
             self._check_that_groups_agree(self.ranks)
+        elif self.ranks.gone:
+            self._meet_again(groups, self.ranks)
+        self.ranks.calling = calling
         return self.ranks
+
+    def _meet_again(self, groups: Sequence[dict[str, Any]], ranks: Ranks) -> None:
+        """Go on with a process group that was destroyed and made anew."""
+        if self.chosen is not None:
+            raise RuntimeError(
+                "the group that process_group= was given was destroyed: save a checkpoint before that, and load it "
+                "into an optimizer made with the new group"
+            )
+        ranks.renew(self.process_group(groups))
 
     def _check_that_groups_agree(self, ranks: Ranks) -> None:
         """Raise ValueError, on every rank alike, unless all of them have the same base optimizer and its options."""
@@ -121,12 +168,18 @@ class Bindings:
     def _bind_entries(
         self, ranks: Ranks, entries: list[Entry], state: Mapping[Tensor, Any], error: Exception | None
     ) -> Binding:
-        chosen, matrices = _matrices(entries, self.members.schedule(self.locations))
+        chosen: list[Entry] = []
+        matrices: list[Matrix] = []
         binding = self._by_key.get(_key(entries))
-        stale = binding is None or not binding.fits(
-            [entry.parameter for entry in chosen], [entry.holder for entry in chosen], matrices
-        )
-        changed = binding is not None and not stale and binding.presence_changed()
+        stale = changed = False
+        try:
+            chosen, matrices = _matrices(entries, self.members.schedule(self.locations))
+            stale = binding is None or not binding.fits(
+                [entry.parameter for entry in chosen], [entry.holder for entry in chosen], matrices
+            )
+            changed = binding is not None and not stale and binding.presence_changed()
+        except Exception as found:
+            error = error or found
         failed, any_stale, any_changed = ranks.any([error is not None, stale, changed])
         if failed:
             ranks.raise_together(error)
@@ -153,6 +206,7 @@ class Bindings:
         candidates: list[Candidate] = []
         with ranks.together():
             self.members.refuse_untested()
+            self.members.check_shared(entries, self.chosen)
             self._refuse_unbound(entries)
             self._check_that_something_is_left(entries, matrices)
             for entry, matrix in zip(chosen, matrices, strict=True):
@@ -174,11 +228,13 @@ class Bindings:
             if parameter not in kept:
                 assert old is not None
                 self.unbound[parameter] = packing.PackedState(old.matrices[place].options, old.pack(place))
+        company = Company(ranks)
         for index, (entry, matrix) in enumerate(zip(chosen, matrices, strict=True)):
             if entry.parameter in self.unbound:
-                binding.unpack(index, self.unbound.pop(entry.parameter).full(matrix, ranks))
+                company.attempt(binding.unpack, index, self.unbound.pop(entry.parameter).full(matrix, ranks))
             elif old is not None and entry.parameter in places:
-                binding.unpack(index, old.pack(places[entry.parameter]))
+                company.attempt(binding.unpack, index, old.pack(places[entry.parameter]))
+        company.part()
         self._by_key[key] = binding
         return binding
 
@@ -215,9 +271,15 @@ class Bindings:
     def packed(self) -> dict[Tensor, Tensor]:
         """Every preconditioner there is, as bytes; on several ranks collective, and sharded where parameters are."""
         packed: dict[Tensor, Tensor] = {}
+        company = Company(self.ranks) if self.ranks is not None else None
         for binding in self.all():
+            assert company is not None
             for index, parameter in enumerate(binding.parameters):
-                packed[parameter] = fsdp.shard_vector(binding.pack(index), parameter)
+                part = company.attempt(fsdp.shard_vector, binding.pack(index), parameter)
+                if part is not None:
+                    packed[parameter] = part
+        if company is not None:
+            company.part()
         for parameter, entry in self.unbound.items():
             packed[parameter] = entry.data
         return packed
@@ -260,8 +322,12 @@ class Bindings:
     def health(self) -> dict[str, list[float]]:
         """The worst of each matrix's factors on all ranks, in the order of HEALTH; collective."""
         worst: dict[str, list[float]] = {}
+        if self.ranks is not None and self.spread:
+            self.ranks.meet("health()")
         for binding in self.all():
-            for found in binding.ranks.gather(binding.preconditioner.health()):
+            with binding.ranks.together():
+                mine = binding.preconditioner.health()
+            for found in binding.ranks.gather(mine):
                 for name, values in found.items():
                     worst[name] = worse(worst.get(name), values)
         return worst

@@ -53,7 +53,8 @@ def save(optimizer: Any, directory: str | os.PathLike[str], *, model: nn.Module 
         optimizer: a Shampoo4, whatever ``prepare()`` made of one, or a DeepSpeed engine that has one, whose counters,
             loss scale and scheduler are saved too. Its parameters need names, from ``named_parameters()`` or, under
             DeepSpeed, from the engine.
-        directory: on storage that all ranks share. A checkpoint that it has already is replaced once the new one is
+        directory: on storage that all ranks of the optimizer's share, and a directory of its own for each optimizer (of
+            ranks that train ``"alone"``, too). A checkpoint that it has already is replaced once the new one is
             complete; files of saves that were cut off are removed.
         model: wrapped as it is; its frozen parameters and its buffers are then saved as well. A DeepSpeed engine brings
             its own.
@@ -62,7 +63,7 @@ def save(optimizer: Any, directory: str | os.PathLike[str], *, model: nn.Module 
         OSError, ValueError: on every rank alike; the checkpoint that was there is untouched. Also for a base optimizer
             whose states are neither numbers nor elementwise, such as bitsandbytes' codes.
     """
-    subject = _Subject(optimizer, model)
+    subject = _Subject(optimizer, model, "checkpoint.save()")
     subject.wait_for_background()
     _write(_collect(subject, Path(directory)), subject.ranks)
 
@@ -78,7 +79,7 @@ def async_save(optimizer: Any, directory: str | os.PathLike[str], *, model: nn.M
         ``.result()`` waits until the checkpoint is complete, and raises what :func:`save` would have raised. Call it
         before the process group is destroyed.
     """
-    subject = _Subject(optimizer, model)
+    subject = _Subject(optimizer, model, "checkpoint.async_save()")
     subject.wait_for_background()
     background = subject.background()
     job = _collect(subject, Path(directory))
@@ -103,7 +104,7 @@ def load(optimizer: Any, directory: str | os.PathLike[str], *, model: nn.Module 
         ValueError: on every rank alike, with both values: a newer format, other parameters, shapes or options that
             shape stored bytes, another base optimizer, missing or damaged files. Nothing has been changed then.
     """
-    subject = _Subject(optimizer, model)
+    subject = _Subject(optimizer, model, "checkpoint.load()")
     subject.wait_for_background()
     ranks, folder = subject.ranks, Path(directory)
     with ranks.together():
@@ -176,13 +177,13 @@ def read_manifest(directory: str | os.PathLike[str]) -> dict[str, Any]:
 class _Subject:
     """What is saved or loaded: an optimizer, bound to its parameters, with its ranks, its engine and its model."""
 
-    def __init__(self, optimizer: Any, model: nn.Module | None) -> None:
+    def __init__(self, optimizer: Any, model: nn.Module | None, calling: str) -> None:
         self.optimizer, self.engine = _unwrap(optimizer)
         self.model = self.engine if self.engine is not None else model
         if self.model is not None:
             fsdp.reshard(self.model)
         self.bindings = self.optimizer._bindings
-        self.bindings.bind_all(self.optimizer.param_groups, self.optimizer.state, self.engine)
+        self.bindings.bind_all(self.optimizer.param_groups, self.optimizer.state, self.engine, calling)
         assert self.bindings.ranks is not None
         self.ranks = self.bindings.ranks
 

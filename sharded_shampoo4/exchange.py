@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .layout import Block
 from .plan import Incoming, Outgoing, Plan
+from .ranks import Company, Ranks
 
 # Given the number of one of this rank's batches, the positions in it that take part, and their gradients
 # (k, rows, columns): their directions.
@@ -42,19 +43,24 @@ class Part:
 
 
 class Exchange:
-    """One rank's part in ``plan``, over ``group`` (None: a process by itself)."""
+    """One rank's part in ``plan``, which ``ranks`` carry out.
+
+    What fails on this rank is kept in ``company``, and every collective of the step still takes place, with zeros for
+    what could not be computed: no rank waits for one that has left.
+    """
 
     def __init__(
         self,
         plan: Plan,
-        group: dist.ProcessGroup | None,
+        ranks: Ranks,
         devices: list[torch.device],
         dtypes: list[torch.dtype],
         rounded: list[bool],
     ) -> None:
         self.plan = plan
-        self.group = group
-        self.rank = dist.get_rank(group) if group is not None else 0
+        self.ranks = ranks
+        self.rank = ranks.rank
+        self.company = Company(ranks)  # of the step that is under way
         self.devices = devices  # on which every matrix is computed; an offloaded shard may be on the host
         self.dtypes = dtypes  # in which every matrix is computed
         # Rounded to bfloat16, gradients and directions, also where they need not travel: ranks change no number.
@@ -77,7 +83,7 @@ class Exchange:
 
         ``shards`` are this rank's flattened gradients of all matrices; the targets may be the same tensors. Blocks of
         ``active`` matrices go to their owners; those of ``directed`` ones, a subset, come back. Both must be the same
-        on every rank.
+        on every rank. ``company`` has what failed.
         """
         parts = self._parts(active, directed)
         gradients = self._send_gradients(parts[0], shards) if parts else None
@@ -124,15 +130,24 @@ class Exchange:
 
     def _send_gradients(self, part: Part, shards: Sequence[Tensor]) -> _Arriving:
         """Start the gradients' way to their owners."""
-        outgoing = [[self._view(shards, p.matrix, p.piece) for p in pieces] for pieces in part.send_gradients]
-        sizes = [sum(p.piece.rows * p.piece.columns for p in pieces) for pieces in part.receive_gradients]
-        return self._start(outgoing, sizes)
+
+        def outgoing() -> list[list[Tensor]]:
+            return [[self._view(shards, p.matrix, p.piece) for p in pieces] for pieces in part.send_gradients]
+
+        return self._start(outgoing, _sizes(part.send_gradients), _sizes(part.receive_gradients))
 
     def _compute(self, part: Part, arriving: _Arriving, shards: Sequence[Tensor], compute: Compute) -> Tensor | None:
         """Put the gradients of this rank's blocks together and have their directions computed."""
-        if not part.chosen:
+        gathered = self.company.attempt(self._gather_own, part, shards) if part.chosen else None
+        if gathered is None:
             arriving.wait()
             return None
+        gradients, places = gathered
+        arriving.write(places)
+        return self.company.attempt(self._directions, part, gradients, compute)
+
+    def _gather_own(self, part: Part, shards: Sequence[Tensor]) -> tuple[Tensor, list[list[Tensor]]]:
+        """The gradients of this rank's blocks with what it holds of them, and the places for what others hold."""
         matrix, block = self._batches[part.number][part.chosen[0]]
         shape = (len(part.chosen), block.rows, block.columns)
         gradients = torch.empty(shape, dtype=self.dtypes[matrix], device=self.devices[matrix])
@@ -140,38 +155,52 @@ class Exchange:
         here = part.send_gradients[self.rank]
         _copy(places[self.rank], [self._view(shards, p.matrix, p.piece) for p in here])
         places[self.rank] = []
-        arriving.write(places)
-        if not self.rounded[matrix]:
+        return gradients, places
+
+    def _directions(self, part: Part, gradients: Tensor, compute: Compute) -> Tensor:
+        if not self.rounded[self._batches[part.number][part.chosen[0]].matrix]:
             return compute(part.number, part.chosen, gradients)
         gradients = gradients.to(torch.bfloat16).to(gradients.dtype)
         return compute(part.number, part.chosen, gradients).to(torch.bfloat16).to(gradients.dtype)
 
     def _send_directions(self, part: Part, directions: Tensor | None, targets: Sequence[Tensor]) -> _Arriving:
         """Start the directions' way back; those that stay here are written at once."""
-        outgoing: list[list[Tensor]] = [[] for _ in part.send_directions]
-        if directions is not None:
-            outgoing = [[directions[p.position][p.piece.slices] for p in pieces] for pieces in part.send_directions]
-        places = [[self._view(targets, p.matrix, p.piece) for p in pieces] for pieces in part.receive_directions]
-        _copy(places[self.rank], outgoing[self.rank])
-        places[self.rank] = []
-        sizes = [sum(view.numel() for view in views) for views in places]
-        arriving = self._start(outgoing, sizes)
-        arriving.places = places
+
+        def outgoing() -> list[list[Tensor]]:
+            if directions is None:
+                return [[] for _ in part.send_directions]
+            return [[directions[p.position][p.piece.slices] for p in pieces] for pieces in part.send_directions]
+
+        def places() -> list[list[Tensor]]:
+            views = [[self._view(targets, p.matrix, p.piece) for p in pieces] for pieces in part.receive_directions]
+            _copy(views[self.rank], outgoing()[self.rank])
+            views[self.rank] = []
+            return views
+
+        written = self.company.attempt(places)
+        arriving = self._start(outgoing, _sizes(part.send_directions), _sizes(part.receive_directions))
+        arriving.places = written or []
         return arriving
 
-    def _start(self, outgoing: list[list[Tensor]], sizes: list[int]) -> _Arriving:
-        """Send views to ranks, a list for each, and expect as many elements from each as ``sizes`` says."""
-        if self.group is None:
-            return _Arriving(None, [])
-        outgoing[self.rank], sizes[self.rank] = [], 0
-        sent = [sum(view.numel() for view in views) for views in outgoing]
+    def _start(self, outgoing: Callable[[], list[list[Tensor]]], sent: list[int], sizes: list[int]) -> _Arriving:
+        """Send views to ranks, a list for each with ``sent`` elements, and expect ``sizes`` elements from each."""
+        if self.ranks.size == 1:
+            return _Arriving(self, None, [])
+        sent[self.rank] = sizes[self.rank] = 0
         device = self.devices[0]
-        flat = [view.to(self.wire).reshape(-1) for views in outgoing for view in views]
-        send = torch.cat(flat).to(device) if flat else torch.empty(0, dtype=self.wire, device=device)
-        receive = torch.empty(sum(sizes), dtype=self.wire, device=device)
+
+        def packed() -> Tensor:
+            views = [view for rank, views in enumerate(outgoing()) if rank != self.rank for view in views]
+            flat = [view.to(self.wire).reshape(-1) for view in views]
+            return torch.cat(flat).to(device) if flat else torch.empty(0, dtype=self.wire, device=device)
+
+        send = self.company.attempt(packed)
+        if send is None:
+            send = torch.zeros(sum(sent), dtype=self.wire, device=device)
+        receive = self.company.buffer(lambda: torch.empty(sum(sizes), dtype=self.wire, device=device))
         self.bytes_sent += send.numel() * send.element_size()
-        work = dist.all_to_all_single(receive, send, sizes, sent, group=self.group, async_op=True)
-        return _Arriving(work, list(receive.split(sizes)), send)
+        work = self.ranks.start_all_to_all(receive, send, sizes, sent)
+        return _Arriving(self, work, list(receive.split(sizes)), send)
 
     def _view(self, shards: Sequence[Tensor], matrix: int, piece: Block) -> Tensor:
         """A piece of a matrix in this rank's shard of it."""
@@ -184,7 +213,10 @@ class Exchange:
 class _Arriving:
     """Elements on their way from every other rank."""
 
-    def __init__(self, work: dist.Work | None, received: list[Tensor], sent: Tensor | None = None) -> None:
+    def __init__(
+        self, exchange: Exchange, work: dist.Work | None, received: list[Tensor], sent: Tensor | None = None
+    ) -> None:
+        self._exchange = exchange
         self._work = work
         self._received = received
         self._sent = sent  # must live until the work is done
@@ -192,17 +224,25 @@ class _Arriving:
 
     def wait(self) -> None:
         if self._work is not None:
-            self._work.wait()
+            with self._exchange.ranks.explaining():
+                self._work.wait()
 
     def write(self, places: list[list[Tensor]] | None = None) -> None:
         """Wait, and write what came from each rank to its ``places``, in order."""
         self.wait()
-        if self._work is None:
-            return
-        for views, received in zip(self.places if places is None else places, self._received, strict=True):
+        if self._work is not None:
+            self._exchange.company.attempt(self._write, self.places if places is None else places)
+
+    def _write(self, places: list[list[Tensor]]) -> None:
+        for views, received in zip(places, self._received, strict=True):
             if views:
                 parts = received.to(views[0].device).split([view.numel() for view in views])
                 _copy(views, [part.view(view.shape) for part, view in zip(parts, views, strict=True)])
+
+
+def _sizes(pieces: Sequence[Sequence[Incoming]] | Sequence[Sequence[Outgoing]]) -> list[int]:
+    """How many elements the pieces for each rank have."""
+    return [sum(piece.piece.rows * piece.piece.columns for piece in part) for part in pieces]
 
 
 def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:

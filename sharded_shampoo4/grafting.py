@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .plan import Owned, Plan
 from .preconditioner import Matrix, index_tensor
-from .ranks import Ranks
+from .ranks import Company, Ranks
 
 _SMALL, _LARGE = 1e-12, 1e18  # norms of blocks between which the squares of float32 rows are exact enough
 
@@ -56,14 +56,26 @@ class Grafting:
         ]
 
     def apply(
-        self, shards: Sequence[Tensor], targets: Sequence[Tensor], directed: Sequence[bool], ranks: Ranks
+        self,
+        shards: Sequence[Tensor],
+        targets: Sequence[Tensor],
+        directed: Sequence[bool],
+        ranks: Ranks,
+        company: Company,
     ) -> None:
-        """Scale the directions in this rank's ``targets`` and leave them in its ``shards``."""
+        """Scale the directions in this rank's ``targets`` and leave them in its ``shards``.
+
+        What fails is kept in ``company``.
+        """
         grafted = self._grafted(directed)
-        if not grafted:
-            return
-        squares = self._all_squares()
-        ranks.sum(squares)
+        if grafted:
+            squares = company.buffer(self._all_squares)
+            ranks.sum(squares)
+            company.attempt(self._scale, shards, targets, grafted, squares)
+
+    def _scale(
+        self, shards: Sequence[Tensor], targets: Sequence[Tensor], grafted: Sequence[int], squares: Tensor
+    ) -> None:
         sums = torch.zeros(len(self._matrices), 2, dtype=torch.float64, device=squares.device)
         sums.index_add_(0, index_tensor(self._matrix_of_block, squares.device), squares)
         exact = _ratio(sums.sqrt())

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 _CACHE_LINE = 64  # bytes; torch aligns fresh CPU memory to it
+_SOLVERS = ("cusolver", "hipsolver", "rocsolver", "magma", "lapack", "mkl", "linalg.")
+_NOT_ABOUT_NUMBERS = ("alloc", "memory", "initialized", "not implemented", "not compiled")
 
 
 def matmul(left: Tensor, right: Tensor) -> Tensor:
@@ -51,11 +53,28 @@ def _factorise(method: Callable[[Tensor], tuple[Tensor, ...]], matrices: Tensor)
     if neutral or len(matrices) == 1:
         try:
             return tuple(part.contiguous() for part in method(matrices))  # as torch.cat below lays them out
-        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        except RuntimeError as error:
+            if not _is_about_numbers(error):
+                raise
             if len(matrices) == 1:
                 return matrices * torch.nan, matrices[:, 0] * torch.nan
     singly = [_factorise(method, matrix) for matrix in matrices.split(1)]
     return tuple(torch.cat(parts) for parts in zip(*singly, strict=False))  # a failed QR brings a part too many
+
+
+def _is_about_numbers(error: RuntimeError) -> bool:
+    """Whether a solver has failed on what it was given: it may succeed on other matrices.
+
+    cuSOLVER and its kin report some of these as internal errors, which torch raises as RuntimeError.
+    """
+    if isinstance(error, torch.linalg.LinAlgError):  # type: ignore[attr-defined]
+        return True
+    text = str(error).lower()
+    return (
+        not isinstance(error, torch.OutOfMemoryError)
+        and any(solver in text for solver in _SOLVERS)
+        and not any(cause in text for cause in _NOT_ABOUT_NUMBERS)
+    )
 
 
 def _fills_cache_lines(shape: tuple[int, ...], dtype: torch.dtype) -> bool:

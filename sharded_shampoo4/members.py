@@ -40,6 +40,7 @@ class Entry:
         trained: whether it takes part in the training.
         group: number of the group that it was given in.
         key: equal for all parameters that ``step()`` is given together, and on every rank.
+        computes: where its gradient is preconditioned, if that is not where it is.
     """
 
     name: str
@@ -51,11 +52,15 @@ class Entry:
     trained: bool
     group: int
     key: Hashable = None
+    computes: torch.device | None = None
 
     @property
     def device(self) -> torch.device:
         """Where its gradient is preconditioned."""
-        return zero.compute_device(self.holder) if self.flat else self.holder.device
+        if self.computes is not None:
+            return self.computes
+        device: torch.device = zero.compute_device(self.holder) if self.flat else fsdp.compute_device(self.holder)
+        return device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -169,6 +174,17 @@ class Members:
                 "ZeRO has partitioned the parameters, but the optimizer is not called by a DeepSpeed engine: use "
                 "engine.step(), and one engine for one optimizer"
             )
+
+    def check_shared(self, entries: Sequence[Entry], chosen: Any) -> None:
+        """Raise ValueError unless the ``chosen`` ranks (an optimizer's ``process_group``) share the parameters."""
+        if chosen is not None and (self.engine is not None or self.partitioned):
+            shown = repr(chosen) if isinstance(chosen, str) else "a group"
+            raise ValueError(
+                f"process_group is {shown}, but DeepSpeed shares {entries[0].name if entries else 'the parameters'} "
+                "among all ranks: leave process_group out"
+            )
+        for entry in entries:
+            fsdp.check_shared(entry.name, entry.parameter, chosen)
 
     def check_own_options(self) -> None:
         """Raise ValueError if a group that had options of its own has those of the first group now.
@@ -299,8 +315,9 @@ class Members:
                     "deepspeed.initialize at stage 3"
                 )
             trained = parameter.requires_grad or parameter.grad is not None
-            shape = bound[parameter].shape if parameter in bound else parameter.shape
-            yield Entry(name, parameter, options, shape, parameter, False, trained, number)
+            told = bound.get(parameter)
+            shape, computes = (told.shape, told.device) if told is not None else (parameter.shape, None)
+            yield Entry(name, parameter, options, shape, parameter, False, trained, number, computes=computes)
 
     def _flat_entries(self, flats: list[Tensor], number: int, options: PreconditionerOptions) -> Iterator[Entry]:
         """The parameters in ZeRO's flat tensors."""

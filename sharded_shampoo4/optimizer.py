@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim.optimizer import Optimizer, ParamsT
@@ -18,6 +20,7 @@ from .context import own_arithmetic
 from .factors import HEALTH
 from .integrations import fsdp as hosts
 from .integrations import zero
+from .joining import Joinable, SteppingTogether, notify
 from .members import Members
 from .memory import describe_parameter, format_bytes, table, tensor_bytes
 from .options import (
@@ -40,7 +43,7 @@ from .options import (
 )
 
 
-class Shampoo4(Optimizer):
+class Shampoo4(SteppingTogether):
     """Shampoo with preconditioners kept as eigenvalues and a 4-bit eigenbasis (Wang et al., NeurIPS 2024).
 
     Every parameter with a matrix view (size-1 dimensions dropped, reshaped to (first, rest), rank 2) is cut into
@@ -88,6 +91,10 @@ class Shampoo4(Optimizer):
         scratch_mib: MiB of memory that a step may take for dequantised matrices and pieces under way, beyond a single
             block that needs more.
         compile: let torch.compile fuse quantisation and dequantisation.
+        process_group: the ranks that hold these parameters between them: None finds them from the parameters, which is
+            all ranks, or those of an FSDP2 mesh; a ``torch.distributed`` group, for DDP on some of the ranks, a
+            pipeline stage, or one of several models; or ``"alone"``, if this process trains its parameters by itself,
+            without any collective. Belongs to the optimizer, not to a group, and no state_dict has it.
         max_failures: failed updates of one factor in a row before ``step`` raises. A failed update (numbers that are
             not finite) leaves the factor as it was.
         **base_options: further options of the base optimizer, such as ``betas`` or ``momentum``.
@@ -128,6 +135,7 @@ class Shampoo4(Optimizer):
         exchange_dtype: LowDtype = "float32",
         scratch_mib: int = 256,
         compile: bool = False,
+        process_group: dist.ProcessGroup | Literal["alone"] | None = None,
         **base_options: Any,
     ) -> None:
         options = PreconditionerOptions(
@@ -156,13 +164,16 @@ class Shampoo4(Optimizer):
             scratch_mib=scratch_mib,
             compile=compile,
         )
+        hosts.check_chosen(process_group)
+        self._process_group = process_group
+        Joinable.__init__(self)
         rule = base_class(base)
         self._base_arguments = base_arguments(rule, lr, weight_decay, base_options)
         lr, weight_decay = self._base_arguments["lr"], self._base_arguments.get("weight_decay", 0.0)
         self._make_base(rule)
         self._members = Members()
         self._advice: Advice | None = None  # given for all groups at once
-        self._bindings = Bindings(self._members, type(self._base).__name__)
+        self._bindings = Bindings(self._members, type(self._base).__name__, process_group)
         self._consolidated: dict[Tensor, Tensor] = {}  # all factors, until the next step
         defaults = {"lr": lr, "weight_decay": weight_decay, **self._base.defaults, **options.as_group()}
         super().__init__(params, {**defaults, packing.VERSION_KEY: packing.FORMAT_VERSION})
@@ -171,9 +182,7 @@ class Shampoo4(Optimizer):
 
     def _make_base(self, rule: type[Optimizer]) -> None:
         """The base sees a stand-in only: hosts replace parameters after construction, so nothing is kept of them."""
-        self._base = rule(
-            [torch.nn.Parameter(torch.zeros(1, dtype=torch.float32, device="cpu"))], **self._base_arguments
-        )
+        self._base = rule([base_states.stand_in()], **self._base_arguments)
         self._base_makes_state_early = bool(self._base.state)
         self._base_tensor_options = base_states.tensor_options(self._base.param_groups[0])
 
@@ -193,6 +202,10 @@ class Shampoo4(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its options are checked as the constructor's are."""
+        if "process_group" in param_group:
+            raise TypeError(
+                "process_group belongs to the whole optimizer, not to a param group: make one for each group"
+            )
         given = set(param_group)
         super().add_param_group(param_group)
         try:
@@ -217,6 +230,7 @@ class Shampoo4(Optimizer):
         Args:
             closure: reevaluates the model and returns the loss; called once, before anything else.
         """
+        notify(self)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -228,8 +242,19 @@ class Shampoo4(Optimizer):
                 self._make_base_states_only()
             else:
                 binding.precondition()
-                self._base_step()
+                with self._together_at_first(binding):
+                    self._base_step()
         return loss
+
+    @contextlib.contextmanager
+    def _together_at_first(self, binding: Binding) -> Iterator[None]:
+        """Raise on every rank what a first base step raises on one: it takes the memory for the base's states."""
+        if binding.has_stepped:
+            yield
+            return
+        with binding.ranks.together():
+            yield
+        binding.has_stepped = True
 
     def _engine(self) -> Any:
         """DeepSpeed's engine, where one is calling; looked for in the first step only."""
@@ -261,8 +286,9 @@ class Shampoo4(Optimizer):
         """Whether this is a framework's step with zero gradients, made so that the optimizer creates its states."""
         if not binding.matrices or any(matrix.step for matrix in binding.matrices) or self._members.partitioned:
             return False
-        gradients = [hosts.local_tensor(p.grad) for p in self._current() if p.grad is not None]
-        in_earnest = any(self.state.values()) or any(bool(gradient.any()) for gradient in gradients)
+        with binding.ranks.together():
+            gradients = [hosts.local_tensor(p.grad) for p in self._current() if p.grad is not None]
+            in_earnest = any(self.state.values()) or any(bool(gradient.any()) for gradient in gradients)
         return not binding.ranks.any([in_earnest])[0]
 
     def _make_base_states_only(self) -> None:
@@ -313,6 +339,7 @@ class Shampoo4(Optimizer):
         call it on one rank only there. Valid until the next step.
         """
         if self._bindings.spread and not self._members.partitioned:
+            self._meet("consolidate_state_dict()")
             self._consolidated = {parameter: data.cpu() for parameter, data in self._bindings.packed().items()}
 
     @own_arithmetic()
@@ -329,7 +356,13 @@ class Shampoo4(Optimizer):
                 "the factors of Shampoo4 are spread over ranks: call optimizer.consolidate_state_dict() on every "
                 "rank before state_dict()"
             )
+        self._meet("state_dict()")
         return self._bindings.packed()
+
+    def _meet(self, calling: str) -> None:
+        """Begin a call that is collective where factors are spread over ranks."""
+        if self._bindings.spread and self._bindings.ranks is not None:
+            self._bindings.ranks.meet(calling)
 
     @own_arithmetic()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -366,7 +399,13 @@ class Shampoo4(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         if self._bindings.spread:
             raise RuntimeError("a Shampoo4 that is spread over ranks cannot be copied or pickled: use state_dict()")
-        own = {"_base": type(self._base), "_base_arguments": self._base_arguments}  # copies of bases lose their options
+        if self._process_group not in (None, "alone"):
+            raise RuntimeError("a Shampoo4 that has a process_group cannot be copied or pickled: use state_dict()")
+        own = {
+            "_process_group": self._process_group,
+            "_base": type(self._base),
+            "_base_arguments": self._base_arguments,
+        }  # copies of bases lose their options
         options = {p: PreconditionerOptions.of_group(group) for group in self.param_groups for p in group["params"]}
         packed = {p: packing.PackedState(options[p], data) for p, data in self._packed().items()}
         return {**super().__getstate__(), **own, "_consolidated": {}, "_unbound": packed}
@@ -375,11 +414,13 @@ class Shampoo4(Optimizer):
         unbound, rule = state.pop("_unbound", None), state.pop("_base", None)
         super().__setstate__(state)
         if unbound is not None:  # a copy: torch's load_state_dict calls this too, with the parameters as they are
+            self._process_group = state.get("_process_group")
+            Joinable.__init__(self)
             self._make_base(rule)
             self._members, self._advice = Members(), Advice()
             for group in self.param_groups:
                 self._members.add(group)
-            self._bindings = Bindings(self._members, type(self._base).__name__)
+            self._bindings = Bindings(self._members, type(self._base).__name__, self._process_group)
             self._bindings.load(unbound)
 
     # -- reports -------------------------------------------------------------------------------------------------------

@@ -288,7 +288,10 @@ def check_group(
         group.update(PreconditionerOptions.of_group(group).as_group())
         group.update({name: base_value(rule, name, group[name]) for name in own})
         if own:
-            rule([torch.nn.Parameter(torch.zeros(1))], **{**arguments, **{name: group[name] for name in own}})
+            rule(
+                [torch.nn.Parameter(torch.zeros(1, device="cpu"))],
+                **{**arguments, **{name: group[name] for name in own}},
+            )
     except (TypeError, ValueError) as error:
         raise ValueError(f"param group {index}: {error}") from None
 

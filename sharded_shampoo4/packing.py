@@ -29,7 +29,10 @@ class PackedState:
 
     def full(self, matrix: Matrix, ranks: Ranks) -> Tensor:
         """The whole of the bytes on every rank; collective if they are sharded."""
-        whole: Tensor = self.data.full_tensor() if hasattr(self.data, "full_tensor") else self.data
+        if not hasattr(self.data, "full_tensor"):
+            return self.data
+        data: Any = self.data
+        whole: Tensor = data.to(matrix.device).full_tensor()  # the host's part may not be able to travel
         return whole
 
     def check(self, matrix: Matrix) -> None:

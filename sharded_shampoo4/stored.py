@@ -84,7 +84,12 @@ def collect(
         described = [(entry.name, place.replica, _describe_base(optimizer, entry)) for entry, place, _ in held]
     base: dict[str, dict[str, Any]] = {}
     writers: dict[str, int] = {}  # the replica that writes: they take turns
-    for index, entries in enumerate(zip(*ranks.gather(described), strict=True)):
+    everyone = ranks.gather((described, {other.name: other.location.replica for other in others}))
+    first: dict[str, int] = {}  # the first replica of what is not trained
+    for _, replica_of in everyone:
+        for name, replica in replica_of.items():
+            first[name] = min(replica, first.get(name, replica))
+    for index, entries in enumerate(zip(*(trained for trained, _ in everyone), strict=True)):
         name = entries[0][0]
         base[name] = next((found for _, _, found in entries if found), {})
         replicas = sorted({replica for _, replica, _ in entries})
@@ -98,7 +103,7 @@ def collect(
             part = vector[offset : offset + location.stop - location.start]
             tensors[f"{key}/{entry.name}"] = _interval(part, location)
     for other in others:
-        if other.location.replica == 0 and other.location.stop > other.location.start:
+        if other.location.replica == first[other.name] and other.location.stop > other.location.start:
             tensors[_untrained_key(other)] = _interval(other.held.reshape(-1), other.location)
     tensors.update(_factors(bindings))
     groups = [

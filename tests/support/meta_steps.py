@@ -12,9 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sharded_shampoo4 import Shampoo4
+from sharded_shampoo4 import Shampoo4, groups
 from sharded_shampoo4.memory import shard_all
 from sharded_shampoo4.plan import Shard
+from sharded_shampoo4.ranks import Ranks
 
 from . import launching  # noqa: F401  makes launch/ importable
 from .kernels import Counts, CountWork
@@ -42,7 +43,7 @@ class FakeRanks(contextlib.AbstractContextManager["FakeRanks"]):
         self.rank, self.size, self.shapes = rank, size, shapes
         sharding = shard_all("fsdp2", [torch.Size(shape) for shape in shapes.values()], size, 1)
         self.shards = dict(zip(shapes, sharding.shards, strict=True))
-        self._gather = dist.all_gather_object
+        self._gather, self._host_group = Ranks.gather, groups.host_group
 
     def __enter__(self) -> FakeRanks:
         from torch.testing._internal.distributed.fake_pg import _create_fake_pg
@@ -50,15 +51,13 @@ class FakeRanks(contextlib.AbstractContextManager["FakeRanks"]):
         if not hasattr(dist.Backend, _BACKEND.upper()):
             dist.Backend.register_backend(_BACKEND, _create_fake_pg, extended_api=True, devices=["cpu", "cuda"])
         dist.init_process_group(_BACKEND, rank=self.rank, world_size=self.size, store=dist.HashStore())
-        dist.all_gather_object = self._gathered
+        groups.host_group = lambda group: group
+        Ranks.gather = lambda _, value: [self._of_rank(rank, value) for rank in range(self.size)]
         return self
 
     def __exit__(self, *error: Any) -> None:
-        dist.all_gather_object = self._gather
+        Ranks.gather, groups.host_group = self._gather, self._host_group
         dist.destroy_process_group()
-
-    def _gathered(self, values: list[Any], value: Any, group: Any = None) -> None:
-        values[:] = [self._of_rank(rank, value) for rank in range(self.size)]
 
     def _of_rank(self, rank: int, value: Any, name: str = "") -> Any:
         """``value`` with a rank's shards. The name of a parameter stands before its shard, in the same tuple."""

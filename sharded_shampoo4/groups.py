@@ -1,0 +1,111 @@
+"""Process groups on the host, of Shampoo4's own, and words that ranks leave in a group's store for those that wait."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import weakref
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+_HOST_GROUPS: weakref.WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = weakref.WeakKeyDictionary()
+_MADE: weakref.WeakKeyDictionary[dist.ProcessGroup, int] = weakref.WeakKeyDictionary()  # host groups beside a group
+
+
+def host_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """The gloo group of the same ranks that all optimizers on ``group`` share; the first call is collective.
+
+    It is never the user's own: collectives that do not match must not meet those of DistributedDataParallel.
+    """
+    found = _HOST_GROUPS.get(group)
+    if found is None or not is_alive(found):
+        found = _HOST_GROUPS[group] = new_host_group(group)
+    return found
+
+
+def is_alive(group: dist.ProcessGroup) -> bool:
+    """Whether ``group`` was not destroyed."""
+    try:
+        dist.get_process_group_ranks(group)
+    except (KeyError, RuntimeError, ValueError):
+        return False
+    return True
+
+
+def new_host_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """A gloo group of the same ranks, which waits for a rank that has died as long as ``group`` does; collective."""
+    number = _MADE[group] = _MADE.get(group, 0) + 1
+    ranks = dist.get_process_group_ranks(group)
+    options: dict[str, Any] = {"timeout": _timeout(group), "backend": "gloo"}
+    if len(ranks) == dist.get_world_size():
+        made: dist.ProcessGroup = dist.new_group(ranks, **options)
+    else:
+        with _same_name(group, number):
+            made = dist.new_group(ranks, use_local_synchronization=True, **options)
+    return made
+
+
+def serves(group: dist.ProcessGroup, device: torch.device) -> str:
+    """The backend of ``group`` for tensors on ``device``; empty if it has none."""
+    config = str(dist.get_backend_config(group))  # "cpu:gloo,cuda:nccl"
+    backends = dict(part.split(":", 1) for part in config.split(",") if ":" in part)
+    return backends.get(device.type, "")
+
+
+def leave_word(group: dist.ProcessGroup | None, text: str) -> None:
+    """Leave ``text`` for the other ranks of ``group``; empty: take it back. What fails is passed over."""
+    with contextlib.suppress(Exception):
+        store = _store(group)
+        store.set(_key(dist.get_rank(group)), f"{time.time()} {text}" if text else "")
+
+
+def words(group: dist.ProcessGroup | None) -> dict[int, tuple[str, float]]:
+    """What each rank has left, and how many seconds ago; empty if the store cannot be read."""
+    found: dict[int, tuple[str, float]] = {}
+    with contextlib.suppress(Exception):
+        store = _store(group)
+        for rank in range(dist.get_world_size(group)):
+            if store.check([_key(rank)]):
+                when, _, text = store.get(_key(rank)).decode().partition(" ")
+                if text:
+                    found[rank] = (text, max(0.0, time.time() - float(when)))
+    return found
+
+
+def _key(rank: int) -> str:
+    return f"shampoo4/word/{rank}"
+
+
+def _store(group: dist.ProcessGroup | None) -> Any:
+    asked: Any = group if group is not None else dist.group.WORLD
+    return dist.distributed_c10d._get_process_group_store(asked)
+
+
+@contextlib.contextmanager
+def _same_name(group: dist.ProcessGroup, number: int) -> Iterator[None]:
+    """Let torch give a group that only its own ranks make the same name on all of them.
+
+    The name follows from the number of groups that a rank is in, which may differ; without this they would wait for
+    each other under different names.
+    """
+    names: dict[Any, Any] = dist.distributed_c10d._world.pg_names
+    store, size, rank = _store(group), dist.get_world_size(group), dist.get_rank(group)
+    store.set(f"shampoo4/groups/{number}/{rank}", str(len(names)))
+    most = max(int(store.get(f"shampoo4/groups/{number}/{other}")) for other in range(size))
+    placeholders = [object() for _ in range(most - len(names))]
+    names.update(dict.fromkeys(placeholders, ""))
+    try:
+        yield
+    finally:
+        for placeholder in placeholders:
+            del names[placeholder]
+
+
+def _timeout(group: Any) -> timedelta | None:
+    """How long collectives of ``group`` wait; None if it does not say."""
+    backend = group._get_backend(group._device_types[0])
+    return getattr(getattr(backend, "options", None), "_timeout", None)

@@ -1,0 +1,458 @@
+"""Which ranks take part: some of them, each by itself, ranks that run out of inputs, and ranks in different calls."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import io
+import pickle
+import re
+import tempfile
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from support import worlds as hosts
+from torch import Tensor, nn
+from torch.distributed.algorithms.join import Join
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.nn.parallel import DistributedDataParallel
+
+from sharded_shampoo4 import Shampoo4, checkpoint
+from sharded_shampoo4.integrations import fsdp
+
+OPTIONS: dict[str, Any] = {
+    "lr": 0.01,
+    "statistics_interval": 2,
+    "root_interval": 4,
+    "max_preconditioner_dim": 30,
+    "min_quant_numel": 0,
+}
+STEPS = range(9)
+PATIENCE = timedelta(seconds=4)  # of groups that are meant to wait in vain
+
+
+def make(model: nn.Module, host: str = "none", **options: Any) -> Shampoo4:
+    return Shampoo4(hosts.named(model, host).items(), **{**OPTIONS, **options})
+
+
+def with_buffer(value: float, seed: int = 0) -> nn.Module:
+    model = hosts.make_model("mlp", seed)
+    model.register_buffer("seen", torch.tensor([value]))
+    return model
+
+
+def advance(model: nn.Module, host: str, optimizer: Any, steps: range, seed: int = 0) -> None:
+    for step in steps:
+        hosts.set_gradients(model, host, hosts.make_gradients("mlp", 100 * seed + step))
+        optimizer.step()
+
+
+@functools.cache
+def one_process(seed: int = 0) -> dict[str, Tensor]:
+    with hosts.one_thread():
+        model = hosts.make_model("mlp")
+        advance(model, "none", make(model), STEPS, seed)
+        return hosts.full_parameters(model, "none")
+
+
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def shared_folder(rank: int) -> Path:
+    found = [tempfile.mkdtemp() if rank == 0 else ""]
+    dist.broadcast_object_list(found)
+    return Path(found[0])
+
+
+# -- some of the ranks -------------------------------------------------------------------------------------------------
+
+
+def some_ranks(rank: int) -> dict[str, Any]:
+    """Of three ranks, two train a model under a host; the first one is in a group more than the others are."""
+    dist.new_group([0])
+    group = dist.new_group([1, 2])
+    folder = shared_folder(rank)
+    told: dict[str, Any] = {"chosen": hosts.said(lambda: Shampoo4([torch.zeros(3, 3)], process_group=group))}
+    for host in ("ddp", "fsdp1", "fsdp2") if rank else ():
+        if host == "fsdp2":
+            mesh = torch.distributed.DeviceMesh.from_group(group, "cpu")
+            model = fully_shard(with_buffer(7.0), mesh=mesh)
+        else:
+            model = hosts.wrap(with_buffer(7.0), host, process_group=group)
+        optimizer = make(model, host, process_group=group)
+        if host == "fsdp1":
+            fsdp.bind(optimizer, model)
+        advance(model, host, optimizer, range(5))
+        checkpoint.save(optimizer, folder / host, model=model)
+        told[host, "health"] = sorted(optimizer.health())
+        advance(model, host, optimizer, range(5, 9))
+        told[host] = hosts.full_parameters(model, host)
+        checkpoint.load(optimizer, folder / host, model=model)
+        advance(model, host, optimizer, range(5, 9))
+        told[host, "loaded"] = hosts.full_parameters(model, host)
+        if host == "ddp":
+            told["copied"] = hosts.said(lambda: copy.deepcopy(make(model, process_group=group)))  # noqa: B023
+            told["unconsolidated"] = hosts.said(optimizer.state_dict)
+            optimizer.consolidate_state_dict()
+            told["states"] = len(optimizer.state_dict()["state"])
+    dist.barrier()
+    model = with_buffer(0.0)  # and then one that all of them train
+    optimizer = make(model)
+    checkpoint.load(optimizer, folder / "ddp", model=model)
+    told["seen"] = model.seen.item()
+    advance(model, "none", optimizer, range(5, 9))
+    told["everyone"] = hosts.full_parameters(model, "none")
+    return told
+
+
+def test_some_of_the_ranks_train_as_one_process_does() -> None:
+    first, *others = hosts.run_ranks(3, some_ranks)
+    assert first["chosen"].startswith("ValueError: rank 0 is not in the group that process_group= was given")
+    for told in others:
+        for host in ("ddp", "fsdp1", "fsdp2"):
+            assert_equal(told[host], one_process())
+            assert_equal(told[host, "loaded"], one_process())
+            assert told[host, "health"] == ["head.weight", "middle.weight", "stem.weight"]
+        assert "has a process_group cannot be copied" in told["copied"]
+        assert "consolidate_state_dict() on every rank" in told["unconsolidated"] and told["states"] == 8
+    for told in (first, *others):
+        assert told["seen"] == 7.0
+        assert_equal(told["everyone"], one_process())
+
+
+def overlapping(rank: int) -> list[dict[str, Tensor]]:
+    """Two models on two groups; the rank in the middle trains both."""
+    trained = []
+    for seed, ranks in enumerate(([0, 1], [1, 2])):
+        group = dist.new_group(ranks)
+        if rank in ranks:
+            model = hosts.make_model("mlp")
+            advance(model, "none", make(model, process_group=group), STEPS, seed)
+            trained.append(hosts.full_parameters(model, "none"))
+    return trained
+
+
+def test_two_models_on_groups_that_share_a_rank() -> None:
+    first, both, second = hosts.run_ranks(3, overlapping)
+    for found, seed in ((first[0], 0), (both[0], 0), (both[1], 1), (second[0], 1)):
+        assert_equal(found, one_process(seed))
+
+
+# -- each by itself ----------------------------------------------------------------------------------------------------
+
+
+def alone(rank: int) -> dict[str, Any]:
+    """Every rank trains a model of its own, with its own gradients and another number of steps."""
+    folder = Path(tempfile.mkdtemp())
+    model = with_buffer(7.0)
+    optimizer = make(model, process_group="alone")
+    advance(model, "none", optimizer, range(5), rank)
+    checkpoint.save(optimizer, folder, model=model)
+    optimizer.consolidate_state_dict()
+    stored = io.BytesIO()
+    torch.save(optimizer.state_dict(), stored)
+    twin, twins = pickle.loads(pickle.dumps((model, optimizer)))
+    if rank:
+        optimizer.health()
+        optimizer.describe()
+    for other, its in ((model, optimizer), (twin, twins)):
+        advance(other, "none", its, range(5, 9), rank)
+    resumed = with_buffer(0.0, seed=1)
+    other = make(resumed, process_group="alone")
+    checkpoint.load(other, folder, model=resumed)
+    advance(resumed, "none", other, range(5, 9), rank)
+    options = optimizer.state_dict()["param_groups"][0]
+    return {
+        "trained": hosts.full_parameters(model, "none"),
+        "copied": hosts.full_parameters(twin, "none"),
+        "resumed": hosts.full_parameters(resumed, "none"),
+        "seen": resumed.seen.item(),
+        "stored": [key for key in options if "process" in key],
+        "only one steps": hosts.said(lambda: rank or advance(model, "none", optimizer, range(3))),
+    }
+
+
+def test_ranks_that_train_models_of_their_own() -> None:
+    for rank, told in enumerate(hosts.run_ranks(2, alone)):
+        for what in ("trained", "copied", "resumed"):
+            assert_equal(told[what], one_process(rank))
+        assert told["seen"] == 7.0 and not told["stored"] and told["only one steps"] == "nothing was raised"
+
+
+def local_sgd(rank: int) -> dict[str, Any]:
+    """Every rank makes steps with gradients of its own, and parameters are averaged now and then."""
+    from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
+
+    def train(**options: Any) -> nn.Module:
+        model = hosts.make_model("mlp")
+        optimizer, averager = make(model, **options), PeriodicModelAverager(period=3, warmup_steps=0)
+        for step in STEPS:
+            hosts.set_gradients(model, "none", hosts.make_gradients("mlp", 100 * rank + step))
+            optimizer.step()
+            averager.average_parameters(model.parameters())
+        return model
+
+    return {"together": hosts.said(train), "alone": hosts.full_parameters(train(process_group="alone"), "none")}
+
+
+def averaged() -> list[dict[str, Tensor]]:
+    """The same in one process, with one model for each rank."""
+    with hosts.one_thread():
+        models = [hosts.make_model("mlp") for _ in range(2)]
+        optimizers = [make(model) for model in models]
+        for step in STEPS:
+            for seed, (model, optimizer) in enumerate(zip(models, optimizers, strict=True)):
+                advance(model, "none", optimizer, range(step, step + 1), seed)
+            if step % 3 == 0:
+                with torch.no_grad():
+                    for pair in zip(*(model.parameters() for model in models), strict=True):
+                        mean = (pair[0] / 2) + (pair[1] / 2)
+                        for parameter in pair:
+                            parameter.copy_(mean)
+        return [hosts.full_parameters(model, "none") for model in models]
+
+
+def test_local_sgd() -> None:
+    for told, expected in zip(hosts.run_ranks(2, local_sgd), averaged(), strict=True):
+        torch.testing.assert_close(told["alone"], expected, rtol=1e-6, atol=1e-7)
+        assert "wrap the model in DistributedDataParallel or FSDP" in told["together"]
+        assert "process_group='alone'" in told["together"] and "local SGD" in told["together"]
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+
+def refused(rank: int) -> dict[str, str]:
+    own = dist.new_subgroups(1)[0]
+    sharded, flat = hosts.wrap(hosts.make_model("mlp"), "fsdp2"), hosts.wrap(hosts.make_model("mlp"), "fsdp1")
+    single = FullyShardedDataParallel(
+        hosts.make_model("mlp"), process_group=own, use_orig_params=True, device_id=torch.device("cpu")
+    )
+
+    def step(model: nn.Module, host: str, **options: Any) -> None:
+        optimizer = make(model, host, **options)
+        if host == "fsdp1":
+            fsdp.bind(optimizer, model)
+        advance(model, host, optimizer, range(1))
+
+    def own_models(**options: Any) -> None:
+        model = nn.Sequential(nn.Linear(8, 4 + rank))
+        optimizer = Shampoo4(model.named_parameters(), **options)
+        model(torch.ones(1, 8)).sum().backward()
+        optimizer.step()
+
+    def other_names() -> None:
+        parameter = nn.Parameter(torch.ones(8, 8))
+        parameter.grad = torch.ones(8, 8)
+        Shampoo4([(f"rank{rank}", parameter)]).step()
+
+    return {
+        "alone, FSDP2": hosts.said(lambda: step(sharded, "fsdp2", process_group="alone")),
+        "group, FSDP2": hosts.said(lambda: step(sharded, "fsdp2", process_group=own)),
+        "alone, FSDP1": hosts.said(lambda: step(flat, "fsdp1", process_group="alone")),
+        "none, FSDP1 by itself": hosts.said(lambda: step(single, "fsdp1")),
+        "alone, FSDP1 by itself": hosts.said(lambda: step(single, "fsdp1", process_group="alone")),
+        "own models": hosts.said(own_models),
+        "own models, alone": hosts.said(lambda: own_models(process_group="alone")),
+        "own models, own groups": hosts.said(lambda: own_models(process_group=own)),
+        "other names": hosts.said(other_names),
+    }
+
+
+def test_refusals_name_the_option_and_the_way_out() -> None:
+    for told in hosts.run_ranks(2, refused):
+        assert told["alone, FSDP2"] == (
+            "ValueError: process_group='alone', but stem.weight is sharded over ranks [0, 1]: leave process_group out, "
+            "the ranks of a mesh are found by themselves"
+        )
+        assert "but stem.weight is on a mesh of ranks [0, 1]: leave process_group out" in told["group, FSDP2"]
+        assert "process_group='alone', but FSDP1 shards a module among 2 ranks" in told["alone, FSDP1"]
+        assert "among 1 of 2 ranks: it must be all, or those of" in told["none, FSDP1 by itself"]
+        assert told["alone, FSDP1 by itself"] == "nothing was raised"
+        assert "0.weight has shape (4, 8) on rank 0 and (5, 8) on rank 1" in told["own models"]
+        assert "ranks precondition different parameters: rank 0 1 (rank0)" in told["other names"]
+        for case in ("own models", "other names"):
+            assert "process_group='alone'" in told[case] and "process_group= takes their group" in told[case]
+            assert "functools.partial(Shampoo4, process_group='alone')" in told[case]
+        assert told["own models, alone"] == told["own models, own groups"] == "nothing was raised"
+
+
+# -- torch's ZeroRedundancyOptimizer -----------------------------------------------------------------------------------
+
+
+def zero_redundancy(rank: int) -> dict[str, Any]:
+    def train(optimizer_class: Any, **options: Any) -> nn.Module:
+        model = hosts.make_model("mlp")
+        optimizer = ZeroRedundancyOptimizer(model.parameters(), optimizer_class, **options, **OPTIONS)
+        advance(model, "none", optimizer, STEPS)
+        return model
+
+    spread = train(functools.partial(Shampoo4, process_group="alone"))
+    return {
+        "plain": hosts.said(lambda: train(Shampoo4)),
+        "its own group": hosts.said(lambda: train(Shampoo4, process_group=dist.group.WORLD)),
+        "alone": hosts.full_parameters(spread, "none"),
+    }
+
+
+def test_zero_redundancy_optimizer() -> None:
+    for told in hosts.run_ranks(2, zero_redundancy):
+        for case in ("plain", "its own group"):
+            assert "functools.partial(Shampoo4, process_group='alone')" in told[case], told[case]
+        assert_equal(told["alone"], one_process())
+
+
+# -- uneven inputs -----------------------------------------------------------------------------------------------------
+
+
+def join_models(rank: int) -> dict[str, Any]:
+    """Rank 1 has two batches less."""
+    told: dict[str, Any] = {}
+    for case in ("even", "both", "thrown", "optimizer only", "model only"):
+        group = dist.new_group(timeout=PATIENCE)
+        model: nn.Module = hosts.make_model("mlp")
+        if case != "optimizer only":
+            model = DistributedDataParallel(model, process_group=group)
+        optimizer = make(model, process_group=group)
+        joinables: list[Any] = {"optimizer only": [optimizer], "model only": [model]}.get(case, [model, optimizer])
+        batches = 4 if case == "even" or rank == 0 else 2
+
+        def train() -> None:
+            with Join(joinables, throw_on_early_termination=case == "thrown"):  # noqa: B023
+                for step in range(batches):  # noqa: B023
+                    optimizer.zero_grad()  # noqa: B023
+                    hosts.train_step(model, hosts.make_batch("mlp", step))  # noqa: B023
+                    optimizer.step()  # noqa: B023
+
+        begun = time.monotonic()
+        told[case] = hosts.said(train), time.monotonic() - begun
+        told[case, "trained"] = hosts.full_parameters(model, "none")
+    return told
+
+
+def test_uneven_inputs_are_refused_on_every_rank() -> None:
+    first, second = hosts.run_ranks(2, join_models)
+    assert first["even"][0] == second["even"][0] == "nothing was raised"
+    assert_equal(first["even", "trained"], second["even", "trained"])
+    for case in ("both", "optimizer only"):
+        for told in (first, second):
+            assert "this rank has run out of inputs" in told[case][0], (case, told[case])
+            assert "throw_on_early_termination=True" in told[case][0] and told[case][1] < PATIENCE.seconds
+        assert first[case][0].startswith("RuntimeError: rank 1: ")
+        assert_equal(first[case, "trained"], second[case, "trained"])
+    assert "exhausted" in first["thrown"][0] and "exhausted" in second["thrown"][0]
+    assert "rank 0 has waited in vain for the other ranks of its group of 2 in step()" in first["model only"][0]
+    assert "uneven inputs" in first["model only"][0] and "throw_on_early_termination=True" in first["model only"][0]
+    assert second["model only"][0].startswith("RuntimeError")
+
+
+# -- ranks that are not where the others are ---------------------------------------------------------------------------
+
+
+def astray(rank: int) -> dict[str, Any]:
+    """Ranks in different calls, and one that makes no call at all."""
+    told: dict[str, Any] = {}
+    for case in ("consolidating", "saving", "health", "another optimizer"):
+        group = dist.new_group(timeout=PATIENCE)
+        model, other = hosts.make_model("mlp"), hosts.make_model("mlp")
+        optimizer, second = make(model, process_group=group), make(other, process_group=group)
+        advance(model, "none", optimizer, range(2))
+        advance(other, "none", second, range(2))
+
+        def diverge() -> None:
+            if rank == 0:
+                advance(model, "none", optimizer, range(2, 3))  # noqa: B023
+            elif case == "consolidating":  # noqa: B023
+                optimizer.consolidate_state_dict()  # noqa: B023
+            elif case == "saving":  # noqa: B023
+                checkpoint.save(optimizer, tempfile.mkdtemp())  # noqa: B023
+            elif case == "health":  # noqa: B023
+                optimizer.health()  # noqa: B023
+            else:
+                advance(other, "none", second, range(2, 3))  # noqa: B023
+
+        told[case] = hosts.said(diverge)
+    group = dist.new_group(timeout=PATIENCE)
+    dist.barrier()
+    lonely = hosts.make_model("mlp")
+    told["one never steps"] = hosts.said(
+        lambda: rank or advance(lonely, "none", make(lonely, process_group=group), range(1))
+    )
+    return told
+
+
+def test_ranks_in_different_calls_raise_and_say_which() -> None:
+    first, second = hosts.run_ranks(2, astray)
+    for told in (first, second):
+        for case, call in (
+            ("consolidating", "consolidate_state_dict()"),
+            ("saving", "checkpoint.save()"),
+            ("health", "health()"),
+        ):
+            assert f"different calls of Shampoo4: rank 0: step(), rank 1: {call}; every rank" in told[case], told[case]
+        assert re.search(
+            r"rank 0: step\(\) of optimizer \d, rank 1: step\(\) of optimizer \d", told["another optimizer"]
+        )
+    assert "rank 0 has waited in vain" in first["one never steps"]
+    assert "a model that only some ranks train: " in first["one never steps"]
+    assert "process_group='alone'" in first["one never steps"]
+
+
+def anew(rank: int, store: str) -> dict[str, Any]:
+    """The process group is destroyed and made again between steps."""
+    model = hosts.make_model("mlp")
+    optimizer = make(model)
+    advance(model, "none", optimizer, range(5))
+    dist.barrier()
+    dist.destroy_process_group()
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    advance(model, "none", optimizer, range(5, 9))
+    group = dist.new_group([0, 1])
+    own = hosts.make_model("mlp")
+    other = make(own, process_group=group)
+    advance(own, "none", other, range(1))
+    dist.barrier()
+    dist.destroy_process_group()
+    dist.init_process_group("gloo", init_method=f"file://{store}2", rank=rank, world_size=2)
+    return {
+        "trained": hosts.full_parameters(model, "none"),
+        "group": hosts.said(lambda: advance(own, "none", other, range(1))),
+    }
+
+
+def test_a_process_group_that_is_made_anew(tmp_path: Path) -> None:
+    for told in hosts.run_ranks(2, anew, str(tmp_path / "store")):
+        assert_equal(told["trained"], one_process())
+        assert "the group that process_group= was given was destroyed" in told["group"]
+
+
+# -- in one process ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("world", "process_group must be None, 'alone' or a torch.distributed ProcessGroup, got 'world'"),
+        ([0, 1], "process_group must be None, 'alone' or a torch.distributed ProcessGroup, not list"),
+    ],
+)
+def test_values_that_make_no_sense(value: Any, message: str) -> None:
+    assert message in hosts.said(lambda: Shampoo4([nn.Parameter(torch.zeros(2, 2))], process_group=value))
+
+
+def test_the_option_belongs_to_the_optimizer() -> None:
+    parameter = nn.Parameter(torch.ones(8, 8))
+    group = {"params": [parameter], "process_group": "alone"}
+    assert "process_group belongs to the whole optimizer" in hosts.said(lambda: Shampoo4([group]))
+    optimizer = Shampoo4([parameter], process_group="alone")
+    assert "process_group" not in optimizer.param_groups[0] and "process_group" not in optimizer.defaults
+    parameter.grad = torch.ones(8, 8)
+    optimizer.step()
+    assert copy.deepcopy(optimizer)._process_group == "alone"
