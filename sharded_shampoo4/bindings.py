@@ -8,7 +8,7 @@ by the others.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -25,6 +25,7 @@ from .plan import Shard, Work
 from .preconditioner import Matrix, worse
 from .ranks import Ranks
 from .schedule import Phases
+from .untrained import Untrained, of_parameter
 
 Unbound = packing.PackedState | packing.PackedPieces
 
@@ -43,6 +44,7 @@ class Bindings:
         self.unbound: dict[Tensor, Unbound] = {}
         self.last: Binding | None = None  # that of the last step
         self._by_key: dict[tuple[Hashable, ...], Binding] = {}
+        self._changes = 0  # of the members, that were seen
 
     def all(self) -> Iterable[Binding]:
         """Every binding."""
@@ -64,7 +66,7 @@ class Bindings:
 
     # -- at a step -----------------------------------------------------------------------------------------------------
 
-    def bind(self, groups: Sequence[dict[str, Any]], state: Mapping[Tensor, Any], engine: Any) -> Binding:
+    def bind(self, groups: Sequence[dict[str, Any]], state: MutableMapping[Tensor, Any], engine: Any) -> Binding:
         """Check this step's gradients, and give the binding of the parameters in ``groups`` as they are; collective.
 
         ``state`` are the base optimizer's states; ``engine`` is DeepSpeed's, if one is calling.
@@ -74,6 +76,7 @@ class Bindings:
         entries: list[Entry] = []
         try:
             entries = self.members.entries(groups, self.locations)
+            self.let_go(groups, state)
             for entry in entries:
                 _check_gradient(entry.name, entry.holder.grad)
         except (TypeError, ValueError) as found:
@@ -81,11 +84,20 @@ class Bindings:
         self.last = self._bind_entries(ranks, entries, state, error)
         return self.last
 
-    def bind_all(self, groups: Sequence[dict[str, Any]], state: Mapping[Tensor, Any], engine: Any) -> None:
-        """Bind all parameters, between steps, as the calls of ``step()`` would do; collective."""
+    def bind_all(
+        self, groups: Sequence[dict[str, Any]], state: MutableMapping[Tensor, Any], engine: Any, model: Any = None
+    ) -> None:
+        """Bind all parameters, between steps, as the calls of ``step()`` would do; collective.
+
+        ``model``, wrapped as it is, tells names that are missing and which parts of names are wrappers'.
+        """
         ranks = self._meet(groups, engine)
         with ranks.together():
+            self.members.follow(groups)
+            if model is not None:
+                self.members.name_by(model)
             calls = self.members.calls(groups, self.locations)
+            self.let_go(groups, state)
         for entries in calls:
             self._bind_entries(ranks, entries, state, None)
 
@@ -93,6 +105,35 @@ class Bindings:
         """All parameters that are trained, their intervals on this rank, and where these begin in their holders."""
         entries = [entry for call in self.members.calls(groups, self.locations) for entry in call if entry.trained]
         return [(entry, *entry.locate(self.locations, self.members.engine)) for entry in entries]
+
+    def let_go(self, groups: Sequence[dict[str, Any]], state: MutableMapping[Tensor, Any]) -> None:
+        """Forget the states of parameters that stand in no group any more.
+
+        Raises:
+            ValueError: a host has replaced a parameter that had states.
+        """
+        self.members.follow(groups)
+        if self._changes == self.members.changes:
+            return
+        for reference, member in self.members.replaced:
+            old = reference()
+            if old is not None and (state.get(old) or old in self.unbound):
+                raise ValueError(
+                    f"{member.label} had states when a {type(member.held()).__name__} took its place in the param "
+                    "groups: make or load them after the model is wrapped and the optimizer prepared"
+                )
+        self.members.replaced.clear()
+        present = {parameter for group in groups for parameter in group["params"]}
+        for states in (self.unbound, state):
+            for parameter in [parameter for parameter in states if parameter not in present]:
+                del states[parameter]
+        self._changes = self.members.changes
+
+    def frozen(self, groups: Sequence[dict[str, Any]]) -> list[Untrained]:
+        """What stands in the groups, but is not trained; by plain names."""
+        names = self.members.plain_names()
+        entries = [entry for call in self.members.calls(groups, self.locations) for entry in call if not entry.trained]
+        return [of_parameter(names[entry.name], entry.parameter, self.locations) for entry in entries]
 
     def _meet(self, groups: Sequence[dict[str, Any]], engine: Any) -> Ranks:
         if self.ranks is None:  # first of all: an error on one rank must reach the others
@@ -130,6 +171,8 @@ class Bindings:
         if any_stale:
             binding = self._rebind(ranks, entries, chosen, matrices, state)
         assert binding is not None
+        for known, matrix in zip(binding.matrices, matrices, strict=True):
+            known.name = matrix.name
         if any_stale or any_changed:
             binding.agree_on_presence()
             binding.check_replicas()
@@ -166,11 +209,7 @@ class Bindings:
         others = (binding.plan.work for other, binding in self._by_key.items() if other != key)
         binding = Binding(ranks, candidates, sum(others, Work()))
         packing.check_that_ranks_agree(ranks, {entry.name: self.unbound.get(entry.parameter) for entry in chosen})
-        kept = {entry.parameter for entry in chosen}
-        for parameter, place in places.items():
-            if parameter not in kept:
-                assert old is not None
-                self.unbound[parameter] = packing.PackedState(old.matrices[place].options, old.pack(place))
+        self._set_aside(ranks, old, entries, chosen)
         for index, (entry, matrix) in enumerate(zip(chosen, matrices, strict=True)):
             if entry.parameter in self.unbound:
                 binding.unpack(index, self.unbound.pop(entry.parameter).full(matrix, ranks))
@@ -178,6 +217,19 @@ class Bindings:
                 binding.unpack(index, old.pack(places[entry.parameter]))
         self._by_key[key] = binding
         return binding
+
+    def _set_aside(
+        self, ranks: Ranks, old: Binding | None, entries: Sequence[Entry], chosen: Sequence[Entry]
+    ) -> None:
+        """Keep the factors of parameters that are in the groups, but not preconditioned now; collective."""
+        bound, standing = {entry.parameter for entry in chosen}, {entry.parameter for entry in entries}
+        left = [parameter not in bound and parameter in standing for parameter in old.parameters] if old else []
+        for place, leaves in enumerate(ranks.any(left) if left else ()):
+            if leaves:
+                assert old is not None
+                packed = packing.PackedState(old.matrices[place].options, old.pack(place))
+                if left[place]:
+                    self.unbound[old.parameters[place]] = packed
 
     def _refuse_unbound(self, entries: list[Entry]) -> None:
         """Raise ValueError for parameters of FSDP1 that nobody has told about: they look like vectors."""
