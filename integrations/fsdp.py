@@ -33,6 +33,13 @@ if TYPE_CHECKING:
 # What FSDP1, activation checkpointing and torch.compile put into names; no model has modules of such names itself.
 _MARKS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
 
+# The functions of torch that bring an optimizer's states into the form that FSDP1 gives them.
+_STATES_OF_FSDP1 = (
+    ("torch.distributed.fsdp.fully_sharded_data_parallel", "optim_state_dict"),
+    ("torch.distributed.checkpoint.state_dict", "_get_optim_state_dict"),
+    ("torch.distributed.checkpoint.state_dict", "_load_optim_state_dict"),
+)
+
 
 @dataclass(frozen=True)
 class Location:
@@ -228,6 +235,20 @@ def _is_wrapper(module: Any) -> bool:
 
 def _without_module(names: Sequence[str]) -> list[str]:
     return [".".join(part for part in plain_name(name).split(".") if part != "module") for name in names]
+
+
+def refuse_own_states() -> None:
+    """Raise RuntimeError if FSDP1 is asking for an optimizer's states in its own form, which cannot hold factors."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if (frame.f_globals.get("__name__"), frame.f_code.co_name) in _STATES_OF_FSDP1:
+            raise RuntimeError(
+                "FSDP.optim_state_dict(), and get_optimizer_state_dict() and set_optimizer_state_dict() under FSDP1, "
+                "cut every state as FSDP1 cuts its parameter, and so cannot hold the factors of Shampoo4: call "
+                "optimizer.consolidate_state_dict() on every rank and save optimizer.state_dict(), or use "
+                "sharded_shampoo4.checkpoint"
+            )
 
 
 def is_dtensor(tensor: Tensor) -> bool:

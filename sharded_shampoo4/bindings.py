@@ -22,9 +22,10 @@ from .layout import matrix_shape
 from .members import Entry, Members
 from .options import PreconditionerOptions
 from .plan import Shard, Work
-from .preconditioner import Matrix, worse
+from .preconditioner import Matrix, fresh_bytes, worse
 from .ranks import Ranks
 from .schedule import Phases
+from .state_dicts import MARK, is_marked
 from .untrained import Untrained, of_parameter
 
 Unbound = packing.PackedState | packing.PackedPieces
@@ -45,6 +46,7 @@ class Bindings:
         self.last: Binding | None = None  # that of the last step
         self._by_key: dict[tuple[Hashable, ...], Binding] = {}
         self._changes = 0  # of the members, that were seen
+        self._marked: set[Tensor] = set()  # parameters whose factors the optimizer's states have told of
 
     def all(self) -> Iterable[Binding]:
         """Every binding."""
@@ -63,6 +65,8 @@ class Bindings:
     def load(self, unbound: dict[Tensor, Unbound]) -> None:
         """Forget all factors, and take these instead."""
         self.unbound, self.last, self._by_key = unbound, None, {}
+        self._marked = set()
+        self.members.replaced.clear()
 
     # -- at a step -----------------------------------------------------------------------------------------------------
 
@@ -83,6 +87,33 @@ class Bindings:
             error = found
         self.last = self._bind_entries(ranks, entries, state, error)
         return self.last
+
+    def mark(self, parameters: Iterable[Tensor], state: MutableMapping[Tensor, Any]) -> None:
+        """Have ``state`` tell of the factors of these parameters, where it has states of the base."""
+        for parameter in parameters:
+            state[parameter][packing.STATE_KEY] = MARK
+            self._marked.add(parameter)
+
+    def mark_stepped(self, state: MutableMapping[Tensor, Any]) -> None:
+        """The same for all parameters that the base has just made a step with."""
+        if self.last is not None:
+            pairs = zip(self.last.parameters, self.last.holders, strict=True)
+            self.mark((p for p, holder in pairs if p is holder and p.grad is not None), state)
+
+    def mark_loaded(self, state: MutableMapping[Tensor, Any]) -> None:
+        """The same for all parameters whose states were loaded with their factors."""
+        bound = [
+            p
+            for binding in self.all()
+            for p, holder in zip(binding.parameters, binding.holders, strict=True)
+            if p is holder
+        ]
+        self._marked = set()
+        self.mark([p for p in (*bound, *self.unbound) if state.get(p)], state)
+
+    def cleared(self, state: Mapping[Tensor, Any]) -> set[Tensor]:
+        """Parameters whose states somebody has taken out of ``state``, factors included."""
+        return {parameter for parameter in self._marked if not is_marked(state, parameter)}
 
     def bind_all(
         self, groups: Sequence[dict[str, Any]], state: MutableMapping[Tensor, Any], engine: Any, model: Any = None
@@ -127,6 +158,7 @@ class Bindings:
         for states in (self.unbound, state):
             for parameter in [parameter for parameter in states if parameter not in present]:
                 del states[parameter]
+        self._marked &= present
         self._changes = self.members.changes
 
     def frozen(self, groups: Sequence[dict[str, Any]]) -> list[Untrained]:
@@ -165,9 +197,12 @@ class Bindings:
             [entry.parameter for entry in chosen], [entry.holder for entry in chosen], matrices
         )
         changed = binding is not None and not stale and binding.presence_changed()
-        failed, any_stale, any_changed = ranks.any([error is not None, stale, changed])
+        cleared = self.cleared(state)
+        failed, any_stale, any_changed, any_cleared = ranks.any([error is not None, stale, changed, bool(cleared)])
         if failed:
             ranks.raise_together(error)
+        if any_cleared:
+            self._reset(ranks, entries, state, cleared)
         if any_stale:
             binding = self._rebind(ranks, entries, chosen, matrices, state)
         assert binding is not None
@@ -218,9 +253,35 @@ class Bindings:
         self._by_key[key] = binding
         return binding
 
-    def _set_aside(
-        self, ranks: Ranks, old: Binding | None, entries: Sequence[Entry], chosen: Sequence[Entry]
-    ) -> None:
+    def _reset(self, ranks: Ranks, entries: Sequence[Entry], state: Mapping[Tensor, Any], cleared: set[Tensor]) -> None:
+        """Begin anew with the factors of parameters whose states were cleared; collective.
+
+        Raises ValueError, on every rank alike, if they were cleared on some ranks only.
+        """
+        known = [entry for entry in entries if entry.parameter in self._marked]
+        gone = {entry.name for entry in known if entry.parameter in cleared}
+        replaced = [entry.name for entry in known if entry.name in gone and state.get(entry.parameter)]
+        everyone = ranks.gather((gone, {entry.name for entry in known} - gone))
+        names = set().union(*(gone for gone, _ in everyone))
+        for rank, (_, intact) in enumerate(everyone):
+            if names & intact:
+                raise ValueError(f"optimizer.state of {min(names & intact)} was cleared, but not on rank {rank}")
+        if replaced:
+            warnings.warn(
+                f"optimizer.state of {', '.join(replaced[:3])}{', ...' if len(replaced) > 3 else ''} was replaced "
+                "without the factors, which begin anew: use optimizer.load_state_dict()",
+                stacklevel=5,
+            )
+        for entry in entries:
+            if entry.name in names:
+                self.unbound.pop(entry.parameter, None)
+        for binding in self.all():
+            for index, matrix in enumerate(binding.matrices):
+                if matrix.name in names:
+                    binding.reset(index)
+        self._marked -= cleared
+
+    def _set_aside(self, ranks: Ranks, old: Binding | None, entries: Sequence[Entry], chosen: Sequence[Entry]) -> None:
         """Keep the factors of parameters that are in the groups, but not preconditioned now; collective."""
         bound, standing = {entry.parameter for entry in chosen}, {entry.parameter for entry in entries}
         left = [parameter not in bound and parameter in standing for parameter in old.parameters] if old else []
@@ -270,6 +331,14 @@ class Bindings:
         for parameter, entry in self.unbound.items():
             packed[parameter] = entry.data
         return packed
+
+    def fresh(self) -> dict[Tensor, Tensor] | None:
+        """What :meth:`packed` gives while no factor has taken a step, without asking other ranks; None otherwise."""
+        pairs = [(p, m) for binding in self.all() for p, m in zip(binding.parameters, binding.matrices, strict=True)]
+        if any(matrix.step for _, matrix in pairs):
+            return None
+        packed = {parameter: fresh_bytes(matrix) for parameter, matrix in pairs}
+        return {**packed, **{parameter: entry.data for parameter, entry in self.unbound.items()}}
 
     def pieces(self) -> dict[int, dict[str, Any]]:
         """This rank's part of every preconditioner there is, by the place of the parameter among those given."""

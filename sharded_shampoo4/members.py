@@ -138,9 +138,7 @@ class Members:
         members = []
         for name, parameter in zip(names, params, strict=True):
             reference, shape = weakref.ref(parameter), zero.whole_shape(parameter)
-            members.append(
-                _Member(fsdp.plain_name(name), named, reference, reference, shape, parameter.requires_grad)
-            )
+            members.append(_Member(fsdp.plain_name(name), named, reference, reference, shape, parameter.requires_grad))
         self._given.append(_Given(group, members, _lasting(group)))
         self._relabel()
 
@@ -199,9 +197,7 @@ class Members:
                         found[parameter] = member
         return found
 
-    def _before(
-        self, group: dict[str, Any], number: int, count: int, known: Mapping[Tensor, _Member]
-    ) -> _Given | None:
+    def _before(self, group: dict[str, Any], number: int, count: int, known: Mapping[Tensor, _Member]) -> _Given | None:
         """What ``group``, or the one that it stands for, was: the same dictionary, or one with the same parameters."""
         members = [known[parameter] for parameter in group["params"] if parameter in known]
         for given in self._given:

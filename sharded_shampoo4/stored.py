@@ -22,9 +22,11 @@ from .optimizer import Shampoo4
 from .options import PreconditionerOptions
 from .packing import shaping_difference
 from .plan import Owned
-from .preconditioner import Matrix, fresh_bytes
+from .preconditioner import Matrix, fresh_block
 from .ranks import Ranks
+from .state_dicts import MARK
 from .untrained import Untrained
+
 
 class Interval(Tensor):
     """A rank's part of a vector that is spread over ranks, as DCP takes it: elements ``start`` on of ``total``."""
@@ -324,7 +326,8 @@ class Restoration:
                 matrix.step, matrix.rooted = saved.get("step", 0), saved.get("rooted", False)
         for binding, matrix, owned in _own_blocks(self._bindings):
             data = self._factors.get((matrix.name, owned.block))
-            binding.preconditioner.from_bytes(owned, fresh_bytes(matrix, owned.block) if data is None else data)
+            binding.preconditioner.from_bytes(owned, fresh_block(matrix, owned.block) if data is None else data)
+        self._bindings.mark_loaded(self._optimizer.state)
         self._restore_groups()
 
     def _restore_groups(self) -> None:
@@ -409,15 +412,20 @@ def _vectors(optimizer: Shampoo4, entry: Entry) -> dict[str, Tensor]:
     """A holder's values and elementwise base states, flattened, of this rank."""
     holder = local_tensor(entry.holder).detach()
     vectors = {VALUES: holder.reshape(-1)}
-    for key, value in optimizer.state.get(entry.holder, {}).items():
+    for key, value in _base_state(optimizer, entry.holder).items():
         if isinstance(value, Tensor) and value.shape == entry.holder.shape:
             vectors[key] = base_states.floats(value)
     return vectors
 
 
+def _base_state(optimizer: Shampoo4, holder: Tensor) -> dict[str, Any]:
+    """What the base keeps of a parameter."""
+    return {key: value for key, value in optimizer.state.get(holder, {}).items() if value is not MARK}
+
+
 def _describe_base(optimizer: Shampoo4, entry: Entry) -> dict[str, Any]:
     described: dict[str, Any] = {}
-    state = optimizer.state.get(entry.holder, {})
+    state = _base_state(optimizer, entry.holder)
     base_states.refuse_unportable(type(optimizer._base), entry.name, state, entry.holder.shape)
     for key, value in state.items():
         if isinstance(value, Tensor) and value.shape == entry.holder.shape:
