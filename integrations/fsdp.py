@@ -31,6 +31,16 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
 
+# What FSDP1, activation checkpointing and torch.compile put into names; no model has modules of such names itself.
+_MARKS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
+
+# The functions of torch that bring an optimizer's states into the form that FSDP1 gives them.
+_STATES_OF_FSDP1 = (
+    ("torch.distributed.fsdp.fully_sharded_data_parallel", "optim_state_dict"),
+    ("torch.distributed.checkpoint.state_dict", "_get_optim_state_dict"),
+    ("torch.distributed.checkpoint.state_dict", "_load_optim_state_dict"),
+)
+
 
 @dataclass(frozen=True)
 class Location:
@@ -101,7 +111,7 @@ def compute_device(tensor: Tensor) -> torch.device:
 def unwrapped(model: nn.Module) -> nn.Module:
     """``model`` without DistributedDataParallel, a DeepSpeed engine or torch.compile around it."""
     while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel) or hasattr(model, "basic_optimizer"):
+        if _is_wrapper(model):
             model = model.module  # type: ignore[assignment]
         elif isinstance(compiled := getattr(model, "_orig_mod", None), nn.Module):
             model = compiled
@@ -144,10 +154,118 @@ def refuse_unbound(name: str, parameter: Tensor) -> None:
 
 
 def plain_name(name: str) -> str:
-    """A parameter's name without what wrappers put into it."""
-    for wrapper in ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod."):
-        name = name.replace(wrapper, "")
-    return name
+    """A parameter's name without what FSDP1, activation checkpointing and torch.compile put into it.
+
+    ``module.``, which DDP and DeepSpeed put before all names, may be a part of the model as well: see
+    :func:`plain_names` and :func:`names_in`.
+    """
+    return ".".join(part for part in name.split(".") if part not in _MARKS)
+
+
+def plain_names(names: Sequence[str]) -> list[str]:
+    """Names of an optimizer's parameters without what wrappers put into them.
+
+    ``module.`` is taken from the front as long as all names begin with it: a wrapper puts it before all of them.
+
+    Raises:
+        ValueError: two names become equal.
+
+    >>> plain_names(["module._orig_mod.0.weight", "module._orig_mod.module.bias"])
+    ['0.weight', 'module.bias']
+    """
+    plain = [plain_name(name) for name in names]
+    while plain and all(name.startswith("module.") for name in plain):
+        plain = [name.removeprefix("module.") for name in plain]
+    seen: dict[str, str] = {}
+    for name, found in zip(names, plain, strict=True):
+        other = seen.setdefault(found, name)
+        if other != name:
+            raise ValueError(f"{other} and {name} are both named {found} without what wrappers put into names")
+    return plain
+
+
+def match_names(saved: Iterable[str], here: Iterable[str], complete: bool = True) -> dict[str, str]:
+    """The name in ``here`` of every one in ``saved`` that is there, whatever wrappers either of them was named under.
+
+    Names that are equal as they are go first, then those that are equal as :func:`plain_names`, then those that are
+    equal without any ``module.`` in them: of a model of which only a part is wrapped.
+
+    Args:
+        saved: plain names or, in checkpoints of early versions, names as they were given.
+        here: plain names.
+        complete: all of ``here`` must be found too; otherwise, only all of ``saved``.
+
+    Returns:
+        Names in ``here`` by names in ``saved``. Where no way of reading names brings all of them together, only those
+        that are equal as plain names.
+
+    Raises:
+        ValueError: two names become equal.
+    """
+    saved, here = list(saved), list(here)
+    readings = (lambda names: names), plain_names, _without_module
+    matches = []
+    for read in readings:
+        there = dict(zip(read(saved), saved, strict=True))
+        own = dict(zip(read(here), here, strict=True))
+        unique = len(there) == len(saved) and len(own) == len(here)
+        if unique and there.keys() <= own.keys() and (not complete or len(there) == len(own)):
+            return {there[name]: own[name] for name in there}
+        matches.append({there[name]: own[name] for name in there.keys() & own.keys()})
+    return matches[1]
+
+
+def names_in(model: nn.Module) -> dict[Tensor, str]:
+    """The plain name of every parameter and buffer in ``model``, wrapped or not; the first one of those it shares.
+
+    Unlike names alone, a model tells which ``module.`` belongs to a wrapper.
+
+    Raises:
+        ValueError: two parameters have one name without what wrappers put into names.
+    """
+    found: dict[Tensor, str] = {}
+    taken: dict[str, Tensor] = {}
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        plain = _name_in(model, name)
+        if taken.setdefault(plain, tensor) is not tensor:
+            raise ValueError(f"two parameters of the model have the name {plain} without what wrappers put into names")
+        found[tensor] = plain
+    return found
+
+
+def _name_in(model: nn.Module, name: str) -> str:
+    """``name``, of a parameter in ``model``, without the parts that stand for wrappers."""
+    module: Any = model
+    parts = []
+    for part in name.split("."):
+        if part not in _MARKS and not (part == "module" and _is_wrapper(module)):
+            parts.append(part)
+        module = getattr(module, part, None)
+    return ".".join(parts)
+
+
+def _is_wrapper(module: Any) -> bool:
+    """Whether ``module`` keeps the model that it wraps as ``module``."""
+    parallel = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    return isinstance(module, parallel) or hasattr(module, "basic_optimizer")
+
+
+def _without_module(names: Sequence[str]) -> list[str]:
+    return [".".join(part for part in plain_name(name).split(".") if part != "module") for name in names]
+
+
+def refuse_own_states() -> None:
+    """Raise RuntimeError if FSDP1 is asking for an optimizer's states in its own form, which cannot hold factors."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if (frame.f_globals.get("__name__"), frame.f_code.co_name) in _STATES_OF_FSDP1:
+            raise RuntimeError(
+                "FSDP.optim_state_dict(), and get_optimizer_state_dict() and set_optimizer_state_dict() under FSDP1, "
+                "cut every state as FSDP1 cuts its parameter, and so cannot hold the factors of Shampoo4: call "
+                "optimizer.consolidate_state_dict() on every rank and save optimizer.state_dict(), or use "
+                "sharded_shampoo4.checkpoint"
+            )
 
 
 def is_dtensor(tensor: Tensor) -> bool:

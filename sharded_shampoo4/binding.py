@@ -17,7 +17,7 @@ from .grafting import Grafting
 from .integrations.fsdp import local_tensor
 from .packing import PackedPieces
 from .plan import Owned, Plan, PlannedMatrix, Shard, Work
-from .preconditioner import Matrix, Preconditioner
+from .preconditioner import Matrix, Preconditioner, fresh_block
 from .ranks import OWN_MODELS, Company, Ranks
 
 _WAYS_OUT = (
@@ -227,6 +227,13 @@ class Binding:
         """The blocks of a matrix that this rank owns, by their numbers."""
         owned = (Owned(index, block) for block in self.matrices[index].blocks)
         return {number: block for number, block in enumerate(owned) if self.plan.owner_of[block] == self.ranks.rank}
+
+    def reset(self, index: int) -> None:
+        """Make this rank's part of a matrix's preconditioner a fresh one."""
+        matrix = self.matrices[index]
+        matrix.step, matrix.rooted = 0, False
+        for owned in self.own_blocks(index).values():
+            self.preconditioner.from_bytes(owned, fresh_block(matrix, owned.block))
 
     def unpack(self, index: int, packed: Tensor) -> None:
         """Restore this rank's part of what :meth:`pack` gave, here or on any other number of ranks."""

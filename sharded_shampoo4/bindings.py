@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -24,9 +24,11 @@ from .layout import matrix_shape
 from .members import Entry, Members
 from .options import PreconditionerOptions
 from .plan import Shard, Work
-from .preconditioner import Matrix, worse
+from .preconditioner import Matrix, fresh_bytes, worse
 from .ranks import Company, Ranks, has_waited
 from .schedule import Phases
+from .state_dicts import MARK, is_marked
+from .untrained import Untrained, of_parameter
 
 Unbound = packing.PackedState | packing.PackedPieces
 
@@ -47,6 +49,8 @@ class Bindings:
         self.last: Binding | None = None  # that of the last step
         self._has_left_word = False
         self._by_key: dict[tuple[Hashable, ...], Binding] = {}
+        self._changes = 0  # of the members, that were seen
+        self._marked: set[Tensor] = set()  # parameters whose factors the optimizer's states have told of
 
     def all(self) -> Iterable[Binding]:
         """Every binding."""
@@ -65,11 +69,17 @@ class Bindings:
     def load(self, unbound: dict[Tensor, Unbound]) -> None:
         """Forget all factors, and take these instead."""
         self.unbound, self.last, self._by_key = unbound, None, {}
+        self._marked = set()
+        self.members.replaced.clear()
 
     # -- at a step -----------------------------------------------------------------------------------------------------
 
     def bind(
-        self, groups: Sequence[dict[str, Any]], state: Mapping[Tensor, Any], engine: Any, error: Exception | None = None
+        self,
+        groups: Sequence[dict[str, Any]],
+        state: MutableMapping[Tensor, Any],
+        engine: Any,
+        error: Exception | None = None,
     ) -> Binding:
         """Check this step's gradients, and give the binding of the parameters in ``groups`` as they are; collective.
 
@@ -80,6 +90,7 @@ class Bindings:
         entries: list[Entry] = []
         try:
             entries = self.members.entries(groups, self.locations)
+            self.let_go(groups, state)
             for entry in entries:
                 _check_numbers(entry, entry.holder.grad)
         except Exception as found:
@@ -87,18 +98,55 @@ class Bindings:
         self.last = self._bind_entries(ranks, entries, state, error)
         return self.last
 
+    def mark(self, parameters: Iterable[Tensor], state: MutableMapping[Tensor, Any]) -> None:
+        """Have ``state`` tell of the factors of these parameters, where it has states of the base."""
+        for parameter in parameters:
+            state[parameter][packing.STATE_KEY] = MARK
+            self._marked.add(parameter)
+
+    def mark_stepped(self, state: MutableMapping[Tensor, Any]) -> None:
+        """The same for all parameters that the base has just made a step with."""
+        if self.last is not None:
+            pairs = zip(self.last.parameters, self.last.holders, strict=True)
+            self.mark((p for p, holder in pairs if p is holder and p.grad is not None), state)
+
+    def mark_loaded(self, state: MutableMapping[Tensor, Any]) -> None:
+        """The same for all parameters whose states were loaded with their factors."""
+        bound = [
+            p
+            for binding in self.all()
+            for p, holder in zip(binding.parameters, binding.holders, strict=True)
+            if p is holder
+        ]
+        self._marked = set()
+        self.mark([p for p in (*bound, *self.unbound) if state.get(p)], state)
+
+    def cleared(self, state: Mapping[Tensor, Any]) -> set[Tensor]:
+        """Parameters whose states somebody has taken out of ``state``, factors included."""
+        return {parameter for parameter in self._marked if not is_marked(state, parameter)}
+
     def bind_all(
-        self, groups: Sequence[dict[str, Any]], state: Mapping[Tensor, Any], engine: Any, calling: str
+        self,
+        groups: Sequence[dict[str, Any]],
+        state: MutableMapping[Tensor, Any],
+        engine: Any,
+        calling: str,
+        model: Any = None,
     ) -> None:
         """Bind all parameters, between steps, as the calls of ``step()`` would do; collective.
 
-        ``calling`` is the call in which that is done, for messages.
+        ``calling`` is the call in which that is done, for messages. ``model``, wrapped as it is, tells names that are
+        missing and which parts of names are wrappers'.
         """
         ranks = self._meet(groups, engine, calling)
         with ranks.together():
+            self.members.follow(groups)
+            if model is not None:
+                self.members.name_by(model)
             calls = self.members.calls(groups, self.locations)
             for entry in (entry for call in calls for entry in call):
                 _check_numbers(entry, None)
+            self.let_go(groups, state)
         for entries in calls:
             self._bind_entries(ranks, entries, state, None)
 
@@ -106,6 +154,36 @@ class Bindings:
         """All parameters that are trained, their intervals on this rank, and where these begin in their holders."""
         entries = [entry for call in self.members.calls(groups, self.locations) for entry in call if entry.trained]
         return [(entry, *entry.locate(self.locations, self.members.engine)) for entry in entries]
+
+    def let_go(self, groups: Sequence[dict[str, Any]], state: MutableMapping[Tensor, Any]) -> None:
+        """Forget the states of parameters that stand in no group any more.
+
+        Raises:
+            ValueError: a host has replaced a parameter that had states.
+        """
+        self.members.follow(groups)
+        if self._changes == self.members.changes:
+            return
+        for reference, member in self.members.replaced:
+            old = reference()
+            if old is not None and (state.get(old) or old in self.unbound):
+                raise ValueError(
+                    f"{member.label} had states when a {type(member.held()).__name__} took its place in the param "
+                    "groups: make or load them after the model is wrapped and the optimizer prepared"
+                )
+        self.members.replaced.clear()
+        present = {parameter for group in groups for parameter in group["params"]}
+        for states in (self.unbound, state):
+            for parameter in [parameter for parameter in states if parameter not in present]:
+                del states[parameter]
+        self._marked &= present
+        self._changes = self.members.changes
+
+    def frozen(self, groups: Sequence[dict[str, Any]]) -> list[Untrained]:
+        """What stands in the groups, but is not trained; by plain names."""
+        names = self.members.plain_names()
+        entries = [entry for call in self.members.calls(groups, self.locations) for entry in call if not entry.trained]
+        return [of_parameter(names[entry.name], entry.parameter, self.locations) for entry in entries]
 
     @contextlib.contextmanager
     def leaving_word(self, groups: Sequence[dict[str, Any]]) -> Iterator[None]:
@@ -172,20 +250,26 @@ class Bindings:
         matrices: list[Matrix] = []
         binding = self._by_key.get(_key(entries))
         stale = changed = False
+        cleared: set[Tensor] = set()
         try:
             chosen, matrices = _matrices(entries, self.members.schedule(self.locations))
             stale = binding is None or not binding.fits(
                 [entry.parameter for entry in chosen], [entry.holder for entry in chosen], matrices
             )
             changed = binding is not None and not stale and binding.presence_changed()
+            cleared = self.cleared(state)
         except Exception as found:
             error = error or found
-        failed, any_stale, any_changed = ranks.any([error is not None, stale, changed])
+        failed, any_stale, any_changed, any_cleared = ranks.any([error is not None, stale, changed, bool(cleared)])
         if failed:
             ranks.raise_together(error)
+        if any_cleared:
+            self._reset(ranks, entries, state, cleared)
         if any_stale:
             binding = self._rebind(ranks, entries, chosen, matrices, state)
         assert binding is not None
+        for known, matrix in zip(binding.matrices, matrices, strict=True):
+            known.name = matrix.name
         if any_stale or any_changed:
             binding.agree_on_presence()
             binding.check_replicas()
@@ -223,11 +307,7 @@ class Bindings:
         others = (binding.plan.work for other, binding in self._by_key.items() if other != key)
         binding = Binding(ranks, candidates, sum(others, Work()))
         packing.check_that_ranks_agree(ranks, {entry.name: self.unbound.get(entry.parameter) for entry in chosen})
-        kept = {entry.parameter for entry in chosen}
-        for parameter, place in places.items():
-            if parameter not in kept:
-                assert old is not None
-                self.unbound[parameter] = packing.PackedState(old.matrices[place].options, old.pack(place))
+        self._set_aside(ranks, old, entries, chosen)
         company = Company(ranks)
         for index, (entry, matrix) in enumerate(zip(chosen, matrices, strict=True)):
             if entry.parameter in self.unbound:
@@ -237,6 +317,45 @@ class Bindings:
         company.part()
         self._by_key[key] = binding
         return binding
+
+    def _reset(self, ranks: Ranks, entries: Sequence[Entry], state: Mapping[Tensor, Any], cleared: set[Tensor]) -> None:
+        """Begin anew with the factors of parameters whose states were cleared; collective.
+
+        Raises ValueError, on every rank alike, if they were cleared on some ranks only.
+        """
+        known = [entry for entry in entries if entry.parameter in self._marked]
+        gone = {entry.name for entry in known if entry.parameter in cleared}
+        replaced = [entry.name for entry in known if entry.name in gone and state.get(entry.parameter)]
+        everyone = ranks.gather((gone, {entry.name for entry in known} - gone))
+        names = set().union(*(gone for gone, _ in everyone))
+        for rank, (_, intact) in enumerate(everyone):
+            if names & intact:
+                raise ValueError(f"optimizer.state of {min(names & intact)} was cleared, but not on rank {rank}")
+        if replaced:
+            warnings.warn(
+                f"optimizer.state of {', '.join(replaced[:3])}{', ...' if len(replaced) > 3 else ''} was replaced "
+                "without the factors, which begin anew: use optimizer.load_state_dict()",
+                stacklevel=5,
+            )
+        for entry in entries:
+            if entry.name in names:
+                self.unbound.pop(entry.parameter, None)
+        for binding in self.all():
+            for index, matrix in enumerate(binding.matrices):
+                if matrix.name in names:
+                    binding.reset(index)
+        self._marked -= cleared
+
+    def _set_aside(self, ranks: Ranks, old: Binding | None, entries: Sequence[Entry], chosen: Sequence[Entry]) -> None:
+        """Keep the factors of parameters that are in the groups, but not preconditioned now; collective."""
+        bound, standing = {entry.parameter for entry in chosen}, {entry.parameter for entry in entries}
+        left = [parameter not in bound and parameter in standing for parameter in old.parameters] if old else []
+        for place, leaves in enumerate(ranks.any(left) if left else ()):
+            if leaves:
+                assert old is not None
+                packed = packing.PackedState(old.matrices[place].options, old.pack(place))
+                if left[place]:
+                    self.unbound[old.parameters[place]] = packed
 
     def _refuse_unbound(self, entries: list[Entry]) -> None:
         """Raise ValueError for parameters of FSDP1 that nobody has told about: they look like vectors."""
@@ -283,6 +402,14 @@ class Bindings:
         for parameter, entry in self.unbound.items():
             packed[parameter] = entry.data
         return packed
+
+    def fresh(self) -> dict[Tensor, Tensor] | None:
+        """What :meth:`packed` gives while no factor has taken a step, without asking other ranks; None otherwise."""
+        pairs = [(p, m) for binding in self.all() for p, m in zip(binding.parameters, binding.matrices, strict=True)]
+        if any(matrix.step for _, matrix in pairs):
+            return None
+        packed = {parameter: fresh_bytes(matrix) for parameter, matrix in pairs}
+        return {**packed, **{parameter: entry.data for parameter, entry in self.unbound.items()}}
 
     def pieces(self) -> dict[int, dict[str, Any]]:
         """This rank's part of every preconditioner there is, by the place of the parameter among those given."""

@@ -37,6 +37,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from . import stored, untrained
 from .context import own_arithmetic
+from .fit import Fit, few
 from .integrations import fsdp, zero
 from .optimizer import Shampoo4
 from .ranks import Ranks
@@ -46,30 +47,35 @@ MANIFEST = "manifest.json"
 
 
 @own_arithmetic()
-def save(optimizer: Any, directory: str | os.PathLike[str], *, model: nn.Module | None = None) -> None:
+def save(
+    optimizer: Any, directory: str | os.PathLike[str], *, model: nn.Module | None = None, frozen: bool = True
+) -> None:
     """Write the optimizer's states and its parameters' values to ``directory``; collective.
 
     Args:
         optimizer: a Shampoo4, whatever ``prepare()`` made of one, or a DeepSpeed engine that has one, whose counters,
-            loss scale and scheduler are saved too. Its parameters need names, from ``named_parameters()`` or, under
-            DeepSpeed, from the engine.
+            loss scale and scheduler are saved too. Its parameters need names, from ``named_parameters()``, from
+            ``model`` or, under DeepSpeed, from the engine.
         directory: on storage that all ranks of the optimizer's share, and a directory of its own for each optimizer (of
             ranks that train ``"alone"``, too). A checkpoint that it has already is replaced once the new one is
             complete; files of saves that were cut off are removed.
         model: wrapped as it is; its frozen parameters and its buffers are then saved as well. A DeepSpeed engine brings
             its own.
+        frozen: False leaves the frozen parameters out, such as those that adapters stand on; buffers stay.
 
     Raises:
         OSError, ValueError: on every rank alike; the checkpoint that was there is untouched. Also for a base optimizer
             whose states are neither numbers nor elementwise, such as bitsandbytes' codes.
     """
-    subject = _Subject(optimizer, model, "checkpoint.save()")
+    subject = _Subject(optimizer, model, frozen, "checkpoint.save()")
     subject.wait_for_background()
     _write(_collect(subject, Path(directory)), subject.ranks)
 
 
 @own_arithmetic()
-def async_save(optimizer: Any, directory: str | os.PathLike[str], *, model: nn.Module | None = None) -> Future[None]:
+def async_save(
+    optimizer: Any, directory: str | os.PathLike[str], *, model: nn.Module | None = None, frozen: bool = True
+) -> Future[None]:
     """Like :func:`save`, but the files are written in the background while training goes on; collective.
 
     What is saved is copied to the host first. Only one save of an optimizer is under way at a time: the next one, or a
@@ -79,7 +85,7 @@ def async_save(optimizer: Any, directory: str | os.PathLike[str], *, model: nn.M
         ``.result()`` waits until the checkpoint is complete, and raises what :func:`save` would have raised. Call it
         before the process group is destroyed.
     """
-    subject = _Subject(optimizer, model, "checkpoint.async_save()")
+    subject = _Subject(optimizer, model, frozen, "checkpoint.async_save()")
     subject.wait_for_background()
     background = subject.background()
     job = _collect(subject, Path(directory))
@@ -89,36 +95,44 @@ def async_save(optimizer: Any, directory: str | os.PathLike[str], *, model: nn.M
 
 
 @own_arithmetic()
-def load(optimizer: Any, directory: str | os.PathLike[str], *, model: nn.Module | None = None) -> None:
+def load(
+    optimizer: Any, directory: str | os.PathLike[str], *, model: nn.Module | None = None, frozen: bool = True
+) -> None:
     """Restore what :func:`save` wrote, under this host and on this number of ranks; collective.
 
     The values of the trained parameters are restored with the states; frozen parameters and buffers if ``model`` is
-    given, as it was to ``save``.
+    given, as it was to ``save``. Names are compared without what wrappers put into them.
+
+    Other layers may be frozen than when it was saved, and a warning names them. What was trained then and is frozen now
+    gets its value (``model`` must be given, unless it stands in the optimizer's groups). What was frozen then, saved
+    with ``model``, and is trained now gets its value and begins with fresh states.
 
     A low-bit base's states that can dequantise themselves, as torchao's do, are stored in float32 and quantised again,
     in the blocks that this rank's shards have: training then goes on but for one more rounding, not bitwise, under the
     same host too. ``state_dict()`` keeps the codes.
+
+    Args:
+        optimizer: as for :func:`save`.
+        directory: that was saved to.
+        model: wrapped as it is.
+        frozen: False leaves parameters that are frozen, and were, as they are.
 
     Raises:
         FileNotFoundError: ``directory`` has no complete checkpoint.
         ValueError: on every rank alike, with both values: a newer format, other parameters, shapes or options that
             shape stored bytes, another base optimizer, missing or damaged files. Nothing has been changed then.
     """
-    subject = _Subject(optimizer, model, "checkpoint.load()")
+    subject = _Subject(optimizer, model, frozen, "checkpoint.load()")
     subject.wait_for_background()
     ranks, folder = subject.ranks, Path(directory)
     with ranks.together():
-        manifest = read_manifest(folder)
+        manifest, in_files = stored.with_plain_names(read_manifest(folder))
     with ranks.together():
-        others = subject.others()
-        beside = others if subject.model is not None else None
-        stored.check(manifest, subject.optimizer, subject.bindings, beside)
+        others, with_model = subject.others(), subject.model is not None
+        there = stored.check(manifest, subject.optimizer, subject.bindings, others, with_model, frozen)
         _verify(folder / manifest["data"], manifest["files"], ranks)
-    if subject.model is None and manifest.get("untrained"):
-        names = list(manifest["untrained"])
-        left = f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
-        warnings.warn(f"frozen parameters and buffers ({left}) are left as they are: give model=", stacklevel=2)
-    restoration = stored.Restoration(manifest, subject.optimizer, subject.bindings, others)
+    _remark(manifest, there, with_model)
+    restoration = stored.Restoration(manifest, subject.optimizer, subject.bindings, there, in_files)
     error: Exception | None = None
     try:
         reader = FileSystemReader(folder / manifest["data"])
@@ -132,6 +146,16 @@ def load(optimizer: Any, directory: str | os.PathLike[str], *, model: nn.Module 
     if subject.engine is not None:
         zero.refresh_weights(subject.engine)
     _restore_progress(subject.engine, manifest.get("engine"), folder)
+
+
+def _remark(manifest: Mapping[str, Any], there: Fit, with_model: bool) -> None:
+    """Warn of what is not as it was."""
+    left = manifest.get("untrained", {}).keys() - {key.partition("/")[2] for key in there.thawed.values()}
+    if not with_model and left:
+        names = few(name for name in manifest["untrained"] if name in left)
+        warnings.warn(f"frozen parameters and buffers ({names}) are left as they are: give model=", stacklevel=3)
+    for remark in there.remarks():
+        warnings.warn(remark, stacklevel=3)
 
 
 def _restore_progress(engine: Any, saved: Mapping[str, Any] | None, folder: Path) -> None:
@@ -177,25 +201,33 @@ def read_manifest(directory: str | os.PathLike[str]) -> dict[str, Any]:
 class _Subject:
     """What is saved or loaded: an optimizer, bound to its parameters, with its ranks, its engine and its model."""
 
-    def __init__(self, optimizer: Any, model: nn.Module | None, calling: str) -> None:
+    def __init__(self, optimizer: Any, model: nn.Module | None, frozen: bool, calling: str) -> None:
+        self.frozen = frozen
         self.optimizer, self.engine = _unwrap(optimizer)
         self.model = self.engine if self.engine is not None else model
         if self.model is not None:
             fsdp.reshard(self.model)
         self.bindings = self.optimizer._bindings
-        self.bindings.bind_all(self.optimizer.param_groups, self.optimizer.state, self.engine, calling)
+        self.bindings.bind_all(self.optimizer.param_groups, self.optimizer.state, self.engine, calling, self.model)
         assert self.bindings.ranks is not None
         self.ranks = self.bindings.ranks
 
     def others(self) -> list[untrained.Untrained]:
-        """What the model has beside trained parameters."""
+        """What the model has beside trained parameters; without a model, what stands in the groups and is frozen."""
+        groups, locations = self.optimizer.param_groups, self.bindings.locations
         if self.model is None:
-            return []
-        held = self.bindings.everything(self.optimizer.param_groups)
+            return self.bindings.frozen(groups)
+        held = self.bindings.everything(groups)
         trained = [tensor for entry, _, _ in held for tensor in (entry.parameter, entry.holder)]
         given = [parameter for _, parameter, _ in self.bindings.members.given() if parameter is not None]
         trained += [parameter for parameter in given if parameter.requires_grad]
-        return untrained.find(self.model, trained, self.bindings.locations)
+        return untrained.find(self.model, trained, locations)
+
+    def saved_others(self) -> list[untrained.Untrained]:
+        """What of those is saved."""
+        if self.model is None:
+            return []
+        return [other for other in self.others() if self.frozen or other.buffer]
 
     def background(self) -> _Background:
         """The thread for this optimizer, made by its first save in the background; collective then."""
@@ -254,8 +286,9 @@ def _collect(subject: _Subject, folder: Path) -> _Job:
     data = folder / ranks.gather(f"data-{uuid.uuid4().hex}")[0]
     with ranks.together():
         data.mkdir(parents=True, exist_ok=True)
-        others = subject.others()
+        others = subject.saved_others()
     manifest, tensors = stored.collect(subject.optimizer, subject.bindings, ranks, others)
+    manifest["frozen"] = subject.frozen
     if subject.engine is not None:
         manifest["engine"] = zero.progress(subject.engine)
     return _Job(folder, data, manifest, tensors)

@@ -8,6 +8,7 @@ many of them (ZeRO 1, 2, 3).
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -88,32 +89,44 @@ class Entry:
         return fsdp.locate(self.name, self.parameter, bound), 0
 
 
+@dataclass(eq=False)
+class _Member:
+    """A parameter as it was given. The references are weak: hosts that replace parameters want the old ones freed."""
+
+    name: str  # without what wrappers put into names
+    named: bool  # by whoever made the optimizer, or by DeepSpeed's engine
+    given: weakref.ReferenceType[Tensor]
+    held: weakref.ReferenceType[Tensor]  # what stands in the group: the one that was given, or one that replaced it
+    shape: torch.Size
+    trained: bool
+    plain: str | None = None  # its name in the model, once that is known
+    label: str = ""  # for messages: the name, made different from all others
+
+
 @dataclass
 class _Given:
-    """One group as it was given. The references are weak: hosts that replace parameters want the old ones freed."""
+    """One group and the parameters in it."""
 
     group: dict[str, Any]
-    names: list[str]
-    named: bool
-    references: list[weakref.ReferenceType[Tensor]]
-    shapes: list[torch.Size]
-    trained: list[bool]
+    members: list[_Member]
     options: dict[str, Any]  # as they were, but for those that change all the time
 
     def parameters(self) -> list[Tensor]:
-        """Those that are still there."""
-        return [parameter for parameter in (reference() for reference in self.references) if parameter is not None]
+        """Those that were given and are still there."""
+        return [parameter for parameter in (member.given() for member in self.members) if parameter is not None]
 
     def trained_shapes(self, bound: Mapping[Tensor, fsdp.Location]) -> Iterator[tuple[str, torch.Size]]:
         """Names and whole shapes of those that were to be trained when they were given."""
-        for name, reference, shape, trained in zip(self.names, self.references, self.shapes, self.trained, strict=True):
-            parameter = reference()
-            if trained:
-                yield name, bound[parameter].shape if parameter is not None and parameter in bound else shape
+        for member in self.members:
+            parameter = member.given()
+            if member.trained:
+                located = parameter is not None and parameter in bound
+                yield member.label, bound[parameter].shape if located else member.shape  # type: ignore[index]
 
     def is_in_place(self, params: Sequence[Tensor]) -> bool:
-        return len(params) == len(self.references) and all(
-            reference() is parameter for reference, parameter in zip(self.references, params, strict=True)
+        """Whether ``params`` are the ones that were given or, if they were replaced, those seen last."""
+        return len(params) == len(self.members) and all(
+            member.held() is parameter for member, parameter in zip(self.members, params, strict=True)
         )
 
 
@@ -125,23 +138,104 @@ class Members:
         self._engine: weakref.ReferenceType[Any] | None = None  # DeepSpeed's, if there is one
         self._described: list[tuple[int, str, torch.Size, PreconditionerOptions]] = []
         self._schedule: Mapping[tuple[int, str], Phases] = {}  # of what is described
+        self.changes = 0  # how often other parameters than before were found in the groups
+        self.replaced: list[tuple[weakref.ReferenceType[Tensor], _Member]] = []  # since they were last looked at
 
     def add(self, group: dict[str, Any]) -> None:
         """Remember the parameters of a new group."""
         params, index = group["params"], len(self._given)
+        named = "param_names" in group
         names = group.get("param_names") or [f"parameter {place} of group {index}" for place in range(len(params))]
-        shapes = [zero.whole_shape(parameter) for parameter in params]
-        references = [weakref.ref(parameter) for parameter in params]
-        trained = [parameter.requires_grad for parameter in params]
-        self._given.append(
-            _Given(group, list(names), "param_names" in group, references, shapes, trained, _lasting(group))
+        members = []
+        for name, parameter in zip(names, params, strict=True):
+            reference, shape = weakref.ref(parameter), zero.whole_shape(parameter)
+            members.append(_Member(fsdp.plain_name(name), named, reference, reference, shape, parameter.requires_grad))
+        self._given.append(_Given(group, members, _lasting(group)))
+        self._relabel()
+
+    def follow(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Find out what stands in ``groups``, all of the optimizer's, if it is not what stood there before.
+
+        Parameters are known by identity, in whatever group, place or dictionary they are. Those that a host has put in
+        their places are known by their order and shapes. What is in no group any more is forgotten. Under ZeRO 1, 2
+        and 3, whose flat tensors the groups hold, nothing changes.
+
+        Raises:
+            ValueError: parameters that were not given, or cannot be recognised.
+        """
+        same = len(groups) == len(self._given) and all(
+            given.group is group and given.is_in_place(group["params"])
+            for given, group in zip(self._given, groups, strict=True)
         )
+        if same or self.partitioned:
+            return
+        known = self._by_tensor()
+        standing = {id(known[parameter]) for group in groups for parameter in group["params"] if parameter in known}
+        found: list[_Given] = []
+        held: list[tuple[_Member, Tensor]] = []
+        for number, group in enumerate(groups):
+            before = self._before(group, number, len(groups), known)
+            members = _recognize(group["params"], number, before, known, standing)
+            held += zip(members, group["params"], strict=True)
+            options = _lasting(group) if before is None else before.options
+            found.append(_Given(group, members, options))
+        if len({id(member) for member, _ in held}) < len(held):
+            raise ValueError("a parameter stands in the param groups twice")
+        for member, parameter in held:
+            before_it = member.held()
+            if before_it is not None and before_it is not parameter:
+                self.replaced.append((weakref.ref(before_it), member))
+            member.held = weakref.ref(parameter)
+        self._given = found
+        self.changes += 1
+        self._relabel()
+        self._write_names()
 
     def adopt(self, groups: Sequence[dict[str, Any]]) -> None:
         """Take over new dictionaries of the same groups, as ``Optimizer.load_state_dict`` makes them."""
-        kept = [given for given in self._given if given.references]  # DeepSpeed drops empty groups
+        kept = [given for given in self._given if given.members]  # DeepSpeed drops empty groups
         for given, group in zip(self._given if len(groups) == len(self._given) else kept, groups, strict=True):
             given.group, given.options = group, _lasting(group)
+        self._write_names()
+
+    def _by_tensor(self) -> dict[Tensor, _Member]:
+        """Every parameter that was given, or has replaced one."""
+        found: dict[Tensor, _Member] = {}
+        for given in self._given:
+            for member in given.members:
+                for parameter in (member.given(), member.held()):
+                    if parameter is not None:
+                        found[parameter] = member
+        return found
+
+    def _before(self, group: dict[str, Any], number: int, count: int, known: Mapping[Tensor, _Member]) -> _Given | None:
+        """What ``group``, or the one that it stands for, was: the same dictionary, or one with the same parameters."""
+        members = [known[parameter] for parameter in group["params"] if parameter in known]
+        for given in self._given:
+            if given.group is group or (members and any(member is members[0] for member in given.members)):
+                return given
+        return self._given[number] if count == len(self._given) else None
+
+    def _relabel(self) -> None:
+        members = [member for given in self._given for member in given.members]
+        counts = Counter(member.name for member in members)
+        seen: Counter[str] = Counter()
+        for number, given in enumerate(self._given):
+            for member in given.members:
+                member.label = member.name
+                if counts[member.name] > 1:
+                    seen[member.name] += 1
+                    member.label = f"{member.name} ({seen[member.name]} of {counts[member.name]}, group {number})"
+
+    def _write_names(self) -> None:
+        """Have torch's own list of names in each group be that of the parameters in it."""
+        for given in self._given:
+            if self.partitioned:
+                continue
+            if given.members and all(member.named for member in given.members):
+                given.group["param_names"] = [member.name for member in given.members]
+            else:
+                given.group.pop("param_names", None)
 
     @property
     def partitioned(self) -> bool:
@@ -156,9 +250,25 @@ class Members:
         self._engine = None if engine is None else weakref.ref(engine)
         names: Mapping[Tensor, str] = getattr(engine, "param_names", {})
         for given in self._given:
-            if not given.named:
-                pairs = zip(given.references, given.names, strict=True)
-                given.names = [names.get(reference(), name) for reference, name in pairs]  # type: ignore[arg-type]
+            for member in given.members:
+                parameter = member.given()
+                if not member.named and parameter in names:
+                    member.name = fsdp.plain_name(names[parameter])  # type: ignore[index]
+        self._relabel()
+
+    def name_by(self, model: Any) -> None:
+        """Take from ``model``, wrapped as it is, which parts of names are wrappers', and names that are missing."""
+        names = fsdp.names_in(model)
+        for given in self._given:
+            for member in given.members:
+                plain = next((names[p] for p in (member.held(), member.given()) if p is not None and p in names), None)
+                if plain is None:
+                    continue
+                if not member.named:
+                    member.name = plain
+                if member.name == plain or fsdp.match_names([member.name], [plain]):
+                    member.plain = plain
+        self._relabel()
 
     @property
     def engine(self) -> Any:
@@ -212,9 +322,9 @@ class Members:
     def given(self) -> list[tuple[str, Tensor | None, PreconditionerOptions]]:
         """Name, options and, where it still exists, tensor of every parameter, as they were given."""
         return [
-            (name, reference(), PreconditionerOptions.of_group(given.group))
+            (member.label, member.given(), PreconditionerOptions.of_group(given.group))
             for given in self._given
-            for name, reference in zip(given.names, given.references, strict=True)
+            for member in given.members
         ]
 
     def trained(self, bound: Mapping[Tensor, fsdp.Location]) -> list[Given]:
@@ -255,6 +365,7 @@ class Members:
         Raises:
             ValueError: parameters cannot be recognised in what stands there.
         """
+        self.follow(groups)
         return [entry for group in groups for entry in self._entries(group, bound)]
 
     def calls(self, groups: Sequence[dict[str, Any]], bound: Mapping[Tensor, fsdp.Location]) -> list[list[Entry]]:
@@ -279,18 +390,35 @@ class Members:
         """All groups, by their numbers."""
         return [given.group for given in self._given]
 
-    def check_named(self) -> None:
-        """Raise ValueError unless every parameter has a name of its own."""
-        names = [name for given in self._given for name in given.names]
-        for given in self._given:
-            if not given.named and self.engine is None and given.names:
+    def plain_names(self) -> dict[str, str]:
+        """What portable checkpoints call each parameter: its name without what wrappers put into it.
+
+        By the names of its :class:`Entry`.
+
+        Raises:
+            ValueError: a parameter has no name, or two have the same.
+        """
+        members = [member for given in self._given for member in given.members]
+        for member in members:
+            if not member.named and member.plain is None and self.engine is None:
                 raise ValueError(
-                    f"a portable checkpoint needs names, but {given.names[0]} was given without: make the optimizer of "
-                    "model.named_parameters() (in groups: {'params': [(name, parameter), ...]})"
+                    f"a portable checkpoint needs names, but {member.name} was given without: make the optimizer of "
+                    "model.named_parameters() (in groups: {'params': [(name, parameter), ...]}), or give model="
                 )
-        if len(set(names)) < len(names):
-            double = next(name for name in names if names.count(name) > 1)
-            raise ValueError(f"two parameters have the name {double}")
+        read = dict(zip((m.label for m in members), fsdp.plain_names([m.name for m in members]), strict=True))
+        names = {member.label: member.plain or read[member.label] for member in members}
+        taken: set[str] = set()
+        for name in names.values():
+            if name in taken:
+                raise ValueError(f"two parameters have the name {name}")
+            taken.add(name)
+        return names
+
+    def names(self) -> list[list[str]] | None:
+        """The names of what stands in each group; None unless all have one. Not under ZeRO 1, 2 and 3."""
+        if not all(member.named for given in self._given for member in given.members):
+            return None
+        return [[member.name for member in given.members] for given in self._given]
 
     def _entries(self, group: dict[str, Any], bound: Mapping[Tensor, fsdp.Location]) -> Iterator[Entry]:
         params: list[Tensor] = group["params"]
@@ -301,28 +429,24 @@ class Members:
             raise ValueError("a param group is none of those that Shampoo4 was given: use add_param_group()")
         given = self._given[number]
         options = PreconditionerOptions.of_group(group)
-        if given.is_in_place(params):
-            names = given.names
-        elif zero.is_partitioned(given.parameters()):
+        if not given.is_in_place(params):
             yield from self._flat_entries(params, number, options)
             return
-        else:
-            names = self._names_of_replacements(params, number)
-        for name, parameter in zip(names, params, strict=True):
+        for member, parameter in zip(given.members, params, strict=True):
             if zero.is_initialised_partitioned(parameter):
                 raise ValueError(
-                    f"{name} is partitioned by deepspeed.zero.Init, but the optimizer was not given to "
+                    f"{member.label} is partitioned by deepspeed.zero.Init, but the optimizer was not given to "
                     "deepspeed.initialize at stage 3"
                 )
             trained = parameter.requires_grad or parameter.grad is not None
             told = bound.get(parameter)
             shape, computes = (told.shape, told.device) if told is not None else (parameter.shape, None)
-            yield Entry(name, parameter, options, shape, parameter, False, trained, number, computes=computes)
+            yield Entry(member.label, parameter, options, shape, parameter, False, trained, number, computes=computes)
 
     def _flat_entries(self, flats: list[Tensor], number: int, options: PreconditionerOptions) -> Iterator[Entry]:
         """The parameters in ZeRO's flat tensors."""
         given = self._given[number]
-        names = {reference(): name for reference, name in zip(given.references, given.names, strict=True)}
+        names = {member.given(): member.label for member in given.members}
         for flat in flats:
             key, parameters = zero.members(flat, number, given.parameters())
             for parameter in parameters:
@@ -332,19 +456,42 @@ class Members:
                     names[parameter], parameter, options, zero.whole_shape(parameter), flat, True, True, number, key
                 )
 
-    def _names_of_replacements(self, params: list[Tensor], number: int) -> list[str]:
-        """The names of the parameters that ``params`` have replaced one by one, all or the trained ones."""
-        given = self._given[number]
-        trained = [reference() is not None and bool(reference().requires_grad) for reference in given.references]  # type: ignore[union-attr]
-        for chosen in ([True] * len(trained), trained):
-            names = [name for name, keep in zip(given.names, chosen, strict=True) if keep]
-            shapes = [shape for shape, keep in zip(given.shapes, chosen, strict=True) if keep]
-            if shapes == [parameter.shape for parameter in params]:
-                return names
-        raise ValueError(
-            f"param group {number} was given {len(given.names)} parameters of shapes {_few(given.shapes)} and now has "
-            f"{len(params)} of shapes {_few([parameter.shape for parameter in params])}: no telling which is which"
-        )
+
+def _recognize(
+    params: Sequence[Tensor],
+    number: int,
+    before: _Given | None,
+    known: Mapping[Tensor, _Member],
+    standing: set[int],
+) -> list[_Member]:
+    """The members that ``params``, in group ``number``, are: by identity, and by order and shape where replaced.
+
+    ``before`` is what the group was, ``standing`` the ids of all members that stand in some group as they are.
+    """
+    found = [known.get(parameter) for parameter in params]
+    new = [parameter for parameter, member in zip(params, found, strict=True) if member is None]
+    if not new:
+        return [member for member in found if member is not None]
+    if before is None:
+        raise ValueError(f"param group {number} is none of those that Shampoo4 was given: use add_param_group()")
+    free = [member for member in before.members if id(member) not in standing]
+    for chosen in (free, [member for member in free if _is_trained(member)]):
+        if [member.shape for member in chosen] == [parameter.shape for parameter in new]:
+            replaced = iter(chosen)
+            members = [member or next(replaced) for member in found]
+            places = [before.members.index(member) for member in members if member in before.members]
+            if places == sorted(places):
+                return members
+    raise ValueError(
+        f"param group {number} was given {len(before.members)} parameters of shapes "
+        f"{_few([member.shape for member in before.members])} and now has {len(params)} of shapes "
+        f"{_few([parameter.shape for parameter in params])}: no telling which is which"
+    )
+
+
+def _is_trained(member: _Member) -> bool:
+    parameter = member.given()
+    return parameter is not None and bool(parameter.requires_grad)
 
 
 def _lasting(group: Mapping[str, Any]) -> dict[str, Any]:

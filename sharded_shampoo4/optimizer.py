@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
@@ -41,6 +42,7 @@ from .options import (
     base_class,
     check_group,
 )
+from .state_dicts import arranged, held_back, without_marks
 
 
 class Shampoo4(SteppingTogether):
@@ -269,6 +271,7 @@ class Shampoo4(SteppingTogether):
         refusing = base_states.refusing_dtensors(type(self._base), self._current())
         with base_states.as_tensors(self.param_groups, self._base_tensor_options), refusing:
             base_states.step(self._base)
+        self._bindings.mark_stepped(self.state)
 
     def _make_base_state(self) -> None:
         """For a base that makes its states in the constructor: those of parameters that have none yet."""
@@ -293,6 +296,7 @@ class Shampoo4(SteppingTogether):
 
     def _make_base_states_only(self) -> None:
         """A base step that changes no parameter and leaves the base's own step counts at zero."""
+        self._refuse_states_of_fsdp1()
         still = {"lr": 0.0, "weight_decay": 0.0}
         kept = [{name: group[name] for name in still} for group in self.param_groups]
         for group in self.param_groups:
@@ -324,10 +328,23 @@ class Shampoo4(SteppingTogether):
         loads with ``torch.load(weights_only=True)``. Under DeepSpeed's ZeRO 1, 2 and 3, which save every rank's state,
         it holds this rank's part of the factors instead, in ``["preconditioner_pieces"]``.
         """
+        before, after = self._optimizer_state_dict_pre_hooks, self._optimizer_state_dict_post_hooks
+        for prepare in list(before.values()):
+            prepare(self)
+        with held_back(before, after):
+            found = self._joined_state_dict()
+        for change in list(after.values()):
+            replaced = change(self, found)
+            found = found if replaced is None else replaced
+        return found
+
+    def _joined_state_dict(self) -> dict[str, Any]:
+        """The base's states with the factors, before hooks have seen them."""
         if self._members.partitioned:
             if not set(map(id, self.state)) <= set(map(id, self._current())):
                 raise RuntimeError("ZeRO 3 takes its tensors out of the optimizer between steps: use save_checkpoint()")
             return {**super().state_dict(), packing.PIECES_KEY: self._bindings.pieces()}
+        self._bindings.let_go(self.param_groups, self.state)
         packed = self._packed(everywhere=zero.find_engine(self) is not None)
         return packing.join(super().state_dict(), [packed.get(parameter) for parameter in self._current()])
 
@@ -348,10 +365,22 @@ class Shampoo4(SteppingTogether):
 
         ``everywhere``: this is called on all ranks also where ranks hold whole parameters.
         """
-        if self._consolidated:
-            return self._consolidated
+        self._refuse_states_of_fsdp1()
+        cleared = self._bindings.cleared(self.state)
+        packed = self._consolidated or self._packed_as_kept(everywhere)
+        return {parameter: data for parameter, data in packed.items() if parameter not in cleared}
+
+    def _refuse_states_of_fsdp1(self) -> None:
+        """Raise RuntimeError if FSDP1 is about to give or take states in a form of its own."""
+        if self._bindings.locations:
+            hosts.refuse_own_states()
+
+    def _packed_as_kept(self, everywhere: bool) -> dict[Tensor, Tensor]:
         bound = [parameter for binding in self._bindings.all() for parameter in binding.parameters]
         if self._bindings.spread and bound and not everywhere and not any(map(hosts.is_dtensor, bound)):
+            fresh = self._bindings.fresh()
+            if fresh is not None:
+                return fresh
             raise RuntimeError(
                 "the factors of Shampoo4 are spread over ranks: call optimizer.consolidate_state_dict() on every "
                 "rank before state_dict()"
@@ -372,13 +401,27 @@ class Shampoo4(SteppingTogether):
             ValueError: it was not written by this optimizer, or with options or shapes that store other bytes; nothing
                 has been changed then.
         """
+        self._refuse_states_of_fsdp1()
+        before, after = self._optimizer_load_state_dict_pre_hooks, self._optimizer_load_state_dict_post_hooks
         state_dict = dict(state_dict)
+        for change in list(before.values()):
+            replaced = change(self, state_dict)
+            state_dict = state_dict if replaced is None else replaced
+        with held_back(before, after):
+            self._load(dict(state_dict))
+        for finish in list(after.values()):
+            finish(self)
+
+    def _load(self, state_dict: dict[str, Any]) -> None:
         pieces = state_dict.pop(packing.PIECES_KEY, None)
         if (pieces is not None) != self._members.partitioned:
             whole, parts = "a state_dict with whole parameters", "one rank's part of a state_dict under ZeRO 1, 2 or 3"
             found, wanted = (whole, parts) if pieces is None else (parts, whole)
             raise ValueError(f"this is {found}, where {wanted} is needed")
         known = {entry.parameter: entry for entry in self._members.entries(self.param_groups, self._bindings.locations)}
+        names = None if self._members.partitioned else self._members.names()
+        if names is not None:
+            state_dict = arranged(state_dict, names, hosts.match_names)
         shapes = [(known[p].name, known[p].shape) if p in known else ("", p.shape) for p in self._current()]
         packing.check_loadable(state_dict, self.param_groups, shapes)
         plain, packed = packing.separate(state_dict)
@@ -395,20 +438,25 @@ class Shampoo4(SteppingTogether):
         self._base.__setstate__({"state": self.state, "param_groups": self.param_groups})
         self._consolidated = {}
         self._bindings.load(unbound)
+        if not self._members.partitioned:
+            self._bindings.mark_loaded(self.state)
 
     def __getstate__(self) -> dict[str, Any]:
         if self._bindings.spread:
             raise RuntimeError("a Shampoo4 that is spread over ranks cannot be copied or pickled: use state_dict()")
         if self._process_group not in (None, "alone"):
             raise RuntimeError("a Shampoo4 that has a process_group cannot be copied or pickled: use state_dict()")
+        self._bindings.let_go(self.param_groups, self.state)
+        state = super().__getstate__()
+        state["state"] = defaultdict(dict, without_marks(self.state))
         own = {
             "_process_group": self._process_group,
             "_base": type(self._base),
             "_base_arguments": self._base_arguments,
         }  # copies of bases lose their options
         options = {p: PreconditionerOptions.of_group(group) for group in self.param_groups for p in group["params"]}
-        packed = {p: packing.PackedState(options[p], data) for p, data in self._packed().items()}
-        return {**super().__getstate__(), **own, "_consolidated": {}, "_unbound": packed}
+        packed = {p: packing.PackedState(options[p], data) for p, data in self._packed().items() if p in options}
+        return {**state, **own, "_consolidated": {}, "_unbound": packed}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         unbound, rule = state.pop("_unbound", None), state.pop("_base", None)
@@ -422,6 +470,7 @@ class Shampoo4(SteppingTogether):
                 self._members.add(group)
             self._bindings = Bindings(self._members, type(self._base).__name__, self._process_group)
             self._bindings.load(unbound)
+            self._bindings.mark_loaded(self.state)
 
     # -- reports -------------------------------------------------------------------------------------------------------
 

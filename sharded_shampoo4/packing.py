@@ -145,8 +145,11 @@ def shaping_difference(stored: PreconditionerOptions, wanted: PreconditionerOpti
 
 
 def join(plain: dict[str, Any], packed: Sequence[Tensor | None]) -> dict[str, Any]:
-    """A base optimizer's state_dict with ``packed`` preconditioners, given in the order of the groups' parameters."""
-    state = dict(plain["state"])
+    """A base optimizer's state_dict with ``packed`` preconditioners, given in the order of the groups' parameters.
+
+    What stood for them in it is taken out.
+    """
+    state = separate(plain)[0]["state"]
     for key, data in zip(_keys(plain), packed, strict=True):
         if data is not None:
             state[key] = {**state.get(key, {}), STATE_KEY: data}
@@ -196,7 +199,10 @@ def check_loadable(
         if shape and data is not None:
             PackedState(option, data).check(Matrix(name, shape, option, data.device))
         elif shape and key in plain["state"]:
-            raise ValueError(f"the state_dict has a state of {name}, but no preconditioner")
+            raise ValueError(
+                f"the state_dict has a state of {name}, but no preconditioner: it is of another optimizer, or was "
+                "collected from optimizer.state. Save optimizer.state_dict(), or use sharded_shampoo4.checkpoint"
+            )
         elif data is not None:
             raise ValueError(f"the state_dict has a preconditioner of {name}, which is not preconditioned here")
 

@@ -144,6 +144,17 @@ class Matrix:
             start = stop
 
 
+def fresh_block(matrix: Matrix, block: Block) -> Tensor:
+    """The factors of a block of ``matrix`` before any step, as uint8."""
+    owned = Owned(0, block)
+    return Preconditioner([matrix], [[owned]]).to_bytes(owned)
+
+
+def fresh_bytes(matrix: Matrix) -> Tensor:
+    """The vector that saves a preconditioner which has taken no step."""
+    return torch.cat([matrix.header.to(matrix.device), *(fresh_block(matrix, block) for block in matrix.blocks)])
+
+
 def worse(first: list[float] | None, second: list[float]) -> list[float]:
     """Of two factors' health, in the order of HEALTH, the larger errors and failures and the wider range."""
     if first is None:

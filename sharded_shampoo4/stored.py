@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,17 +15,17 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 from . import base_states
 from .binding import Binding
 from .bindings import Bindings
-from .integrations.fsdp import Location, is_dtensor, local_tensor
+from .fit import VALUES, Fit, fit
+from .integrations.fsdp import Location, is_dtensor, local_tensor, match_names, plain_names
 from .members import Entry
 from .optimizer import Shampoo4
 from .options import PreconditionerOptions
 from .packing import VERSION_KEY, refuse_former_levels, shaping_difference
 from .plan import Owned
-from .preconditioner import Matrix
+from .preconditioner import Matrix, fresh_block
 from .ranks import Ranks
+from .state_dicts import MARK
 from .untrained import Untrained
-
-_VALUES = "values"  # of the parameter itself, beside the names of its base states
 
 
 class Interval(Tensor):
@@ -80,7 +81,10 @@ def collect(
     """
     held = bindings.everything(optimizer.param_groups)
     with ranks.together():
-        bindings.members.check_named()
+        names = bindings.members.plain_names()
+        double = {names[entry.name] for entry, _, _ in held} & {other.name for other in others}
+        if double:
+            raise ValueError(f"a parameter that is trained and one that is not have the name {min(double)}")
         described = [(entry.name, place.replica, _describe_base(optimizer, entry)) for entry, place, _ in held]
     base: dict[str, dict[str, Any]] = {}
     writers: dict[str, int] = {}  # the replica that writes: they take turns
@@ -101,17 +105,17 @@ def collect(
             continue
         for key, vector in _vectors(optimizer, entry).items():
             part = vector[offset : offset + location.stop - location.start]
-            tensors[f"{key}/{entry.name}"] = _interval(part, location)
+            tensors[f"{key}/{names[entry.name]}"] = _interval(part, location)
     for other in others:
         if other.location.replica == first[other.name] and other.location.stop > other.location.start:
             tensors[_untrained_key(other)] = _interval(other.held.reshape(-1), other.location)
-    tensors.update(_factors(bindings))
+    tensors.update(_factors(bindings, names))
     groups = [
         {name: value for name, value in group.items() if name not in ("params", "param_names") and _is_plain(value)}
         for group in bindings.members.groups
     ]
     parameters: dict[str, dict[str, Any]] = {
-        entry.name: {
+        names[entry.name]: {
             "shape": list(entry.shape),
             "options": entry.options.shaping_bytes(),
             "group": entry.group,
@@ -122,59 +126,65 @@ def collect(
     for binding in bindings.all():
         for matrix in binding.matrices:
             steps = {"step": matrix.step, "rooted": matrix.rooted}
-            parameters[matrix.name]["factors"] = {**steps, "blocks": _block_bytes(matrix)}
+            parameters[names[matrix.name]]["factors"] = {**steps, "blocks": _block_bytes(matrix)}
     rule = type(optimizer._base).__name__
     beside = {other.name: other.describe() for other in others}
-    return {"base": rule, "groups": groups, "parameters": parameters, "untrained": beside}, tensors
+    described_names = {"plain_names": True, "base": rule, "groups": groups}
+    return {**described_names, "parameters": parameters, "untrained": beside}, tensors
 
 
 def check(
-    manifest: Mapping[str, Any], optimizer: Shampoo4, bindings: Bindings, others: Sequence[Untrained] | None
-) -> None:
-    """Raise ValueError, with both values, unless what ``manifest`` describes fits this optimizer.
+    manifest: Mapping[str, Any],
+    optimizer: Shampoo4,
+    bindings: Bindings,
+    others: Sequence[Untrained],
+    with_model: bool,
+    frozen: bool,
+) -> Fit:
+    """What of the checkpoint goes where.
 
-    ``others`` is what is to be loaded beside what is trained; None leaves that out.
+    ``others`` is what is here beside what is trained; ``with_model`` and ``frozen`` are as :func:`.fit.fit` takes them.
+    Raises ValueError, with both values, unless what ``manifest`` describes fits this optimizer.
     """
-    bindings.members.check_named()
+    names = bindings.members.plain_names()
     rule = type(optimizer._base).__name__
     if manifest["base"] != rule:
         raise ValueError(f"the checkpoint is of base optimizer {manifest['base']}, this one has {rule}")
     saved: Mapping[str, Any] = manifest["parameters"]
-    entries = {entry.name: entry for entry, _, _ in bindings.everything(optimizer.param_groups)}
-    _check_shapes(saved, {name: entry.shape for name, entry in entries.items()})
-    if others is not None:
-        shapes = {other.name: other.location.shape for other in others}
-        _check_shapes(
-            manifest.get("untrained", {}), shapes, "frozen parameter or buffer ", ": was it saved without model=?"
-        )
+    entries = {names[entry.name]: entry for entry, _, _ in bindings.everything(optimizer.param_groups)}
+    shapes = {name: entry.shape for name, entry in entries.items()}
+    found = fit(manifest, shapes, others, match_names, with_model, frozen)
     imagination = Imagination(optimizer, bindings)
-    for name, entry in entries.items():
+    for here, name in found.trained.items():
+        entry = entries[here]
         if saved[name]["base"]:
             held = torch.Size([local_tensor(entry.holder).numel()])
-            base_states.refuse_unportable(type(optimizer._base), name, imagination.of(entry), held)
+            base_states.refuse_unportable(type(optimizer._base), here, imagination.of(entry), held)
         options = PreconditionerOptions.of_group(saved[name]["options"])
-        refuse_former_levels(manifest["format"], options, f"{name} in the checkpoint")
+        refuse_former_levels(manifest["format"], options, f"{here} in the checkpoint")
         difference = shaping_difference(options, entry.options)
         if difference:
-            raise ValueError(f"{name} in the checkpoint has {difference}")
-    matrices = {matrix.name: matrix for binding in bindings.all() for matrix in binding.matrices}
-    for name, matrix in matrices.items():
-        blocks = _block_bytes(matrix)
-        found = saved[name].get("factors", {}).get("blocks")
-        if found != blocks:
-            raise ValueError(f"{name} has factors {_few(found)} in the checkpoint and {_few(blocks)} here")
+            raise ValueError(f"{here} in the checkpoint has {difference}")
+    for matrix in (matrix for binding in bindings.all() for matrix in binding.matrices):
+        here = names[matrix.name]
+        if here in found.trained:
+            blocks = _block_bytes(matrix)
+            there = saved[found.trained[here]].get("factors", {}).get("blocks")
+            if there != blocks:
+                raise ValueError(f"{here} has factors {_few(there)} in the checkpoint and {_few(blocks)} here")
+    return found
 
 
-def _check_shapes(saved: Mapping[str, Any], here: Mapping[str, torch.Size], kind: str = "", hint: str = "") -> None:
-    missing, unknown = sorted(here.keys() - saved.keys()), sorted(saved.keys() - here.keys())
-    if missing:
-        raise ValueError(f"the checkpoint has no {kind}{', '.join(missing[:3])}{hint}")
-    if unknown:
-        raise ValueError(f"there is no {kind}{', '.join(unknown[:3])} here")
-    for name, shape in here.items():
-        if list(shape) != saved[name]["shape"]:
-            where = f"{name} (not trained)" if kind else name
-            raise ValueError(f"{where} has shape {saved[name]['shape']} in the checkpoint and {list(shape)} here")
+def with_plain_names(manifest: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """A manifest whose names are plain, and the names as its files have them, by those that are not as they were.
+
+    Early versions stored names with what wrappers put into them. Raises ValueError if two of them become equal.
+    """
+    if manifest.get("plain_names"):
+        return manifest, {}
+    saved = manifest["parameters"]
+    names = dict(zip(plain_names(list(saved)), saved, strict=True))
+    return {**manifest, "parameters": {plain: saved[name] for plain, name in names.items()}}, names
 
 
 class Imagination:
@@ -200,34 +210,54 @@ class Imagination:
 
 
 class Restoration:
-    """New tensors to read a checkpoint into, which replace the optimizer's once all of them are there."""
+    """New tensors to read a checkpoint into, which replace the optimizer's once all of them are there.
+
+    ``there`` is what :func:`check` gave, ``stored`` the names in files that are not those in the manifest.
+    """
 
     def __init__(
-        self, manifest: Mapping[str, Any], optimizer: Shampoo4, bindings: Bindings, others: Sequence[Untrained]
+        self,
+        manifest: Mapping[str, Any],
+        optimizer: Shampoo4,
+        bindings: Bindings,
+        there: Fit,
+        stored: Mapping[str, str],
     ) -> None:
         self._manifest, self._optimizer, self._bindings = manifest, optimizer, bindings
+        self._fit, self._stored, self._names = there, stored, bindings.members.plain_names()
         self._states: dict[Tensor, dict[str, Any]] = {}
         self._low_bit: dict[Tensor, Entry] = {}  # one of each holder's whose states the base keeps in low precision
         self._values: list[tuple[Tensor, Tensor]] = []  # where to, and what
         self._imagination = Imagination(optimizer, bindings)
-        self._factors = {
-            _block_key(matrix.name, owned.block): torch.empty(
-                matrix.block_bytes(owned.block), dtype=torch.uint8, device=matrix.device
-            )
-            for _, matrix, owned in _own_blocks(bindings)
-        }
-        self.tensors: dict[str, Tensor] = dict(self._factors)
+        self._factors: dict[tuple[str, Any], Tensor] = {}
+        self.tensors: dict[str, Tensor] = {}
+        for _, matrix, owned in _own_blocks(bindings):
+            saved = self._saved(matrix.name)
+            if saved is None:
+                continue
+            data = torch.empty(matrix.block_bytes(owned.block), dtype=torch.uint8, device=matrix.device)
+            self._factors[matrix.name, owned.block] = data
+            self.tensors[_block_key(self._in_file(saved), owned.block)] = data
         self._held = bindings.everything(optimizer.param_groups)
         for entry, location, offset in self._held:
             self._add(entry, location, offset)
-        for other in others:
+        for other, key in there.values:
             target = torch.empty(other.held.numel(), dtype=other.held.dtype, device=other.held.device)
             self._values.append((other.held, target))
             if len(target):
-                self.tensors[_untrained_key(other)] = _interval(target, other.location)
+                kind, _, name = key.partition("/")
+                key = f"{kind}/{self._in_file(name)}" if kind == VALUES else key
+                self.tensors[key] = _interval(target, other.location)
+
+    def _saved(self, label: str) -> str | None:
+        """A parameter's name in the checkpoint; None if it was not trained then."""
+        return self._fit.trained.get(self._names[label])
+
+    def _in_file(self, saved: str) -> str:
+        return self._stored.get(saved, saved)
 
     def _add(self, entry: Entry, location: Location, offset: int) -> None:
-        saved = self._manifest["parameters"][entry.name]["base"]
+        name = self._saved(entry.name)
         state = self._states.setdefault(entry.holder, {})
         length = location.stop - location.start
         holder = local_tensor(entry.holder)
@@ -235,10 +265,13 @@ class Restoration:
         place = holder.detach().view(-1)[offset : offset + length] if holder.is_contiguous() else holder.detach()
         self._values.append((place, target))
         if length:
-            self.tensors[f"{_VALUES}/{entry.name}"] = _interval(target, location)
+            thawed = self._fit.thawed.get(self._names[entry.name])
+            self.tensors[thawed or f"{VALUES}/{self._in_file(name or '')}"] = _interval(target, location)
+        if name is None:
+            return  # it was not trained: its states begin anew
         if holder.numel() == 0 and not is_dtensor(entry.holder):
             return  # of FSDP1, which gives it no gradients: its count of steps would stand still
-        for key, described in saved.items():
+        for key, described in self._manifest["parameters"][name]["base"].items():
             if "dtype" not in described:
                 self._set_number(entry, state, key, described)
                 continue
@@ -247,7 +280,7 @@ class Restoration:
                 state[key] = torch.zeros_like(entry.holder, dtype=dtype, memory_format=torch.contiguous_format).detach()
             part = local_tensor(state[key]).view(-1)[offset : offset + length]
             if length:
-                self.tensors[f"{key}/{entry.name}"] = _interval(part, location)
+                self.tensors[f"{key}/{self._in_file(name)}"] = _interval(part, location)
 
     def _dtype(self, entry: Entry, key: str, saved: torch.dtype) -> torch.dtype:
         """In which a state is read: that which the base keeps it in, float32 for what it quantises then."""
@@ -295,14 +328,39 @@ class Restoration:
                 place.copy_(values.view(place.shape))
         for binding in self._bindings.all():
             for matrix in binding.matrices:
-                saved = self._manifest["parameters"][matrix.name]["factors"]
-                matrix.step, matrix.rooted = saved["step"], saved["rooted"]
+                name = self._saved(matrix.name)
+                saved = {} if name is None else self._manifest["parameters"][name]["factors"]
+                matrix.step, matrix.rooted = saved.get("step", 0), saved.get("rooted", False)
         for binding, matrix, owned in _own_blocks(self._bindings):
-            binding.preconditioner.from_bytes(owned, self._factors[_block_key(matrix.name, owned.block)])
-        groups = {entry.group: self._manifest["parameters"][entry.name]["group"] for entry, _, _ in self._held}
-        for number, saved_number in groups.items():
+            data = self._factors.get((matrix.name, owned.block))
+            binding.preconditioner.from_bytes(owned, fresh_block(matrix, owned.block) if data is None else data)
+        self._bindings.mark_loaded(self._optimizer.state)
+        self._restore_groups()
+
+    def _restore_groups(self) -> None:
+        """Give each group the options of the groups that its parameters were saved in, as far as these agree."""
+        sources: dict[int, dict[int, str]] = {}  # by groups: the groups in the checkpoint, each with a parameter of it
+        for entry, _, _ in self._held:
+            name = self._saved(entry.name)
+            if name is not None:
+                number = self._manifest["parameters"][name]["group"]
+                sources.setdefault(entry.group, {}).setdefault(number, entry.name)
+        for number, names in sources.items():
             group = self._bindings.members.group(number)
-            group.update(_as_before(self._manifest["groups"][saved_number], group))
+            first, *others = (self._manifest["groups"][source] for source in names)
+            agreed = {}
+            for option, value in first.items():
+                values = [value, *(other.get(option) for other in others)]
+                if all(other == value for other in values):
+                    agreed[option] = value
+                else:
+                    said = ", ".join(f"{value!r} of {name}" for value, name in zip(values, names.values(), strict=True))
+                    warnings.warn(
+                        f"param group {number} has parameters of several groups of the checkpoint, whose {option} "
+                        f"differ ({said}): it keeps {group.get(option)!r}",
+                        stacklevel=4,
+                    )
+            group.update(_as_before(agreed, group))
 
 
 def _as_before(saved: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
@@ -332,10 +390,10 @@ def _own_blocks(bindings: Bindings) -> Iterator[tuple[Binding, Matrix, Owned]]:
                 yield binding, matrix, owned
 
 
-def _factors(bindings: Bindings) -> dict[str, Tensor]:
+def _factors(bindings: Bindings, names: Mapping[str, str]) -> dict[str, Tensor]:
     """The factors of this rank's blocks, as bytes."""
     return {
-        _block_key(matrix.name, owned.block): binding.preconditioner.to_bytes(owned)
+        _block_key(names[matrix.name], owned.block): binding.preconditioner.to_bytes(owned)
         for binding, matrix, owned in _own_blocks(bindings)
     }
 
@@ -360,16 +418,21 @@ def _block_key(name: str, block: Any) -> str:
 def _vectors(optimizer: Shampoo4, entry: Entry) -> dict[str, Tensor]:
     """A holder's values and elementwise base states, flattened, of this rank."""
     holder = local_tensor(entry.holder).detach()
-    vectors = {_VALUES: holder.reshape(-1)}
-    for key, value in optimizer.state.get(entry.holder, {}).items():
+    vectors = {VALUES: holder.reshape(-1)}
+    for key, value in _base_state(optimizer, entry.holder).items():
         if isinstance(value, Tensor) and value.shape == entry.holder.shape:
             vectors[key] = base_states.floats(value)
     return vectors
 
 
+def _base_state(optimizer: Shampoo4, holder: Tensor) -> dict[str, Any]:
+    """What the base keeps of a parameter."""
+    return {key: value for key, value in optimizer.state.get(holder, {}).items() if value is not MARK}
+
+
 def _describe_base(optimizer: Shampoo4, entry: Entry) -> dict[str, Any]:
     described: dict[str, Any] = {}
-    state = optimizer.state.get(entry.holder, {})
+    state = _base_state(optimizer, entry.holder)
     base_states.refuse_unportable(type(optimizer._base), entry.name, state, entry.holder.shape)
     for key, value in state.items():
         if isinstance(value, Tensor) and value.shape == entry.holder.shape:

@@ -19,41 +19,46 @@ class Untrained:
         name: in the model as it was before a host wrapped it.
         held: this rank's elements, in the shape that they have here.
         location: which elements of the whole these are.
+        buffer: whether it is a buffer.
     """
 
     name: str
     held: Tensor
     location: fsdp.Location
+    buffer: bool = False
 
     def describe(self) -> dict[str, Any]:
         """What a manifest says of it."""
-        return {"shape": list(self.location.shape), "dtype": str(self.held.dtype).removeprefix("torch.")}
+        dtype = str(self.held.dtype).removeprefix("torch.")
+        return {"shape": list(self.location.shape), "dtype": dtype, "buffer": self.buffer}
 
 
 def find(model: nn.Module, trained: Iterable[Tensor], bound: Mapping[Tensor, fsdp.Location]) -> list[Untrained]:
     """All that ``model``, wrapped or not, has beside ``trained``; ``bound`` locates parameters of FSDP1.
 
     Raises:
-        ValueError: a frozen parameter's elements on this rank are not one interval of it.
+        ValueError: a frozen parameter's elements on this rank are not one interval of it, or two have one name.
     """
-    model, known = fsdp.unwrapped(model), set(map(id, trained))
-    found = []
-    for name, parameter in model.named_parameters():
-        if id(parameter) not in known:
-            name = fsdp.plain_name(name)
-            partition = zero.partition(parameter)
-            if partition is None:
-                found.append(Untrained(name, _local(parameter), fsdp.locate(name, parameter, bound)))
-            else:
-                found.append(Untrained(name, *partition))
-    for name, buffer in _persistent_buffers(model):
-        found.append(Untrained(fsdp.plain_name(name), _local(buffer), fsdp.locate(name, buffer, {})))
+    known, names = set(map(id, trained)), fsdp.names_in(model)
+    model = fsdp.unwrapped(model)
+    frozen = [parameter for parameter in model.parameters() if id(parameter) not in known]
+    found = [of_parameter(names[parameter], parameter, bound) for parameter in frozen]
+    for buffer in _persistent_buffers(model):
+        found.append(Untrained(names[buffer], _local(buffer), fsdp.locate(names[buffer], buffer, {}), buffer=True))
     return found
 
 
-def _persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def of_parameter(name: str, parameter: Tensor, bound: Mapping[Tensor, fsdp.Location]) -> Untrained:
+    """A frozen parameter's elements on this rank."""
+    partition = zero.partition(parameter)
+    if partition is not None:
+        return Untrained(name, *partition)
+    return Untrained(name, _local(parameter), fsdp.locate(name, parameter, bound))
+
+
+def _persistent_buffers(model: nn.Module) -> Iterator[Tensor]:
     passing = {id(module._buffers[name]) for module in model.modules() for name in module._non_persistent_buffers_set}
-    return ((name, buffer) for name, buffer in model.named_buffers() if id(buffer) not in passing)
+    return (buffer for buffer in model.buffers() if id(buffer) not in passing)
 
 
 def _local(tensor: Tensor) -> Tensor:
