@@ -260,6 +260,8 @@ def base_value(rule: type[torch.optim.Optimizer], name: str, value: Any) -> Any:
         return value
     if parameter is None or parameter.default is parameter.empty:
         return value
+    if value is None and any(word in str(parameter.annotation) for word in ("None", "Optional")):
+        return value
     return like(name, value, parameter.default, whole=parameter.annotation in (int, "int"))
 
 
