@@ -516,7 +516,9 @@ def _unit_locations(unit: Any, chosen: dist.ProcessGroup | str | None) -> Iterat
     fields = (flat._params, flat._fqns, flat._shapes, flat._strides, flat._param_extensions, flat._shard_param_infos)
     for parameter, name, shape, stride, extension, shard in zip(*fields, strict=True):
         if extension is not None:
-            raise ValueError(f"{name} is sharded by FSDP1 and by tensor parallelism: use FSDP2 (fully_shard)")
+            raise ValueError(
+                f"{name} is sharded by FSDP1 and by tensor parallelism, which is not supported: shard it by FSDP alone"
+            )
         if not torch.empty_strided(shape, stride, device="meta").is_contiguous():
             raise ValueError(
                 f"{name} of shape {tuple(shape)} has strides {tuple(stride)}, in whose order FSDP1 has cut it: make it "

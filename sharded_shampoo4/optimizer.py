@@ -101,6 +101,9 @@ class Shampoo4(SteppingTogether):
             not finite) leaves the factor as it was.
         **base_options: further options of the base optimizer, such as ``betas`` or ``momentum``.
 
+    Values may stand as configuration files write them, such as ``"1e-3"`` or ``"(0.9, 0.99)"``. A warning names
+    parameters whose factors cost much more than they do, and those that look like stacks of matrices.
+
     Raises:
         TypeError: an option that is neither ours nor the base optimizer's, or a parameter that is no tensor.
         ValueError: an option's value that makes no sense.

@@ -245,20 +245,25 @@ def base_arguments(
         arguments["weight_decay"] = weight_decay
     elif to_number(weight_decay) != 0.0:
         raise TypeError(f"weight_decay={weight_decay!r} was given, but {rule.__name__} has no weight_decay")
-    arguments = {name: base_value(rule, name, value) for name, value in arguments.items()}
+    arguments = {name: _base_value(parameters, name, value) for name, value in arguments.items()}
     if arguments.get("differentiable"):
         raise ValueError("differentiable=True is not supported: gradients are preconditioned outside autograd")
     return arguments
 
 
-def base_value(rule: type[torch.optim.Optimizer], name: str, value: Any) -> Any:
-    """The value of an option of ``rule``, as its constructor takes it. Raises ValueError for one of the wrong type."""
-    parameter = inspect.signature(rule).parameters.get(name)
+def _base_value(parameters: Mapping[str, inspect.Parameter], name: str, value: Any) -> Any:
+    """The value of a base optimizer's option, as its constructor takes it, which has these ``parameters``.
+
+    Raises ValueError for one of the wrong type.
+    """
+    parameter = parameters.get(name)
     if name in ("lr", "weight_decay"):
         value = like(name, value, 1e-3 if name == "lr" else 0.0)
         not_negative(name, value)
         return value
     if parameter is None or parameter.default is parameter.empty:
+        return value
+    if value is None and any(word in str(parameter.annotation) for word in ("None", "Optional")):
         return value
     return like(name, value, parameter.default, whole=parameter.annotation in (int, "int"))
 
@@ -286,12 +291,11 @@ def check_group(
             raise TypeError(f"unknown option {key!r} in param group {index}{hint}")
     try:
         group.update(PreconditionerOptions.of_group(group).as_group())
-        group.update({name: base_value(rule, name, group[name]) for name in own})
         if own:
-            rule(
-                [torch.nn.Parameter(torch.zeros(1, device="cpu"))],
-                **{**arguments, **{name: group[name] for name in own}},
-            )
+            parameters = inspect.signature(rule).parameters
+            group.update({name: _base_value(parameters, name, group[name]) for name in own})
+            stand_in = torch.nn.Parameter(torch.zeros(1, dtype=torch.float32, device="cpu"))
+            rule([stand_in], **{**arguments, **{name: group[name] for name in own}})
     except (TypeError, ValueError) as error:
         raise ValueError(f"param group {index}: {error}") from None
 

@@ -89,7 +89,7 @@ class Matrix:
         """Whether an interval ends: when failures are looked for."""
         return self.step % self.options.statistics_interval == 0 or self.step % self.options.root_interval == 0
 
-    @property
+    @functools.cached_property
     def nbytes(self) -> int:
         """Bytes of all factors of this matrix, without cutting it: it may have very many blocks."""
         rows, columns = self._parts

@@ -31,6 +31,7 @@ FAULTS: dict[str, tuple[str, str, str]] = {
     "checksum": ("checkpoint.py", "if found != checksum:", "if len(found) != len(checksum):"),
     "schedule phase": ("schedule.py", "(phase + (after != phase) + turn", "(phase + turn"),
     "base option": ("options.py", '["weight_decay"] = weight_decay', '["weight_decay"] = weight_decay / 2'),
+    "costly factors": ("preconditioner.py", "bytes_per_element > limit", "bytes_per_element > 100 * limit"),
     "header": ("preconditioner.py", "_HEADER.pack(self.step, self.rooted)", "_HEADER.pack(self.step, False)"),
 }
 

@@ -408,9 +408,8 @@ def test_bitsandbytes_on_ranks(name: str, host: str, ranks: Any) -> None:
     for rank in ranks:
         found = rank[name, host]
         if host in DTENSOR_HOSTS:
-            assert (
-                "TypeError: base=AdamW8bit of bitsandbytes.optim.adamw cannot step on the DTensors" in found["refused"]
-            )
+            assert "base=AdamW8bit of bitsandbytes.optim.adamw cannot step on the DTensors" in found["refused"]
+            assert found["refused"].startswith("TypeError")
         else:
             assert_close(found["end"], by_one_process(name), 0.0 if host == "ddp" else tolerance_of(name))
             assert "keeps state1 of stem.weight" in found["refused"]

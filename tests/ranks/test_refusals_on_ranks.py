@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from support import worlds as hosts
+from support import zero_worlds as zero
 from support.worlds import said
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -173,3 +174,24 @@ def test_meshes_of_different_ranks_are_named_by_their_parameters() -> None:
         assert message.startswith("ValueError: the parameters are on meshes of different ranks: DeviceMesh(")
         assert "(dense.weight, ...)" in message and "(experts.weight, ...)" in message
         assert "give the parameters of each mesh to a Shampoo4 of their own" in message
+
+
+# -- DeepSpeed's experts -----------------------------------------------------------------------------------------------
+
+
+def experts(rank: int) -> str:
+    from deepspeed.moe.layer import MoE
+    from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer as split
+
+    zero.prepare()
+    model = nn.Sequential(nn.Linear(8, 8), MoE(8, nn.Linear(8, 8), num_experts=2, ep_size=2))
+    config = zero.configuration("zero1", optimizer={"type": "Shampoo4", "params": {}})
+    engine = zero.start(model, config, groups=split({"params": list(model.parameters()), "name": "all"}))
+    engine.backward(engine(torch.ones(4, 8))[0].sum())
+    return said(engine.step)
+
+
+def test_experts_of_deepspeed_are_refused_on_a_real_engine() -> None:
+    for message in hosts.run_ranks(2, experts):
+        assert "DeepSpeed runs with a mixture of experts (deepspeed.moe, expert parallelism)" in message
+        assert "without deepspeed.moe.layer.MoE" in message

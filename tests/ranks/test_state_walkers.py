@@ -93,7 +93,9 @@ def fresh_states(rank: int, host: str) -> tuple[bool, str]:
     """Of an optimizer that is bound but has taken no step, and what is said of one that has."""
     training = Training(host)
     hosts.set_gradients(training.model, host, {})
-    training.optimizer._bindings.bind_all(training.optimizer.param_groups, training.optimizer.state, None)
+    training.optimizer._bindings.bind_all(
+        training.optimizer.param_groups, training.optimizer.state, None, "state_dict()"
+    )
     found = training.optimizer.state_dict()
     alone = Training("none")
     alone.optimizer._bindings.bind_all(alone.optimizer.param_groups, alone.optimizer.state, None)

@@ -171,6 +171,16 @@ def test_an_integer_of_a_base_is_converted_too() -> None:
         Shampoo4([matrix()], base=Blocks, block=128.5)
 
 
+def test_a_base_that_takes_none_gets_it() -> None:
+    class Clipped(torch.optim.SGD):
+        def __init__(self, params: Any, lr: float = 1e-3, weight_decay: float = 0.0, clip: float | None = 1.0) -> None:
+            super().__init__(params, lr=lr, weight_decay=weight_decay)
+            self.clip = clip
+
+    assert Shampoo4([matrix()], base=Clipped, clip=None)._base.clip is None
+    assert Shampoo4([matrix()], base=Clipped, clip="0.5")._base.clip == 0.5
+
+
 @pytest.mark.parametrize(
     ("base", "expected"),
     [("AdamW", torch.optim.AdamW), ("SGD", torch.optim.SGD), ("AdaGrad", torch.optim.Adagrad)],
