@@ -34,7 +34,7 @@ OPTIONS: dict[str, Any] = {
     "min_quant_numel": 0,
 }
 STEPS = range(9)
-PATIENCE = timedelta(seconds=4)  # of groups that are meant to wait in vain
+PATIENCE = timedelta(seconds=3)  # of groups that are meant to wait in vain
 
 
 def make(model: nn.Module, host: str = "none", **options: Any) -> Shampoo4:
