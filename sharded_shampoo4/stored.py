@@ -78,9 +78,9 @@ def collect(
     ``others`` is what is to be saved beside what is trained. Raises ValueError, on every rank alike, if parameters have
     no names of their own.
     """
-    held = bindings.everything(optimizer.param_groups)
     with ranks.together():
         bindings.members.check_named()
+        held = bindings.everything(optimizer.param_groups)
         described = [(entry.name, place.replica, _describe_base(optimizer, entry)) for entry, place, _ in held]
     base: dict[str, dict[str, Any]] = {}
     writers: dict[str, int] = {}  # the replica that writes: they take turns
@@ -96,16 +96,17 @@ def collect(
         writers[name] = replicas[index % len(replicas)]
 
     tensors: dict[str, Tensor] = {}
-    for entry, location, offset in held:
-        if location.replica != writers[entry.name] or location.start == location.stop:
-            continue
-        for key, vector in _vectors(optimizer, entry).items():
-            part = vector[offset : offset + location.stop - location.start]
-            tensors[f"{key}/{entry.name}"] = _interval(part, location)
-    for other in others:
-        if other.location.replica == first[other.name] and other.location.stop > other.location.start:
-            tensors[_untrained_key(other)] = _interval(other.held.reshape(-1), other.location)
-    tensors.update(_factors(bindings))
+    with ranks.together():
+        for entry, location, offset in held:
+            if location.replica != writers[entry.name] or location.start == location.stop:
+                continue
+            for key, vector in _vectors(optimizer, entry).items():
+                part = vector[offset : offset + location.stop - location.start]
+                tensors[f"{key}/{entry.name}"] = _interval(part, location)
+        for other in others:
+            if other.location.replica == first[other.name] and other.location.stop > other.location.start:
+                tensors[_untrained_key(other)] = _interval(other.held.reshape(-1), other.location)
+        tensors.update(_factors(bindings))
     groups = [
         {name: value for name, value in group.items() if name not in ("params", "param_names") and _is_plain(value)}
         for group in bindings.members.groups
