@@ -194,7 +194,7 @@ class Bindings:
             yield
         except BaseException as error:
             if not has_waited(error):
-                self._leave_word(groups, f"{type(error).__name__}: {error}")
+                self._leave_word(groups, f"{type(error).__name__}: {error}".rstrip(": "))
             raise
 
     def _leave_word(self, groups: Sequence[dict[str, Any]], text: str) -> None:

@@ -89,7 +89,8 @@ def async_save(
     subject.wait_for_background()
     background = subject.background()
     job = _collect(subject, Path(directory))
-    job.tensors = {key: stored.on_host(tensor) for key, tensor in job.tensors.items()}
+    with subject.ranks.together():
+        job.tensors = {key: stored.on_host(tensor) for key, tensor in job.tensors.items()}
     background.pending = background.thread.submit(_write, job, background.ranks)
     return background.pending
 
@@ -132,17 +133,19 @@ def load(
         there = stored.check(manifest, subject.optimizer, subject.bindings, others, with_model, frozen)
         _verify(folder / manifest["data"], manifest["files"], ranks)
     _remark(manifest, there, with_model)
-    restoration = stored.Restoration(manifest, subject.optimizer, subject.bindings, there, in_files)
+    with ranks.together():
+        restoration = stored.Restoration(manifest, subject.optimizer, subject.bindings, there, in_files)
+        reader = FileSystemReader(folder / manifest["data"])
     error: Exception | None = None
     try:
-        reader = FileSystemReader(folder / manifest["data"])
         group, alone = ranks.host_group, ranks.size == 1
         with _one_process_is_meant(alone):
             dcp_load(restoration.tensors, storage_reader=reader, process_group=group, no_dist=alone)
     except (Exception, CheckpointException) as found:
         error = ValueError(f"{folder} could not be read: {_innermost(found)}")
     ranks.raise_together(error)
-    restoration.apply()
+    with ranks.together():
+        restoration.apply()
     if subject.engine is not None:
         zero.refresh_weights(subject.engine)
     _restore_progress(subject.engine, manifest.get("engine"), folder)
@@ -298,8 +301,9 @@ def _write(job: _Job, ranks: Ranks) -> None:
     """Write the files, then the manifest that makes them count; collective."""
     error: Exception | None = None
     files: dict[str, list[Any]] = {}
-    try:
+    with ranks.together():
         writer = FileSystemWriter(job.data, sync_files=True)
+    try:
         group, alone = ranks.host_group, ranks.size == 1
         with _one_process_is_meant(alone):
             dcp_save(job.tensors, storage_writer=writer, process_group=group, no_dist=alone)
@@ -325,8 +329,9 @@ def _write(job: _Job, ranks: Ranks) -> None:
 def _checksums(data: Path, ranks: Ranks) -> dict[str, list[Any]]:
     """Size and checksum of every file, each computed by one rank."""
     ranks.gather(None)  # all have written
-    names = sorted(path.name for path in data.iterdir())
-    mine = {name: _file_checksum(data / name) for name in names[ranks.rank :: ranks.size]}
+    with ranks.together():
+        names = sorted(path.name for path in data.iterdir())
+        mine = {name: _file_checksum(data / name) for name in names[ranks.rank :: ranks.size]}
     return {name: checksum for part in ranks.gather(mine) for name, checksum in part.items()}
 
 

@@ -38,14 +38,10 @@ def is_alive(group: dist.ProcessGroup) -> bool:
 
 def new_host_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
     """A gloo group of the same ranks, which waits for a rank that has died as long as ``group`` does; collective."""
-    number = _MADE[group] = _MADE.get(group, 0) + 1
-    ranks = dist.get_process_group_ranks(group)
-    options: dict[str, Any] = {"timeout": _timeout(group), "backend": "gloo"}
-    if len(ranks) == dist.get_world_size():
-        made: dist.ProcessGroup = dist.new_group(ranks, **options)
-    else:
-        with _same_name(group, number):
-            made = dist.new_group(ranks, use_local_synchronization=True, **options)
+    number, ranks, timeout = _MADE.get(group, 0), dist.get_process_group_ranks(group), _timeout(group)
+    with _same_name(group, number, timeout):
+        made: dist.ProcessGroup = dist.new_group(ranks, timeout=timeout, backend="gloo", use_local_synchronization=True)
+    _MADE[group] = number + 1
     return made
 
 
@@ -86,7 +82,7 @@ def _store(group: dist.ProcessGroup | None) -> Any:
 
 
 @contextlib.contextmanager
-def _same_name(group: dist.ProcessGroup, number: int) -> Iterator[None]:
+def _same_name(group: dist.ProcessGroup, number: int, timeout: timedelta | None) -> Iterator[None]:
     """Let torch give a group that only its own ranks make the same name on all of them.
 
     The name follows from the number of groups that a rank is in, which may differ; without this they would wait for
@@ -94,8 +90,10 @@ def _same_name(group: dist.ProcessGroup, number: int) -> Iterator[None]:
     """
     names: dict[Any, Any] = dist.distributed_c10d._world.pg_names
     store, size, rank = _store(group), dist.get_world_size(group), dist.get_rank(group)
-    store.set(f"shampoo4/groups/{number}/{rank}", str(len(names)))
-    most = max(int(store.get(f"shampoo4/groups/{number}/{other}")) for other in range(size))
+    keys = [f"shampoo4/groups/{number}/{other}" for other in range(size)]
+    store.set(keys[rank], str(len(names)))
+    store.wait(keys, *([timeout] if timeout else []))
+    most = max(int(store.get(key)) for key in keys)
     placeholders = [object() for _ in range(most - len(names))]
     names.update(dict.fromkeys(placeholders, ""))
     try:

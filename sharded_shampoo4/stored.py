@@ -79,9 +79,9 @@ def collect(
     ``others`` is what is to be saved beside what is trained. Raises ValueError, on every rank alike, if parameters have
     no names of their own.
     """
-    held = bindings.everything(optimizer.param_groups)
     with ranks.together():
         names = bindings.members.plain_names()
+        held = bindings.everything(optimizer.param_groups)
         double = {names[entry.name] for entry, _, _ in held} & {other.name for other in others}
         if double:
             raise ValueError(f"a parameter that is trained and one that is not have the name {min(double)}")
@@ -100,16 +100,17 @@ def collect(
         writers[name] = replicas[index % len(replicas)]
 
     tensors: dict[str, Tensor] = {}
-    for entry, location, offset in held:
-        if location.replica != writers[entry.name] or location.start == location.stop:
-            continue
-        for key, vector in _vectors(optimizer, entry).items():
-            part = vector[offset : offset + location.stop - location.start]
-            tensors[f"{key}/{names[entry.name]}"] = _interval(part, location)
-    for other in others:
-        if other.location.replica == first[other.name] and other.location.stop > other.location.start:
-            tensors[_untrained_key(other)] = _interval(other.held.reshape(-1), other.location)
-    tensors.update(_factors(bindings, names))
+    with ranks.together():
+        for entry, location, offset in held:
+            if location.replica != writers[entry.name] or location.start == location.stop:
+                continue
+            for key, vector in _vectors(optimizer, entry).items():
+                part = vector[offset : offset + location.stop - location.start]
+                tensors[f"{key}/{names[entry.name]}"] = _interval(part, location)
+        for other in others:
+            if other.location.replica == first[other.name] and other.location.stop > other.location.start:
+                tensors[_untrained_key(other)] = _interval(other.held.reshape(-1), other.location)
+        tensors.update(_factors(bindings, names))
     groups = [
         {name: value for name, value in group.items() if name not in ("params", "param_names") and _is_plain(value)}
         for group in bindings.members.groups

@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from support import worlds as hosts
+from support import zero_worlds as zero
 from torch import Tensor, nn
 from torch.distributed.algorithms.join import Join
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -34,7 +35,7 @@ OPTIONS: dict[str, Any] = {
     "min_quant_numel": 0,
 }
 STEPS = range(9)
-PATIENCE = timedelta(seconds=4)  # of groups that are meant to wait in vain
+PATIENCE = timedelta(seconds=3)  # of groups that are meant to wait in vain
 
 
 def make(model: nn.Module, host: str = "none", **options: Any) -> Shampoo4:
@@ -248,6 +249,13 @@ def refused(rank: int) -> dict[str, str]:
         model(torch.ones(1, 8)).sum().backward()
         optimizer.step()
 
+    def other_type() -> None:
+        model = hosts.make_model("mlp").to((torch.float32, torch.float64)[rank])
+        optimizer = make(model)
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+
     def other_names() -> None:
         parameter = nn.Parameter(torch.ones(8, 8))
         parameter.grad = torch.ones(8, 8)
@@ -263,6 +271,7 @@ def refused(rank: int) -> dict[str, str]:
         "own models, alone": hosts.said(lambda: own_models(process_group="alone")),
         "own models, own groups": hosts.said(lambda: own_models(process_group=own)),
         "other names": hosts.said(other_names),
+        "other type": hosts.said(other_type),
     }
 
 
@@ -278,10 +287,29 @@ def test_refusals_name_the_option_and_the_way_out() -> None:
         assert told["alone, FSDP1 by itself"] == "nothing was raised"
         assert "0.weight has shape (4, 8) on rank 0 and (5, 8) on rank 1" in told["own models"]
         assert "ranks precondition different parameters: rank 0 1 (rank0)" in told["other names"]
+        assert "dtype of stem.weight is 'torch.float32' on rank 0 and 'torch.float64' on rank 1" in told["other type"]
         for case in ("own models", "other names"):
             assert "process_group='alone'" in told[case] and "process_group= takes their group" in told[case]
             assert "functools.partial(Shampoo4, process_group='alone')" in told[case]
         assert told["own models, alone"] == told["own models, own groups"] == "nothing was raised"
+
+
+def by_deepspeed(rank: int) -> dict[str, str]:
+    zero.prepare()
+    told = {}
+    for host in ("zero0", "zero2", "zero3"):
+        for chosen in ("alone", dist.group.WORLD):
+            model = hosts.make_model("mlp")
+            engine = zero.start(zero.Replay(model), zero.configuration(host), make(model, process_group=chosen))
+            told[f"{host} {chosen == 'alone'}"] = hosts.said(lambda: zero.step(engine, hosts.make_gradients("mlp", 0)))  # noqa: B023
+            engine.destroy()
+    return told
+
+
+def test_deepspeed_shares_parameters_among_all_ranks() -> None:
+    for told in hosts.run_ranks(2, by_deepspeed):
+        for case, said in told.items():
+            assert "but DeepSpeed shares " in said and "among all ranks: leave process_group out" in said, (case, said)
 
 
 # -- torch's ZeroRedundancyOptimizer -----------------------------------------------------------------------------------
