@@ -113,7 +113,9 @@ def _names_of(group: Mapping[str, Any]) -> list[str] | None:
 
 def _group_of(members: Sequence[tuple[str, int, Any]], groups: Sequence[dict[str, Any]], number: int) -> dict[str, Any]:
     """A group with these members: their names, the saved groups that they are from, and their keys."""
-    sources = {source: name for name, source, _ in reversed(members)}
+    sources: dict[int, str] = {}
+    for name, source, _ in members:
+        sources.setdefault(source, name)
     first, *others = [groups[source] for source in sources] or [groups[min(number, len(groups) - 1)]]
     for other, (source, name) in zip(others, list(sources.items())[1:], strict=True):
         for option in (option for option in first if option not in _NOT_OPTIONS):

@@ -13,6 +13,7 @@ import multiprocessing.connection
 import multiprocessing.context
 import os
 import pickle
+import re
 import tempfile
 import time
 import traceback
@@ -183,10 +184,13 @@ def wrap(model: nn.Module, host: str, **options: Any) -> nn.Module:
 
 def named(model: nn.Module, host: str) -> dict[str, nn.Parameter]:
     """Parameters by their names before wrapping, tied weights once."""
-    return {
-        name.replace("_fsdp_wrapped_module.", "").removeprefix("module."): parameter
-        for name, parameter in model.named_parameters()
-    }
+    marks = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod|^module)\.")
+    plain = {}
+    for name, parameter in model.named_parameters():
+        while (shorter := marks.sub("", name)) != name:
+            name = shorter
+        plain[name] = parameter
+    return plain
 
 
 def set_gradients(model: nn.Module, host: str, gradients: dict[str, Tensor | None]) -> None:
