@@ -13,6 +13,8 @@ from .layout import is_stack, matrix_shape
 from .memory import format_bytes
 from .options import PreconditionerOptions
 from .preconditioner import COSTLY_BYTES, Matrix
+from .schedule import first_root
+from .values import to_integer
 
 # The factors of costly parameters are worth a warning if together they take at least so many bytes, and at least so
 # large a share of what all parameters and factors take. The head of a classifier of ten classes does not.
@@ -50,12 +52,15 @@ def _matrix(view: tuple[int, int], options: PreconditionerOptions) -> Matrix:
 class Advice:
     """What is to be said of an optimizer's parameters and options; nothing is said twice."""
 
-    def __init__(self) -> None:
+    def __init__(self, total_steps: int | None = None) -> None:
+        self._total_steps = None if total_steps is None else int(to_integer(total_steps))
         self._told: set[Hashable] = set()
 
     def give(self, parameters: Sequence[Given], stacklevel: int) -> None:
         """Warn of what is new in ``parameters``, which are all of the optimizer's."""
         messages = [*self._on_intervals(parameters), *self._on_stacks(parameters), *self._on_costs(parameters)]
+        if self._total_steps is not None:
+            messages += self.on_length(parameters, self._total_steps)
         for message in messages:
             warnings.warn(message, stacklevel=stacklevel + 1)
 
@@ -69,6 +74,18 @@ class Advice:
                     "are plain gradients; later ones are recomputed from statistics that have not changed. Make "
                     "statistics_interval at most root_interval"
                 )
+
+    def on_length(self, parameters: Sequence[Given], total_steps: int) -> list[str]:
+        """What to say of a run of ``total_steps``, if that is too short for these parameters' intervals."""
+        first = max((first_root(g.options) for g in parameters if g.matrix()), default=0)
+        if 2 * first <= total_steps or not self._is_new(("length", total_steps, first)):
+            return []
+        share = f"only from step {first} on" if first <= total_steps else "in no step"
+        return [
+            f"this run has {total_steps} steps, and directions are preconditioned {share}: before, the base optimizer "
+            f"works on plain gradients. Give total_steps={total_steps}, which chooses the intervals, or a smaller "
+            "root_interval, or leave interval_warmup=True"
+        ]
 
     def _on_stacks(self, parameters: Sequence[Given]) -> Iterable[str]:
         stacks = [g for g in parameters if g.matrix() and is_stack(g.shape) and self._is_new(("stack", g.name))]

@@ -5,6 +5,7 @@ Nothing is bound in a constructor: hosts replace parameters, shard them and move
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -24,6 +25,8 @@ _WAYS_OUT = (
     f"{OWN_MODELS}; torch's ZeroRedundancyOptimizer, which gives every rank some parameters, takes "
     "optimizer_class=functools.partial(Shampoo4, process_group='alone')"
 )
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -141,9 +144,7 @@ class Binding:
         """
         company = self.exchange.company = Company(self.ranks)
         present, matrices = self._present, self.matrices
-        for matrix, has_gradient in zip(matrices, present, strict=True):
-            if has_gradient:
-                matrix.advance()
+        self._advance()
         active = tuple(has and matrix.busy for has, matrix in zip(present, matrices, strict=True))
         directed = tuple(has and matrix.rooted for has, matrix in zip(present, matrices, strict=True))
         shards = company.attempt(self._gradient_shards) or []
@@ -155,6 +156,19 @@ class Binding:
             company.attempt(self._raise_failure)
         self.grafting.apply(shards, targets, directed, self.ranks, company)
         company.part()
+
+    def _advance(self) -> None:
+        """Count a step of every matrix with a gradient."""
+        begins = []
+        for matrix, has_gradient in zip(self.matrices, self._present, strict=True):
+            if has_gradient:
+                was_rooted = matrix.rooted
+                matrix.advance()
+                if matrix.rooted and not was_rooted:
+                    begins.append(matrix)
+        if begins and self.ranks.rank == 0:
+            more = f" and {len(begins) - 1} more parameters" if len(begins) > 1 else ""
+            logger.info(f"Preconditioning begins with step {begins[0].step} of {begins[0].name}{more}")
 
     def _gradient_shards(self) -> list[Tensor]:
         return [self._gradient_shard(index) for index in range(len(self.matrices))]
@@ -231,7 +245,7 @@ class Binding:
     def reset(self, index: int) -> None:
         """Make this rank's part of a matrix's preconditioner a fresh one."""
         matrix = self.matrices[index]
-        matrix.step, matrix.rooted = 0, False
+        matrix.step, matrix.roots = 0, 0
         for owned in self.own_blocks(index).values():
             self.preconditioner.from_bytes(owned, fresh_block(matrix, owned.block))
 

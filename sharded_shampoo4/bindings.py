@@ -95,7 +95,7 @@ class Bindings:
                 _check_numbers(entry, entry.holder.grad)
         except Exception as found:
             error = error or found
-        self.last = self._bind_entries(ranks, entries, state, error)
+        self.last = self._bind_entries(ranks, entries, state, error, stepping=True)
         return self.last
 
     def mark(self, parameters: Iterable[Tensor], state: MutableMapping[Tensor, Any]) -> None:
@@ -244,7 +244,12 @@ class Bindings:
                         raise ValueError(f"{option} of param group {number} is {found}")
 
     def _bind_entries(
-        self, ranks: Ranks, entries: list[Entry], state: Mapping[Tensor, Any], error: Exception | None
+        self,
+        ranks: Ranks,
+        entries: list[Entry],
+        state: Mapping[Tensor, Any],
+        error: Exception | None,
+        stepping: bool = False,
     ) -> Binding:
         chosen: list[Entry] = []
         matrices: list[Matrix] = []
@@ -260,9 +265,14 @@ class Bindings:
             cleared = self.cleared(state)
         except Exception as found:
             error = error or found
-        failed, any_stale, any_changed, any_cleared = ranks.any([error is not None, stale, changed, bool(cleared)])
+        idle = stepping and all(entry.holder.grad is None for entry in entries)
+        failed, any_stale, any_changed, any_cleared, any_busy = ranks.any(
+            [error is not None, stale, changed, bool(cleared), not idle]
+        )
         if failed:
             ranks.raise_together(error)
+        if entries and not any_busy:
+            raise RuntimeError(_without_gradients(entries))
         if any_cleared:
             self._reset(ranks, entries, state, cleared)
         if any_stale:
@@ -481,6 +491,17 @@ def _matrices(entries: Sequence[Entry], schedule: Mapping[tuple[int, str], Phase
     return (
         [entry for entry, matrix in pairs if matrix is not None],
         [matrix for _, matrix in pairs if matrix is not None],
+    )
+
+
+def _without_gradients(entries: Sequence[Entry]) -> str:
+    """What to say of a step in which no parameter has a gradient on any rank."""
+    frozen = sum(not entry.parameter.requires_grad for entry in entries)
+    return (
+        f"none of the {len(entries)} parameters in this step has a gradient ({frozen} are frozen; the first is "
+        f"{entries[0].name}): call backward() before step(), and zero_grad() after it. If the model does have "
+        "gradients, its parameters are others than the optimizer's: FSDP2's fully_shard() and other wrappers replace "
+        "them, so make the optimizer after the model is wrapped"
     )
 
 

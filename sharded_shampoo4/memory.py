@@ -16,7 +16,7 @@ from .layout import is_stack, matrix_shape
 from .options import OPTION_NAMES, PreconditionerOptions, base_arguments, base_class
 from .plan import Plan, PlannedMatrix, Shard
 from .preconditioner import Matrix
-from .schedule import stagger
+from .schedule import chosen_intervals, stagger
 
 _HOSTS = ("none", "ddp", "fsdp2", "hsdp", "zero0", "zero1", "zero2", "zero3")
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
@@ -78,6 +78,9 @@ def estimate_memory(
     copies = copies_of(host, world_size, replicas)
     dtype = torch.float32 if host.startswith("zero") else dtype
     own = {name: shampoo4_options.pop(name) for name in OPTION_NAMES if name in shampoo4_options}
+    chosen = (own.get("statistics_interval"), own.get("root_interval"), shampoo4_options.pop("total_steps", None))
+    own["statistics_interval"], own["root_interval"] = chosen_intervals(*chosen)
+    shampoo4_options.pop("process_group", None)
     options = PreconditionerOptions(**own)
     rule = base_class(base)
     arguments = base_arguments(rule, lr, weight_decay, shampoo4_options)

@@ -42,6 +42,7 @@ from .options import (
     base_class,
     check_group,
 )
+from .schedule import chosen_intervals, first_root
 from .state_dicts import arranged, held_back, without_marks
 
 
@@ -54,7 +55,8 @@ class Shampoo4(SteppingTogether):
     averages of G G^T and G^T G. Parameters without a matrix view go to the base as they are.
 
     In step t of a parameter, counted from 1: statistics are absorbed if ``t % statistics_interval == 0``, then inverse
-    roots are recomputed if ``t % root_interval == 0``. Before the first root the direction is the gradient.
+    roots are recomputed if ``t % root_interval == 0``. Before the first root the direction is the gradient. Both
+    intervals begin short, unless ``interval_warmup=False``: the first root is that of step 10.
 
     Args:
         params: tensors, parameter groups, or ``model.named_parameters()`` (names then stand in messages). Every option
@@ -77,10 +79,15 @@ class Shampoo4(SteppingTogether):
         min_quant_numel: a factor whose matrix has fewer elements stays in float32.
         shampoo_beta: decay of the statistics' running average.
         matrix_eps: initial statistics, and ridge of the inverse root relative to the largest eigenvalue.
-        statistics_interval: T1, steps between statistics.
-        root_interval: T2, steps between inverse roots.
+        statistics_interval: T1, steps between statistics; 100 by default.
+        root_interval: T2, steps between inverse roots; 500 by default.
+        interval_warmup: begin with statistics every 5 steps, from step 5 on, and inverse roots at steps 10, 20, 40 and
+            so on, until the intervals above are reached. False keeps the intervals from the beginning, as in the
+            paper: the base optimizer alone is then at work until step ``root_interval``.
+        total_steps: length of the training, if it is known. Intervals that are not given are then a hundredth of it
+            for inverse roots, but at least 50 and at most 500 steps, and a fifth of that for statistics.
         refresh: ``"together"``, all factors in the steps above, as in the paper; or ``"staggered"``, each at its own
-            steps with the same intervals, so that all steps take about as long. Directions begin at t = root_interval.
+            steps with the same intervals, so that all steps take about as long.
         rectify_steps: steps of Björck's iteration before a statistics update and before a root.
         refresh_iterations: QR steps of a statistics update, 1 or 2.
         refresh_dtype: arithmetic of statistics and root steps, ``"float64"`` or ``"float32"``.
@@ -126,8 +133,10 @@ class Shampoo4(SteppingTogether):
         min_quant_numel: int = 4096,
         shampoo_beta: float = 0.95,
         matrix_eps: float = 1e-6,
-        statistics_interval: int = 100,
-        root_interval: int = 500,
+        statistics_interval: int | None = None,
+        root_interval: int | None = None,
+        interval_warmup: bool = True,
+        total_steps: int | None = None,
         refresh: Refresh = "together",
         rectify_steps: tuple[int, int] = (1, 4),
         refresh_iterations: int = 1,
@@ -143,6 +152,7 @@ class Shampoo4(SteppingTogether):
         process_group: dist.ProcessGroup | Literal["alone"] | None = None,
         **base_options: Any,
     ) -> None:
+        every, root_every = chosen_intervals(statistics_interval, root_interval, total_steps)
         options = PreconditionerOptions(
             precondition=precondition,
             bits=bits,
@@ -154,8 +164,9 @@ class Shampoo4(SteppingTogether):
             min_quant_numel=min_quant_numel,
             shampoo_beta=shampoo_beta,
             matrix_eps=matrix_eps,
-            statistics_interval=statistics_interval,
-            root_interval=root_interval,
+            statistics_interval=every,
+            root_interval=root_every,
+            interval_warmup=interval_warmup,
             refresh=refresh,
             rectify_steps=rectify_steps,
             refresh_iterations=refresh_iterations,
@@ -182,7 +193,7 @@ class Shampoo4(SteppingTogether):
         self._consolidated: dict[Tensor, Tensor] = {}  # all factors, until the next step
         defaults = {"lr": lr, "weight_decay": weight_decay, **self._base.defaults, **options.as_group()}
         super().__init__(params, {**defaults, packing.VERSION_KEY: packing.FORMAT_VERSION})
-        self._advice = Advice()
+        self._advice = Advice(total_steps)
         self._advise()
 
     def _make_base(self, rule: type[Optimizer]) -> None:
@@ -211,6 +222,8 @@ class Shampoo4(SteppingTogether):
             raise TypeError(
                 "process_group belongs to the whole optimizer, not to a param group: make one for each group"
             )
+        if "total_steps" in param_group:
+            raise TypeError("total_steps is of the whole optimizer: give a param group root_interval instead")
         given = set(param_group)
         super().add_param_group(param_group)
         try:
@@ -488,16 +501,27 @@ class Shampoo4(SteppingTogether):
         ``orthogonality_error``: of the worst eigenbasis V, ||V^T V - I||_F / sqrt(order), as it is stored;
         ``rectified_error``: the same after the rectification before a root (both NaN where no eigenbasis is stored);
         ``smallest_eigenvalue`` and ``largest_eigenvalue`` of the statistics; ``failures``: the most failed updates in a
-        row of any factor; ``bytes`` of all its factors. Empty before the first step.
+        row of any factor; ``bytes`` of all its factors; ``steps`` that it has taken, and the ``roots`` that have been
+        computed in them: as long as there are none, the base optimizer works on plain gradients. Empty before the first
+        step.
         """
         worst = self._bindings.health()
-        sizes = {matrix.name: matrix.nbytes for binding in self._bindings.all() for matrix in binding.matrices}
-        return {name: {**dict(zip(HEALTH, worst[name], strict=True)), "bytes": sizes[name]} for name in sizes}
+        matrices = [matrix for binding in self._bindings.all() for matrix in binding.matrices]
+        return {
+            matrix.name: {
+                **dict(zip(HEALTH, worst[matrix.name], strict=True)),
+                "bytes": matrix.nbytes,
+                "steps": matrix.step,
+                "roots": matrix.roots,
+            }
+            for matrix in matrices
+        }
 
     def describe(self) -> str:
         """A table: each parameter, whether it is preconditioned or why not, its blocks, their owners and bytes.
 
-        The owners are known once a step has been made, on several ranks.
+        The owners are known once a step has been made, on several ranks. The last line says when preconditioning
+        begins, or how far it has come.
         """
         owners = self._bindings.owners()
         alone = self._bindings.ranks is None or self._bindings.ranks.size == 1
@@ -507,7 +531,19 @@ class Shampoo4(SteppingTogether):
             for name, parameter, shape, trained, options in self._described()
         ]
         total = ("all", "", "", "", "", format_bytes(sum(size for _, size in described)))
-        return table([header, *(row for row, _ in described), total])
+        return f"{table([header, *(row for row, _ in described), total])}\n{self._progress()}".rstrip()
+
+    def _progress(self) -> str:
+        """How far preconditioning has come, in a sentence; empty where nothing is preconditioned."""
+        matrices = [matrix for binding in self._bindings.all() for matrix in binding.matrices]
+        steps = max((matrix.step for matrix in matrices), default=0)
+        roots = max((matrix.roots for matrix in matrices), default=0)
+        if roots:
+            return f"Preconditioned: inverse roots were computed {roots} times in {steps} steps."
+        begins = [first_root(options) for *_, trained, options in self._described() if trained and options.precondition]
+        if not begins:
+            return ""
+        return f"Preconditioning begins with step {min(begins)}, after {steps} so far: until then the base works alone."
 
     def _described(self) -> list[tuple[str, Tensor, torch.Size, bool, PreconditionerOptions]]:
         """Name, tensor, whole shape, whether it is trained, and options of every parameter."""

@@ -69,6 +69,7 @@ class PreconditionerOptions:
     matrix_eps: float = 1e-6
     statistics_interval: int = 100
     root_interval: int = 500
+    interval_warmup: bool = True
     refresh: Refresh = "together"
     rectify_steps: tuple[int, int] = (1, 4)
     refresh_iterations: int = 1
@@ -84,7 +85,7 @@ class PreconditionerOptions:
 
     def __post_init__(self) -> None:
         self._convert()
-        for name in ("precondition", "compile"):
+        for name in ("precondition", "interval_warmup", "compile"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         for name, choices in _CHOICES.items():
@@ -92,7 +93,7 @@ class PreconditionerOptions:
             if isinstance(value, bool) or value not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
         for name, lowest in _LOWEST_INTEGER.items():
-            _check_integer(name, getattr(self, name), lowest)
+            check_integer(name, getattr(self, name), lowest)
         if not (_is_number(self.shampoo_beta) and 0.0 <= self.shampoo_beta < 1.0):
             raise ValueError(f"shampoo_beta must be in [0, 1), got {self.shampoo_beta!r}")
         if not (_is_number(self.matrix_eps) and 0.0 < self.matrix_eps < math.inf):
@@ -101,7 +102,7 @@ class PreconditionerOptions:
         if not (isinstance(steps, (tuple, list)) and len(steps) == 2):
             raise ValueError(f"rectify_steps must be two integers, for a statistics and a root step, got {steps!r}")
         for count in steps:
-            _check_integer("rectify_steps", count, 0)
+            check_integer("rectify_steps", count, 0)
         if self.codebook == "normal" and self.quant_block_size < 2:
             raise ValueError("codebook='normal' needs a quant_block_size of at least 2: a block of 1 is its own scale")
         if self.root != "stored" and self.bits == 32:
@@ -122,7 +123,7 @@ class PreconditionerOptions:
     @classmethod
     def of_group(cls, group: Mapping[str, Any]) -> PreconditionerOptions:
         """The options that stand in a parameter group; the defaults for those that an older version did not know."""
-        given = (group.get(name, default) for name, default in _DEFAULTS.items())
+        given = (group.get(name, default) for name, default in {**_DEFAULTS, **_BEFORE}.items())
         values: list[Any] = [tuple(v) if isinstance(v, list) else v for v in given]  # which can be hashed
         try:
             return _cached(*values)
@@ -157,6 +158,7 @@ PAPER_SETTINGS: dict[str, Any] = {
     "matrix_eps": 1e-6,
     "statistics_interval": 100,
     "root_interval": 500,
+    "interval_warmup": False,
     "rectify_steps": (1, 4),
     "max_preconditioner_dim": 1200,
     "split": "remainder",
@@ -172,6 +174,7 @@ COMPACT_SETTINGS: dict[str, Any] = {
     "rectify_steps": (1, 1),
 }
 _DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(PreconditionerOptions)}
+_BEFORE: dict[str, Any] = {"interval_warmup": False}  # what versions did that did not know the option
 OPTION_NAMES = tuple(_DEFAULTS)
 _CONVERTERS: dict[type, Any] = {bool: to_boolean, int: to_integer, float: to_number, str: to_word, tuple: to_tuple}
 _cached = functools.lru_cache(maxsize=256, typed=True)(PreconditionerOptions)
@@ -181,7 +184,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _check_integer(name: str, value: Any, lowest: int) -> None:
+def check_integer(name: str, value: Any, lowest: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
         raise ValueError(f"{name} must be an integer of at least {lowest}, got {value!r}")
 

@@ -18,9 +18,9 @@ from .factors import HEALTH, FactorPool, Index, factor_bytes
 from .layout import Block, count_parts, cut_blocks
 from .options import PreconditionerOptions
 from .plan import Owned
-from .schedule import TOGETHER, Phases
+from .schedule import TOGETHER, Intervals, Phases, intervals_at
 
-_HEADER = struct.Struct("<qq")  # steps taken, whether a root step has come
+_HEADER = struct.Struct("<qq")  # steps taken, root intervals passed
 
 # Bytes of factors for an element of their matrix that are worth a warning: twice the states of AdamW, and seven times
 # what 4-bit factors of a square matrix take. Such factors in float32 take 16.
@@ -41,7 +41,7 @@ class Matrix:
     device: torch.device
     dtype: torch.dtype = torch.float32  # in which directions are computed: float32, or float64 for such parameters
     step: int = 0  # optimizer steps with a gradient, counted from 1
-    rooted: bool = False  # before the first root interval has passed every inverse root is taken for the identity
+    roots: int = 0  # root intervals that have passed; before the first, every inverse root is taken for the identity
     phases: Phases = field(default_factory=dict)
 
     @functools.cached_property
@@ -51,7 +51,21 @@ class Matrix:
     def advance(self) -> None:
         """Count a step."""
         self.step += 1
-        self.rooted = self.rooted or self.step % self.options.root_interval == 0
+        self.roots += self._ends(self.intervals.root)
+
+    @property
+    def rooted(self) -> bool:
+        """Whether directions are preconditioned."""
+        return self.roots > 0
+
+    @property
+    def intervals(self) -> Intervals:
+        """Those in force at this step."""
+        options = self.options
+        return intervals_at(self.step, options.statistics_interval, options.root_interval, options.interval_warmup)
+
+    def _ends(self, interval: int) -> bool:
+        return interval > 0 and self.step % interval == 0
 
     def like(self, other: Matrix) -> bool:
         """Whether the same factors serve both, at the same steps."""
@@ -66,9 +80,12 @@ class Matrix:
     @property
     def busy(self) -> bool:
         """Whether this step needs the gradient at all."""
+        if self.rooted:
+            return True
         statistics, roots = self._phases_in_use
-        every, root_every = self.options.statistics_interval, self.options.root_interval
-        return self.rooted or self.step % every in statistics or self.step % root_every in roots
+        return any(_is_due(self.step, self.intervals.statistics, phase) for phase in statistics) or any(
+            _is_due(self.step, self.intervals.root, phase) for phase in roots
+        )
 
     @functools.cached_property
     def _phases_in_use(self) -> tuple[set[int], set[int]]:
@@ -77,17 +94,16 @@ class Matrix:
 
     def statistics_due(self, block: Block, side: int) -> bool:
         """Whether the left (side 0) or right (1) factor of a block absorbs the gradient in this step."""
-        phase = self.phases.get(block, TOGETHER)[side].statistics
-        return self.step % self.options.statistics_interval == phase
+        return _is_due(self.step, self.intervals.statistics, self.phases.get(block, TOGETHER)[side].statistics)
 
     def root_due(self, block: Block, side: int) -> bool:
         """Whether the left (side 0) or right (1) factor of a block recomputes its root in this step."""
-        return self.step % self.options.root_interval == self.phases.get(block, TOGETHER)[side].root
+        return _is_due(self.step, self.intervals.root, self.phases.get(block, TOGETHER)[side].root)
 
     @property
     def check_due(self) -> bool:
         """Whether an interval ends: when failures are looked for."""
-        return self.step % self.options.statistics_interval == 0 or self.step % self.options.root_interval == 0
+        return self._ends(self.intervals.statistics) or self._ends(self.intervals.root)
 
     @functools.cached_property
     def nbytes(self) -> int:
@@ -128,12 +144,12 @@ class Matrix:
     @property
     def header(self) -> Tensor:
         """How far the preconditioner has come, as the first bytes of that vector."""
-        return torch.frombuffer(bytearray(_HEADER.pack(self.step, self.rooted)), dtype=torch.uint8)
+        return torch.frombuffer(bytearray(_HEADER.pack(self.step, self.roots)), dtype=torch.uint8)
 
     @header.setter
     def header(self, data: Tensor) -> None:
-        step, rooted = _HEADER.unpack(bytes(data[: _HEADER.size].tolist()))
-        self.step, self.rooted = step, bool(rooted)
+        step, roots = _HEADER.unpack(bytes(data[: _HEADER.size].tolist()))
+        self.step, self.roots = step, roots
 
     def packed_ranges(self) -> Iterator[tuple[Block, slice]]:
         """Every block, and where its factors stand in that vector."""
@@ -153,6 +169,10 @@ def fresh_block(matrix: Matrix, block: Block) -> Tensor:
 def fresh_bytes(matrix: Matrix) -> Tensor:
     """The vector that saves a preconditioner which has taken no step."""
     return torch.cat([matrix.header.to(matrix.device), *(fresh_block(matrix, block) for block in matrix.blocks)])
+
+
+def _is_due(step: int, interval: int, phase: int) -> bool:
+    return interval > 0 and (step - phase) % interval == 0
 
 
 def worse(first: list[float] | None, second: list[float]) -> list[float]:

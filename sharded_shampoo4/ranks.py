@@ -30,7 +30,7 @@ _CAUSES = (
     "throw_on_early_termination=True); otherwise a loader with drop_last=True); ranks that do not call step(), "
     "state_dict() and checkpoint functions equally often; or a model that only some ranks train: "
 ) + OWN_MODELS
-_FLAGS = 4  # that travel in one collective
+_FLAGS = 8  # that travel in one collective
 
 _made: weakref.WeakKeyDictionary[dist.ProcessGroup, int] = weakref.WeakKeyDictionary()  # Ranks on each host group
 

@@ -6,11 +6,13 @@ never from who holds or owns them.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .layout import Block, cut_blocks
-from .options import PreconditionerOptions
+from .options import PreconditionerOptions, check_integer
+from .values import to_integer
 
 
 class Phase(NamedTuple):
@@ -18,6 +20,71 @@ class Phase(NamedTuple):
 
     statistics: int = 0
     root: int = 0
+
+
+_FIRST = 5  # step of the first statistics while intervals grow
+
+
+class Intervals(NamedTuple):
+    """Steps from one statistics update to the next, and from one root to the next; ``root`` 0: none yet."""
+
+    statistics: int
+    root: int
+
+
+@functools.lru_cache(maxsize=4096)
+def intervals_at(step: int, statistics: int, root: int, warmup: bool) -> Intervals:
+    """The intervals in force at a ``step``, of those that were asked for.
+
+    With ``warmup`` they begin at 5 steps and double until they are what was asked for: statistics as long as four
+    intervals have not passed, roots after 5, 10, 20, 40 steps and so on. So the first statistics are of step 5 and the
+    first roots of step 10.
+
+    >>> [intervals_at(step, 100, 500, True) for step in (5, 10, 100, 499, 500)]
+    [Intervals(statistics=5, root=0), Intervals(statistics=5, root=5), Intervals(statistics=20, root=80), \
+Intervals(statistics=100, root=320), Intervals(statistics=100, root=500)]
+    """
+    if not warmup:
+        return Intervals(statistics, root)
+    every = statistics if step >= 4 * statistics else min(statistics, _doubled(step // 4))
+    if step >= root or root <= 2 * _FIRST:
+        return Intervals(every, root)
+    return Intervals(every, min(root, _doubled(step - 1)) if step > _FIRST else 0)
+
+
+def _doubled(limit: int) -> int:
+    """The largest of 5, 10, 20, 40 and so on that is at most ``limit``; 5 where none is."""
+    interval = _FIRST
+    while 2 * interval <= limit:
+        interval *= 2
+    return interval
+
+
+def first_root(options: PreconditionerOptions) -> int:
+    """The step at which directions begin."""
+    if options.interval_warmup:
+        return min(options.root_interval, 2 * _FIRST)
+    return options.root_interval
+
+
+def chosen_intervals(statistics: Any, root: Any, total_steps: Any) -> tuple[Any, Any]:
+    """The intervals that were given, or the defaults.
+
+    By default a run of ``total_steps`` has about a hundred roots, but at most one in 50 steps; without that, inverse
+    roots are 500 steps apart. Statistics are a fifth of that apart, or as far as roots that are nearer than 100 steps.
+
+    Raises:
+        ValueError: ``total_steps`` is neither None nor a positive integer.
+    """
+    if total_steps is not None:
+        total_steps = to_integer(total_steps)
+        check_integer("total_steps", total_steps, 1)
+    suited = 500 if total_steps is None else min(500, max(50, total_steps // 100))
+    if root is None:
+        return (suited // 5 if statistics is None else statistics), suited
+    given = to_integer(root)
+    nearest = min(suited // 5, given) if isinstance(given, int) else suited // 5
+    return (nearest if statistics is None else statistics), root
 
 
 # The phases of a matrix's left and right factors, by blocks. Blocks that are not there have phase 0.

@@ -126,7 +126,7 @@ def collect(
     }
     for binding in bindings.all():
         for matrix in binding.matrices:
-            steps = {"step": matrix.step, "rooted": matrix.rooted}
+            steps = {"step": matrix.step, "roots": matrix.roots}
             parameters[names[matrix.name]]["factors"] = {**steps, "blocks": _block_bytes(matrix)}
     rule = type(optimizer._base).__name__
     beside = {other.name: other.describe() for other in others}
@@ -331,7 +331,8 @@ class Restoration:
             for matrix in binding.matrices:
                 name = self._saved(matrix.name)
                 saved = {} if name is None else self._manifest["parameters"][name]["factors"]
-                matrix.step, matrix.rooted = saved.get("step", 0), saved.get("rooted", False)
+                matrix.step = saved.get("step", 0)
+                matrix.roots = saved.get("roots", int(saved.get("rooted", False)))  # "rooted" in format 1
         for binding, matrix, owned in _own_blocks(self._bindings):
             data = self._factors.get((matrix.name, owned.block))
             binding.preconditioner.from_bytes(owned, fresh_block(matrix, owned.block) if data is None else data)
