@@ -275,6 +275,16 @@ class Shampoo4(Optimizer):
         """Be told where parameters live that cannot tell it themselves (FSDP1)."""
         self._bindings.locate(locations)
 
+    def _take_names(self, model: torch.nn.Module, anew: bool) -> None:
+        """Take names that are missing from ``model``, or all of them ``anew``.
+
+        Raises:
+            ValueError: the parameters still have no names of their own.
+        """
+        self._members.follow(self.param_groups)
+        self._members.name_by(model, anew)
+        self._members.plain_names()
+
     # -- states --------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
