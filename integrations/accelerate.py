@@ -19,10 +19,10 @@ import contextlib
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator, PartialState  # type: ignore[import-untyped]
@@ -47,30 +47,49 @@ _ALONE = "one process"
 class PortableAccelerator(Accelerator):  # type: ignore[misc]
     """An ``Accelerator`` whose saved states go on under any host and on any number of processes.
 
-    Weights and the states of Shampoo4 are in ``shampoo4``, in the form of :mod:`sharded_shampoo4.checkpoint` (a second
-    pair of model and optimizer in ``shampoo4_1``, and so on); schedulers, samplers, random numbers, scaler and what was
+    Weights and the states of Shampoo4 are in ``shampoo4``, in the form of :mod:`sharded_shampoo4.checkpoint` (those of
+    a second Shampoo4 in ``shampoo4_1``, and so on); schedulers, samplers, random numbers, scaler and what was
     registered for checkpointing lie beside it as Accelerate saves them. FSDP's state dict types make no difference. On
     another number of processes some of them begin with random numbers of their own.
 
-    Under FSDP1 it binds the optimizer to its model. Without a Shampoo4 among the prepared optimizers it is an ordinary
-    ``Accelerator``.
+    A Shampoo4 belongs to the prepared models that have its parameters, and takes names from them that are missing.
+    Under FSDP1 it is bound to its model. Other models, such as a frozen teacher, and other optimizers are saved as
+    Accelerate saves them: they go on under the same host. Hooks for saving and loading are given all models, and no
+    weights of those that belong to a Shampoo4.
+
+    Args:
+        *args: of ``Accelerator``.
+        frozen: False leaves frozen parameters out of saved states, such as those that adapters stand on.
+        **kwargs: of ``Accelerator``.
     """
 
     _models: list[Any]
     _optimizers: list[Any]
+    _save_model_state_pre_hook: dict[int, Callable[..., None]]
+    _load_model_state_pre_hook: dict[int, Callable[..., None]]
+
+    def __init__(self, *args: Any, frozen: bool = True, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._frozen = frozen
 
     def prepare(self, *args: Any, **kwargs: Any) -> Any:
         """As in ``Accelerator``; a Shampoo4 is bound to the FSDP1 model that it is prepared with.
 
         Raises:
-            ValueError: what ``fsdp.bind`` says of the model.
+            ValueError: what ``fsdp.bind`` says of the model; or ``save_state()`` could not save what is prepared: a
+                Shampoo4 whose parameters are in no prepared model, or have no names of their own.
         """
         prepared = super().prepare(*args, **kwargs)
         together = prepared if isinstance(prepared, tuple) else (prepared,)
-        optimizers = [handle for handle in together if isinstance(getattr(handle, "optimizer", None), Shampoo4)]
-        models = [model for model in together if isinstance(model, FullyShardedDataParallel)]
-        for optimizer, model in zip(optimizers, models, strict=False):  # FSDP1 takes one model; others raise at a step
-            bind(optimizer, model)
+        if self.distributed_type == DistributedType.DEEPSPEED:
+            return prepared
+        sharded = [model for model in together if isinstance(model, FullyShardedDataParallel)]
+        for handle in together:
+            optimizer = getattr(handle, "optimizer", None)
+            if isinstance(optimizer, Shampoo4) and sharded:
+                bind(optimizer, _as_one(_models_of(optimizer, sharded) or sharded[:1]))
+        if self._models:
+            self._portable_pairs()
         return prepared
 
     def save_state(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> str:
@@ -82,10 +101,10 @@ class PortableAccelerator(Accelerator):  # type: ignore[misc]
         pairs = self._portable_pairs()
         if not pairs:
             return str(super().save_state(output_dir, *args, **kwargs))
-        with self._without_pairs():
+        with self._without(pairs):
             folder = Path(super().save_state(output_dir, *args, **kwargs)).expanduser()
-        for name, (model, optimizer) in pairs.items():
-            checkpoint.save(optimizer, folder / name, model=model)
+        for pair in pairs:
+            checkpoint.save(pair.optimizer, folder / pair.folder, model=pair.model, frozen=self._frozen)
         return str(folder)
 
     def load_state(self, input_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
@@ -100,37 +119,110 @@ class PortableAccelerator(Accelerator):  # type: ignore[misc]
             return
         if input_dir is None:
             raise ValueError("load_state() of a PortableAccelerator needs the folder")
-        for name, (model, optimizer) in pairs.items():
-            checkpoint.load(optimizer, Path(input_dir).expanduser() / name, model=model)
-        with self._without_pairs():
+        for pair in pairs:
+            folder = Path(input_dir).expanduser() / pair.folder
+            checkpoint.load(pair.optimizer, folder, model=pair.model, frozen=self._frozen)
+        with self._without(pairs):
             super().load_state(input_dir, *args, **kwargs)
 
-    def _portable_pairs(self) -> dict[str, tuple[nn.Module, Any]]:
-        """Models with what is given to ``checkpoint.save`` for them, by the names of their folders."""
-        by_deepspeed = self.distributed_type == DistributedType.DEEPSPEED
-        handles, inside = (self._models, "basic_optimizer") if by_deepspeed else (self._optimizers, "optimizer")
-        inner = [getattr(handle, inside, None) for handle in handles]
-        ours = [isinstance(optimizer, Shampoo4) for optimizer in inner]
-        if not any(ours):
-            return {}
-        if not all(ours) or len(inner) != len(self._models):
-            names = ", ".join(type(optimizer).__name__ for optimizer in inner)
+    def _portable_pairs(self) -> list[_Pair]:
+        """Every Shampoo4 with the models that have its parameters.
+
+        Raises:
+            ValueError: there are none, or portable checkpoints cannot tell the parameters by name.
+        """
+        if self.distributed_type == DistributedType.DEEPSPEED:
+            engines = [model for model in self._models if isinstance(getattr(model, "basic_optimizer", None), Shampoo4)]
+            return [_Pair(_folder(index), engine, engine, [engine]) for index, engine in enumerate(engines)]
+        pairs: list[_Pair] = []
+        for handle in self._optimizers:
+            optimizer = getattr(handle, "optimizer", None)
+            if not isinstance(optimizer, Shampoo4):
+                continue
+            models = _models_of(optimizer, self._models)
+            if not models:
+                raise ValueError(
+                    f"the parameters of a Shampoo4 are in none of the {len(self._models)} prepared models: give the "
+                    "model and the optimizer to prepare() together, the optimizer made of that model's parameters"
+                )
+            model = _as_one(models)
+            optimizer._take_names(model, anew=len(models) > 1)
+            pairs.append(_Pair(_folder(len(pairs)), model, handle, models))
+        left = len(self._optimizers) - len(pairs)
+        models_left = len(self._models) - len({id(model) for pair in pairs for model in pair.models})
+        if pairs and left > models_left and self.distributed_type == DistributedType.FSDP:
             raise ValueError(
-                f"a PortableAccelerator saves models with one Shampoo4 each, in this order, but {len(self._models)} "
-                f"models and {names} were prepared"
+                f"{left} optimizers are no Shampoo4, and only {models_left} models are not trained by one: under FSDP "
+                "Accelerate saves every optimizer with a model of its own"
             )
-        pairs = enumerate(zip(self._models, handles, strict=True))
-        return {f"shampoo4_{index}" if index else "shampoo4": pair for index, pair in pairs}
+        return pairs
 
     @contextlib.contextmanager
-    def _without_pairs(self) -> Iterator[None]:
-        """Have Accelerate see neither models nor optimizers."""
-        kept = self._models, self._optimizers
-        self._models, self._optimizers = [], []
+    def _without(self, pairs: list[_Pair]) -> Iterator[None]:
+        """Have Accelerate see only models and optimizers that are in none of ``pairs``; hooks see them all."""
+        apart = {id(held) for pair in pairs for held in (*pair.models, pair.optimizer)}
+        models, optimizers = self._models, self._optimizers
+        before_saving, before_loading = self._save_model_state_pre_hook, self._load_model_state_pre_hook
+
+        @contextlib.contextmanager
+        def seeing_all() -> Iterator[list[Any]]:
+            seen = self._models, self._optimizers
+            self._models, self._optimizers = models, optimizers
+            try:
+                yield list(models)
+            finally:
+                self._models, self._optimizers = seen
+
+        def saving(hook: Callable[..., None]) -> Callable[..., None]:
+            def call(_: list[Any], weights: list[Any], folder: str) -> None:
+                with seeing_all() as everything:
+                    hook(everything, weights, folder)
+
+            return call
+
+        def loading(hook: Callable[..., None]) -> Callable[..., None]:
+            def call(given: list[Any], folder: str) -> None:
+                with seeing_all() as everything:
+                    hook(everything, folder)
+                kept = set(map(id, everything))  # a hook takes out of the list what it has loaded itself
+                given[:] = [model for model in given if id(model) in kept]
+
+            return call
+
+        self._models = [model for model in models if id(model) not in apart]
+        self._optimizers = [optimizer for optimizer in optimizers if id(optimizer) not in apart]
+        self._save_model_state_pre_hook = {key: saving(hook) for key, hook in before_saving.items()}
+        self._load_model_state_pre_hook = {key: loading(hook) for key, hook in before_loading.items()}
         try:
             yield
         finally:
-            self._models, self._optimizers = kept
+            self._models, self._optimizers = models, optimizers
+            self._save_model_state_pre_hook, self._load_model_state_pre_hook = before_saving, before_loading
+
+
+class _Pair(NamedTuple):
+    """What is saved in one folder."""
+
+    folder: str
+    model: nn.Module
+    optimizer: Any  # as checkpoint.save takes it
+    models: list[nn.Module]  # that are in ``model``
+
+
+def _folder(number: int) -> str:
+    return f"shampoo4_{number}" if number else "shampoo4"
+
+
+def _models_of(optimizer: Shampoo4, models: list[Any]) -> list[nn.Module]:
+    """Those of ``models`` that have parameters of ``optimizer``."""
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    return [model for model in models if any(id(parameter) in held for parameter in model.parameters())]
+
+
+def _as_one(models: list[Any]) -> nn.Module:
+    """One model, or several in a list, whose names begin with their places in it."""
+    one: nn.Module = models[0] if len(models) == 1 else nn.ModuleList(models)
+    return one
 
 
 def rehearse_on_cpu(timeout: timedelta | None = None) -> bool:
@@ -174,8 +266,8 @@ def adjust_deepspeed(accelerator: Accelerator, gradient_clipping: float) -> bool
     """Make DeepSpeed's configuration say what the program does. Call it before ``prepare()``.
 
     Nothing happens without DeepSpeed. There gradients are clipped by DeepSpeed alone, by default at 1.0. An optimizer
-    that the program brings stays what it is if it is offloaded. A model at stage 3 can be saved whole. ``"Shampoo4"``
-    becomes a type of optimizer.
+    that the program brings stays what it is if it is offloaded. A model at stage 3 can be saved whole, whatever the
+    configuration says. ``"Shampoo4"`` becomes a type of optimizer.
 
     Args:
         accelerator: not yet used to prepare anything.
@@ -202,7 +294,7 @@ def adjust_deepspeed(accelerator: Accelerator, gradient_clipping: float) -> bool
     config["gradient_clipping"] = gradient_clipping
     zero = config.setdefault("zero_optimization", {"stage": 0})
     if int(zero.get("stage", 0)) == 3:
-        zero.setdefault("stage3_gather_16bit_weights_on_model_save", True)
+        zero["stage3_gather_16bit_weights_on_model_save"] = True  # which plugins set to False if nobody asks for it
     if "optimizer" in config:
         return True
     config.setdefault("zero_force_ds_cpu_optimizer", False)

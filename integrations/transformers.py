@@ -108,10 +108,19 @@ class PortableStates:
     Weights and states are in the checkpoint's folder ``shampoo4``, in the form of :mod:`sharded_shampoo4.checkpoint`,
     instead of in the files of the host; scheduler, random numbers and the Trainer's own state lie beside it. A
     checkpoint without that folder is resumed as any Trainer does. The number of images of a step should stay the same.
+
+    Args:
+        *args: of ``Trainer``.
+        frozen: False leaves frozen parameters out of checkpoints, such as those that adapters stand on.
+        **kwargs: of ``Trainer``.
     """
 
     _FOLDER = "shampoo4"
     _SCHEDULER = "scheduler.pt"
+
+    def __init__(self, *args: Any, frozen: bool = True, **kwargs: Any) -> None:
+        self._frozen = frozen
+        super().__init__(*args, **kwargs)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -130,7 +139,8 @@ class PortableStates:
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)  # type: ignore[misc]
 
     def _save_optimizer_and_scheduler(self: Any, output_dir: str) -> None:
-        checkpoint.save(self._portable_optimizer(), Path(output_dir) / self._FOLDER, model=self.model_wrapped)
+        folder = Path(output_dir) / self._FOLDER
+        checkpoint.save(self._portable_optimizer(), folder, model=self.model_wrapped, frozen=self._frozen)
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / self._SCHEDULER)
 
@@ -166,7 +176,8 @@ class PortableStates:
     def _portable_load(self: Any, folder: str) -> None:
         with warnings.catch_warnings():  # the Trainer's checkpoint has the schedule, also where DeepSpeed runs it
             warnings.filterwarnings("ignore", message=".*DeepSpeed's scheduler")
-            checkpoint.load(self._portable_optimizer(), Path(folder) / self._FOLDER, model=self.model_wrapped)
+            place = Path(folder) / self._FOLDER
+            checkpoint.load(self._portable_optimizer(), place, model=self.model_wrapped, frozen=self._frozen)
 
 
 class PortableTrainer(PortableStates, Trainer):  # type: ignore[misc]

@@ -61,7 +61,7 @@ def save(
             complete; files of saves that were cut off are removed.
         model: wrapped as it is; its frozen parameters and its buffers are then saved as well. A DeepSpeed engine brings
             its own.
-        frozen: False leaves the frozen parameters out, such as those that adapters stand on; buffers stay.
+        frozen: False leaves out parameters that need no gradient, such as those that adapters stand on; buffers stay.
 
     Raises:
         OSError, ValueError: on every rank alike; the checkpoint that was there is untouched. Also for a base optimizer
@@ -116,7 +116,7 @@ def load(
         optimizer: as for :func:`save`.
         directory: that was saved to.
         model: wrapped as it is.
-        frozen: False leaves parameters that are frozen, and were, as they are.
+        frozen: False leaves parameters that need no gradient, and needed none, as they are.
 
     Raises:
         FileNotFoundError: ``directory`` has no complete checkpoint.
@@ -230,7 +230,7 @@ class _Subject:
         """What of those is saved."""
         if self.model is None:
             return []
-        return [other for other in self.others() if self.frozen or other.buffer]
+        return [other for other in self.others() if self.frozen or not other.frozen]
 
     def background(self) -> _Background:
         """The thread for this optimizer, made by its first save in the background; collective then."""

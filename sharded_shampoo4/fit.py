@@ -67,7 +67,6 @@ def fit(
         ValueError: something is missing on either side, or has another shape.
     """
     saved, beside = manifest["parameters"], manifest.get("untrained", {})
-    beside = beside if with_model else {name: entry for name, entry in beside.items() if not entry.get("buffer")}
     still = {other.name: other for other in others}
     names, names_beside = match(saved, [*shapes, *still]), match(beside, [*shapes, *still])
     twice = sorted(set(names.values()) & set(names_beside.values()))
@@ -83,7 +82,7 @@ def fit(
     for name, here in names_beside.items():
         if here in shapes:
             found.thawed[here] = f"{UNTRAINED}/{name}"
-        elif with_model and (frozen or still[here].buffer):
+        elif with_model and (frozen or not still[here].frozen):
             found.values.append((still[here], f"{UNTRAINED}/{name}"))
     everywhere = {**shapes, **{name: other.location.shape for name, other in still.items()}}
     for entries, of in ((saved, names), (beside, names_beside)):
@@ -92,13 +91,13 @@ def fit(
     _check_trained(saved, names, shapes, found, with_model, left_out)
     if with_model:
         read = {other.name for other, _ in found.values}
-        unread = [other for other in others if other.name not in read and (frozen or other.buffer)]
-        found.left = [other.name for other in unread if left_out and not other.buffer]
+        unread = [other for other in others if other.name not in read and (frozen or not other.frozen)]
+        found.left = [other.name for other in unread if left_out and other.frozen]
         _raise_if(
             "the checkpoint has no frozen parameter or buffer {}: was it saved without model=?",
             [other.name for other in unread if other.name not in found.left],
         )
-        unknown = [n for n in beside if n not in names_beside and (frozen or beside[n].get("buffer"))]
+        unknown = [n for n in beside if n not in names_beside and (frozen or not beside[n].get("frozen"))]
         _raise_if("there is no frozen parameter or buffer {} here", unknown)
     return found
 

@@ -256,15 +256,18 @@ class Members:
                     member.name = fsdp.plain_name(names[parameter])  # type: ignore[index]
         self._relabel()
 
-    def name_by(self, model: Any) -> None:
-        """Take from ``model``, wrapped as it is, which parts of names are wrappers', and names that are missing."""
+    def name_by(self, model: Any, anew: bool = False) -> None:
+        """Take from ``model``, wrapped as it is, which parts of names are wrappers', and names that are missing.
+
+        ``anew``: names that were given are replaced too.
+        """
         names = fsdp.names_in(model)
         for given in self._given:
             for member in given.members:
                 plain = next((names[p] for p in (member.held(), member.given()) if p is not None and p in names), None)
                 if plain is None:
                     continue
-                if not member.named:
+                if anew or not member.named:
                     member.name = plain
                 if member.name == plain or fsdp.match_names([member.name], [plain]):
                     member.plain = plain

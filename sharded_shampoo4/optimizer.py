@@ -335,6 +335,16 @@ class Shampoo4(SteppingTogether):
         self._bindings.locate(locations)
         self._advise()
 
+    def _take_names(self, model: torch.nn.Module, anew: bool) -> None:
+        """Take names that are missing from ``model``, or all of them ``anew``.
+
+        Raises:
+            ValueError: the parameters still have no names of their own.
+        """
+        self._members.follow(self.param_groups)
+        self._members.name_by(model, anew)
+        self._members.plain_names()
+
     # -- states --------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:

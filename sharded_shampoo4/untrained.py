@@ -19,18 +19,18 @@ class Untrained:
         name: in the model as it was before a host wrapped it.
         held: this rank's elements, in the shape that they have here.
         location: which elements of the whole these are.
-        buffer: whether it is a buffer.
+        frozen: whether it is a parameter that needs no gradient: neither a buffer nor another optimizer's.
     """
 
     name: str
     held: Tensor
     location: fsdp.Location
-    buffer: bool = False
+    frozen: bool = False
 
     def describe(self) -> dict[str, Any]:
         """What a manifest says of it."""
         dtype = str(self.held.dtype).removeprefix("torch.")
-        return {"shape": list(self.location.shape), "dtype": dtype, "buffer": self.buffer}
+        return {"shape": list(self.location.shape), "dtype": dtype, "frozen": self.frozen}
 
 
 def find(model: nn.Module, trained: Iterable[Tensor], bound: Mapping[Tensor, fsdp.Location]) -> list[Untrained]:
@@ -44,16 +44,15 @@ def find(model: nn.Module, trained: Iterable[Tensor], bound: Mapping[Tensor, fsd
     frozen = [parameter for parameter in model.parameters() if id(parameter) not in known]
     found = [of_parameter(names[parameter], parameter, bound) for parameter in frozen]
     for buffer in _persistent_buffers(model):
-        found.append(Untrained(names[buffer], _local(buffer), fsdp.locate(names[buffer], buffer, {}), buffer=True))
+        found.append(Untrained(names[buffer], _local(buffer), fsdp.locate(names[buffer], buffer, {})))
     return found
 
 
 def of_parameter(name: str, parameter: Tensor, bound: Mapping[Tensor, fsdp.Location]) -> Untrained:
-    """A frozen parameter's elements on this rank."""
+    """The elements on this rank of a parameter that is not trained."""
     partition = zero.partition(parameter)
-    if partition is not None:
-        return Untrained(name, *partition)
-    return Untrained(name, _local(parameter), fsdp.locate(name, parameter, bound))
+    held, location = partition or (_local(parameter), fsdp.locate(name, parameter, bound))
+    return Untrained(name, held, location, not parameter.requires_grad)
 
 
 def _persistent_buffers(model: nn.Module) -> Iterator[Tensor]:

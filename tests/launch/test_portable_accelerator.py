@@ -1,0 +1,231 @@
+"""PortableAccelerator: hooks, teachers, several models and optimizers, names; what cannot be saved is refused early."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import DeepSpeedPlugin
+from support import worlds as hosts
+from torch import Tensor, nn
+
+from sharded_shampoo4 import Shampoo4, checkpoint
+from sharded_shampoo4.integrations.accelerate import PortableAccelerator, adjust_deepspeed
+
+OPTIONS: dict[str, Any] = {"statistics_interval": 1, "root_interval": 2, "min_quant_numel": 0}
+
+
+@pytest.fixture(autouse=True)
+def one_process() -> Iterator[None]:
+    """Accelerate's state taken back after the test."""
+    reset()
+    yield
+    reset()
+
+
+def reset() -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def net(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 6))
+
+
+def step(accelerator: Any, *pairs: tuple[nn.Module, Any], count: int = 3) -> None:
+    for seed in range(count):
+        for model, optimizer in pairs:
+            torch.manual_seed(seed)
+            model.zero_grad()
+            accelerator.backward(model(torch.randn(4, 6)).square().mean())
+            optimizer.step()
+
+
+def copies(*models: nn.Module) -> list[Tensor]:
+    return [parameter.detach().clone() for model in models for parameter in model.parameters()]
+
+
+def equal(first: list[Tensor], second: list[Tensor]) -> bool:
+    return all(map(torch.equal, first, second))
+
+
+def test_hooks_are_given_the_models(tmp_path: Path) -> None:
+    accelerator = PortableAccelerator(cpu=True)
+    model = net()
+    model, optimizer = accelerator.prepare(model, Shampoo4(model.named_parameters(), **OPTIONS))
+    step(accelerator, (model, optimizer))
+    seen: list[Any] = []
+
+    def saving(models: list[Any], weights: list[Any], folder: str) -> None:
+        seen.append((list(models), list(accelerator._models), len(weights)))
+        torch.save(models[0].state_dict(), Path(folder) / "adapter.pt")
+
+    def loading(models: list[Any], folder: str) -> None:
+        assert (Path(folder) / "adapter.pt").exists()
+        seen.append((list(models), list(accelerator._models), None))
+        models.pop()
+
+    accelerator.register_save_state_pre_hook(saving)
+    handle = accelerator.register_load_state_pre_hook(loading)
+    before = copies(model)
+    for _ in range(2):
+        accelerator.save_state(str(tmp_path))
+        step(accelerator, (model, optimizer))
+        accelerator.load_state(str(tmp_path))
+        assert equal(copies(model), before)
+    assert [(models == [model], own == [model]) for models, own, _ in seen] == [(True, True)] * 4
+    assert accelerator._models == [model] and accelerator._optimizers == [optimizer]
+    handle.remove()
+    accelerator.load_state(str(tmp_path))
+    assert len(seen) == 4
+
+
+def test_a_frozen_teacher_beside_the_student(tmp_path: Path) -> None:
+    accelerator = PortableAccelerator(cpu=True)
+    teacher, student = net(1).requires_grad_(False), net(2)
+    teacher, student, optimizer = accelerator.prepare(teacher, student, Shampoo4(student.named_parameters(), **OPTIONS))
+    step(accelerator, (student, optimizer))
+    expected = copies(teacher, student)
+    accelerator.save_state(str(tmp_path))
+    step(accelerator, (student, optimizer))
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            parameter.add_(1)
+    accelerator.load_state(str(tmp_path))
+    assert equal(copies(teacher, student), expected)
+    manifest = json.loads((tmp_path / "shampoo4" / checkpoint.MANIFEST).read_text())["manifest"]
+    assert sorted(manifest["parameters"]) == ["0.bias", "0.weight", "1.bias", "1.weight"]
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_two_models_with_two_optimizers(tmp_path: Path, turned: bool) -> None:
+    """One of them AdamW; in whatever order."""
+    accelerator = PortableAccelerator(cpu=True)
+    first, second = net(1), net(2)
+    optimizers: list[Any] = [
+        Shampoo4(first.parameters(), **OPTIONS),
+        Shampoo4(second.named_parameters(), **OPTIONS),
+    ]
+    models = [first, second]
+    prepared = accelerator.prepare(*(models[::-1] if turned else models), *optimizers)
+    pairs = [(first, prepared[2]), (second, prepared[3])]
+    step(accelerator, *pairs)
+    accelerator.save_state(str(tmp_path))
+    expected = copies(first, second)
+    step(accelerator, *pairs)
+    then = copies(first, second)
+    accelerator.load_state(str(tmp_path))
+    assert equal(copies(first, second), expected)
+    step(accelerator, *pairs)
+    assert equal(copies(first, second), then)
+
+
+def test_another_optimizer_for_a_part_of_the_model(tmp_path: Path) -> None:
+    accelerator = PortableAccelerator(cpu=True, frozen=False)
+    model = net(1)
+    own = Shampoo4(model[0].named_parameters(prefix="0"), **OPTIONS)
+    model, optimizer, other = accelerator.prepare(model, own, torch.optim.AdamW(model[1].parameters()))
+    pairs = [(model, optimizer), (model, other)]
+    step(accelerator, *pairs)
+    accelerator.save_state(str(tmp_path))
+    step(accelerator, *pairs)
+    then = copies(model)
+    accelerator.load_state(str(tmp_path))
+    step(accelerator, *pairs)
+    assert equal(copies(model), then)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_one_optimizer_for_two_models(tmp_path: Path, named: bool) -> None:
+    accelerator = PortableAccelerator(cpu=True)
+    first, second = net(1), net(2)
+    given: list[Any] = [*first.named_parameters(), *second.named_parameters()]
+    own = Shampoo4(given if named else [parameter for _, parameter in given], **OPTIONS)
+    first, second, optimizer = accelerator.prepare(first, second, own)
+    both = nn.Sequential(first, second)
+    step(accelerator, (both, optimizer))
+    accelerator.save_state(str(tmp_path))
+    step(accelerator, (both, optimizer))
+    then = copies(both)
+    accelerator.load_state(str(tmp_path))
+    step(accelerator, (both, optimizer))
+    assert equal(copies(both), then)
+    manifest = json.loads((tmp_path / "shampoo4" / checkpoint.MANIFEST).read_text())["manifest"]
+    assert {"0.0.weight", "1.0.weight"} <= manifest["parameters"].keys()
+
+
+def test_what_cannot_be_saved_is_refused_by_prepare() -> None:
+    accelerator = PortableAccelerator(cpu=True)
+    model = net()
+    with pytest.raises(ValueError, match="are in none of the 1 prepared models: give the model and the optimizer"):
+        accelerator.prepare(model, Shampoo4(net(1).named_parameters(), **OPTIONS))
+    reset()
+    accelerator, model = PortableAccelerator(cpu=True), net()
+    temperature = nn.Parameter(torch.zeros(()))
+    with pytest.raises(ValueError, match="needs names, but parameter 4 of group 0"):
+        accelerator.prepare(model, Shampoo4([*model.parameters(), temperature], **OPTIONS))
+    reset()
+    accelerator, model = PortableAccelerator(cpu=True), net()
+    named = [("0.weight", temperature), ("x", model[0].weight), ("0.weight", model[1].weight)]
+    with pytest.raises(ValueError, match=r"two parameters have the name 0\.weight"):
+        accelerator.prepare(model, Shampoo4(named, **OPTIONS))
+    reset()
+    accelerator, model = PortableAccelerator(cpu=True), net()
+    accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))  # no Shampoo4 at all
+
+
+def test_frozen_parameters_are_left_out(tmp_path: Path) -> None:
+    model = net()
+    model[0].requires_grad_(False)
+    accelerator = PortableAccelerator(cpu=True, frozen=False)
+    model, optimizer = accelerator.prepare(model, Shampoo4(model[1].named_parameters(prefix="1"), **OPTIONS))
+    step(accelerator, (model, optimizer))
+    accelerator.save_state(str(tmp_path))
+    manifest = json.loads((tmp_path / "shampoo4" / checkpoint.MANIFEST).read_text())["manifest"]
+    assert manifest["untrained"] == {} and sorted(manifest["parameters"]) == ["1.bias", "1.weight"]
+    expected = copies(model[1])
+    step(accelerator, (model, optimizer))
+    accelerator.load_state(str(tmp_path))
+    assert equal(copies(model[1]), expected)
+
+
+def under_ddp(rank: int, folder: str) -> list[bool]:
+    """Automatic names and hooks, where models are wrapped."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    accelerator = PortableAccelerator(cpu=True)
+    assert accelerator.num_processes == 2
+    student = net(2)
+    optimizer: Any = Shampoo4(student.parameters(), **OPTIONS)
+    student, optimizer = accelerator.prepare(student, optimizer)
+    seen: list[int] = []
+    accelerator.register_save_state_pre_hook(lambda models, weights, folder: seen.append(len(models)))
+    step(accelerator, (student, optimizer))
+    accelerator.save_state(folder)
+    step(accelerator, (student, optimizer))
+    then = copies(student)
+    accelerator.load_state(folder)
+    step(accelerator, (student, optimizer))
+    alone = net(3)
+    checkpoint.load(Shampoo4(alone.named_parameters(), **OPTIONS), f"{folder}/shampoo4")
+    return [equal(copies(student), then), seen == [1]]
+
+
+def test_under_ddp(tmp_path: Path) -> None:
+    assert hosts.run_ranks(2, under_ddp, str(tmp_path)) == [[True, True]] * 2
+
+
+def test_a_model_at_stage_3_can_be_saved_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    plugin = DeepSpeedPlugin(zero_stage=3)
+    assert plugin.deepspeed_config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] is False
+    accelerator: Any = type("Stub", (), {})()
+    accelerator.state = type("Stub", (), {"deepspeed_plugin": plugin})()
+    accelerator.distributed_type = "DEEPSPEED"
+    assert not adjust_deepspeed(accelerator, 0.0)
+    assert plugin.deepspeed_config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] is True
