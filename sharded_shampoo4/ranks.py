@@ -66,6 +66,13 @@ class Ranks:
             _made[self.host_group] = self._number + 1
 
     @property
+    def first(self) -> int | None:
+        """The first of them, by its rank among all processes; None if these are all processes."""
+        if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == self.size:
+            return None
+        return dist.get_rank() if self.group is None else min(dist.get_process_group_ranks(self.group))
+
+    @property
     def gone(self) -> bool:
         """Whether the process group was destroyed."""
         return self.host_group is not None and not groups.is_alive(self.host_group)

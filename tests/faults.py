@@ -31,6 +31,8 @@ FAULTS: dict[str, tuple[str, str, str]] = {
     "checksum": ("checkpoint.py", "if found != checksum:", "if len(found) != len(checksum):"),
     "schedule phase": ("schedule.py", "(phase + (after != phase) + turn", "(phase + turn"),
     "base option": ("options.py", '["weight_decay"] = weight_decay', '["weight_decay"] = weight_decay / 2'),
+    "keeping company": ("binding.py", "company.part()", "pass"),
+    "host group": ("groups.py", "= _HOST_GROUPS[group] = new_host_group(group)", "= _HOST_GROUPS[group] = group"),
     "header": ("preconditioner.py", "_HEADER.pack(self.step, self.rooted)", "_HEADER.pack(self.step, False)"),
 }
 

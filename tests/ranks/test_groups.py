@@ -151,7 +151,7 @@ def test_two_models_on_groups_that_share_a_rank() -> None:
 
 def alone(rank: int) -> dict[str, Any]:
     """Every rank trains a model of its own, with its own gradients and another number of steps."""
-    folder = Path(tempfile.mkdtemp())
+    folder, shared = Path(tempfile.mkdtemp()), shared_folder(rank)
     model = with_buffer(7.0)
     optimizer = make(model, process_group="alone")
     advance(model, "none", optimizer, range(5), rank)
@@ -175,13 +175,17 @@ def alone(rank: int) -> dict[str, Any]:
         "copied": hosts.full_parameters(twin, "none"),
         "resumed": hosts.full_parameters(resumed, "none"),
         "seen": resumed.seen.item(),
+        "shared": hosts.said(lambda: checkpoint.save(optimizer, shared, model=model)),
         "stored": [key for key in options if "process" in key],
         "only one steps": hosts.said(lambda: rank or advance(model, "none", optimizer, range(3))),
     }
 
 
 def test_ranks_that_train_models_of_their_own() -> None:
-    for rank, told in enumerate(hosts.run_ranks(2, alone)):
+    ranks = hosts.run_ranks(2, alone)
+    assert sum("give each of them a directory of its own" in told["shared"] for told in ranks) >= 1
+    assert all(told["shared"] == "nothing was raised" or "a checkpoint that rank" in told["shared"] for told in ranks)
+    for rank, told in enumerate(ranks):
         for what in ("trained", "copied", "resumed"):
             assert_equal(told[what], one_process(rank))
         assert told["seen"] == 7.0 and not told["stored"] and told["only one steps"] == "nothing was raised"
