@@ -318,7 +318,8 @@ def _check_agreement(everyone: list[list[tuple[str, tuple[int, int], dict[str, A
             for option, value in options.items():
                 if other_options[option] != value:
                     raise ValueError(
-                        f"{option} of {name} is {value!r} on rank 0 and {other_options[option]!r} on rank {rank}"
+                        f"{option} of {name} is {value!r} on rank 0 and {other_options[option]!r} on rank {rank}; "
+                        f"{OWN_MODELS}"
                     )
 
 

@@ -25,7 +25,7 @@ from .members import Entry, Members
 from .options import PreconditionerOptions
 from .plan import Shard, Work
 from .preconditioner import Matrix, fresh_bytes, worse
-from .ranks import Company, Ranks, has_waited
+from .ranks import OWN_MODELS, Company, Ranks, has_waited
 from .schedule import Phases
 from .state_dicts import MARK, is_marked
 from .untrained import Untrained, of_parameter
@@ -235,13 +235,14 @@ class Bindings:
         first, *others = ranks.gather(described)
         for rank, groups in enumerate(others, 1):
             if len(groups) != len(first):
-                raise ValueError(f"there are {len(first)} param groups on rank 0 and {len(groups)} on rank {rank}")
+                found = f"{len(first)} param groups on rank 0 and {len(groups)} on rank {rank}"
+                raise ValueError(f"there are {found}; {OWN_MODELS}")
             for number, (group, other) in enumerate(zip(first, groups, strict=True)):
                 for option in {**group, **other}:  # in the same order on every rank
                     value, another = group.get(option), other.get(option)
                     if value != another:
                         found = f"{value!r} on rank 0 and {another!r} on rank {rank}"
-                        raise ValueError(f"{option} of param group {number} is {found}")
+                        raise ValueError(f"{option} of param group {number} is {found}; {OWN_MODELS}")
 
     def _bind_entries(
         self,

@@ -20,6 +20,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 import uuid
 import warnings
 import weakref
@@ -44,6 +45,7 @@ from .ranks import Ranks
 
 FORMAT_VERSION = 2  # 1: the code book "normal" had other levels
 MANIFEST = "manifest.json"
+_STARTED = time.monotonic()
 
 
 @own_arithmetic()
@@ -286,15 +288,31 @@ class _Job:
 
 def _collect(subject: _Subject, folder: Path) -> _Job:
     ranks = subject.ranks
-    data = folder / ranks.gather(f"data-{uuid.uuid4().hex}")[0]
+    of_some = "" if ranks.first is None else f"rank{ranks.first}-"
+    data = folder / ranks.gather(f"data-{of_some}{uuid.uuid4().hex}")[0]
     with ranks.together():
         data.mkdir(parents=True, exist_ok=True)
+        if of_some:
+            _refuse_shared(data, of_some)
         others = subject.saved_others()
     manifest, tensors = stored.collect(subject.optimizer, subject.bindings, ranks, others)
     manifest["frozen"] = subject.frozen
     if subject.engine is not None:
         manifest["engine"] = zero.progress(subject.engine)
     return _Job(folder, data, manifest, tensors)
+
+
+def _refuse_shared(data: Path, of_some: str) -> None:
+    """Raise ValueError if, since this process was started, ranks that train something else have saved there as well."""
+    started = data.stat().st_mtime - (time.monotonic() - _STARTED)
+    for other in data.parent.glob("data-rank*-*"):
+        if not other.name.startswith(f"data-{of_some}") and other.stat().st_mtime > started:
+            shutil.rmtree(data, ignore_errors=True)
+            ranks = other.name.split("-")[1].replace("rank", "rank ")
+            raise ValueError(
+                f"{data.parent} has a checkpoint that {ranks} writes in this run, with an optimizer of other ranks "
+                "(process_group=, or a mesh): give each of them a directory of its own"
+            )
 
 
 def _write(job: _Job, ranks: Ranks) -> None:

@@ -66,6 +66,13 @@ class Ranks:
             _made[self.host_group] = self._number + 1
 
     @property
+    def first(self) -> int | None:
+        """The first of them, by its rank among all processes; None if these are all processes."""
+        if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == self.size:
+            return None
+        return dist.get_rank() if self.group is None else min(dist.get_process_group_ranks(self.group))
+
+    @property
     def gone(self) -> bool:
         """Whether the process group was destroyed."""
         return self.host_group is not None and not groups.is_alive(self.host_group)
@@ -114,7 +121,10 @@ class Ranks:
         self.raise_together(error)
 
     def raise_together(self, error: Exception | None) -> None:
-        """Raise on every rank what the first rank with an error has to say; nothing if none has."""
+        """Raise on every rank what the first rank with an error has to say; nothing if none has.
+
+        A rank that has the same to say raises its own error.
+        """
         if self.group is None:
             if error is not None:
                 raise error
@@ -122,7 +132,10 @@ class Ranks:
         told = b"" if error is None else pickle.dumps((type(error).__module__, type(error).__qualname__, str(error)))
         for rank, data in enumerate(self._gather(told)):
             if data.startswith(pickle.PROTO):
-                raise error if error is not None and rank == self.rank else _rebuilt(rank, *pickle.loads(data))
+                said = pickle.loads(data)
+                if error is not None and said == pickle.loads(told):
+                    raise error
+                raise _rebuilt(rank, *said)
 
     def beside(self) -> Ranks:
         """The same ranks with a group of their own on the host, for what another thread does; collective."""

@@ -20,6 +20,7 @@ from support import worlds as hosts
 from support import zero_worlds as zero
 from torch import Tensor, nn
 from torch.distributed.algorithms.join import Join
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
@@ -83,7 +84,7 @@ def some_ranks(rank: int) -> dict[str, Any]:
     told: dict[str, Any] = {"chosen": hosts.said(lambda: Shampoo4([torch.zeros(3, 3)], process_group=group))}
     for host in ("ddp", "fsdp1", "fsdp2") if rank else ():
         if host == "fsdp2":
-            mesh = torch.distributed.DeviceMesh.from_group(group, "cpu")
+            mesh = DeviceMesh.from_group(group, "cpu")
             model = fully_shard(with_buffer(7.0), mesh=mesh)
         else:
             model = hosts.wrap(with_buffer(7.0), host, process_group=group)
@@ -146,12 +147,34 @@ def test_two_models_on_groups_that_share_a_rank() -> None:
         assert_equal(found, one_process(seed))
 
 
+def hsdp_on_some(rank: int) -> tuple[str, dict[str, Tensor]]:
+    """HSDP on four of five ranks: there is a group of all of them only if it is given."""
+    group = dist.new_group([1, 2, 3, 4])
+    mesh = DeviceMesh("cpu", torch.tensor([[1, 2], [3, 4]]), mesh_dim_names=("replicate", "shard"))
+    if rank == 0:
+        return "", {}
+
+    def train(**options: Any) -> nn.Module:
+        model = fully_shard(hosts.make_model("mlp"), mesh=mesh)
+        advance(model, "fsdp2", make(model, "fsdp2", **options), STEPS)
+        return model
+
+    return hosts.said(train), hosts.full_parameters(train(process_group=group), "fsdp2")
+
+
+@pytest.mark.slow
+def test_hsdp_on_some_of_the_ranks() -> None:
+    for said, found in hosts.run_ranks(5, hsdp_on_some)[1:]:
+        assert "has only some of the 5 ranks, and more than one dimension: give process_group=" in said
+        assert_equal(found, one_process())
+
+
 # -- each by itself ----------------------------------------------------------------------------------------------------
 
 
 def alone(rank: int) -> dict[str, Any]:
     """Every rank trains a model of its own, with its own gradients and another number of steps."""
-    folder = Path(tempfile.mkdtemp())
+    folder, shared = Path(tempfile.mkdtemp()), shared_folder(rank)
     model = with_buffer(7.0)
     optimizer = make(model, process_group="alone")
     advance(model, "none", optimizer, range(5), rank)
@@ -175,13 +198,17 @@ def alone(rank: int) -> dict[str, Any]:
         "copied": hosts.full_parameters(twin, "none"),
         "resumed": hosts.full_parameters(resumed, "none"),
         "seen": resumed.seen.item(),
+        "shared": hosts.said(lambda: checkpoint.save(optimizer, shared, model=model)),
         "stored": [key for key in options if "process" in key],
         "only one steps": hosts.said(lambda: rank or advance(model, "none", optimizer, range(3))),
     }
 
 
 def test_ranks_that_train_models_of_their_own() -> None:
-    for rank, told in enumerate(hosts.run_ranks(2, alone)):
+    ranks = hosts.run_ranks(2, alone)
+    assert sum("give each of them a directory of its own" in told["shared"] for told in ranks) >= 1
+    assert all(told["shared"] == "nothing was raised" or "a checkpoint that rank" in told["shared"] for told in ranks)
+    for rank, told in enumerate(ranks):
         for what in ("trained", "copied", "resumed"):
             assert_equal(told[what], one_process(rank))
         assert told["seen"] == 7.0 and not told["stored"] and told["only one steps"] == "nothing was raised"

@@ -130,7 +130,6 @@ IMPOSSIBLE: list[tuple[dict[str, Any], str]] = [
     ({"betas": (0.9, 1.5)}, "Invalid beta parameter at index 1: 1.5"),
     ({"statistics_interval": 100.5}, "statistics_interval must be an integer of at least 1, got 100.5"),
     ({"statistics_interval": "100.5"}, "statistics_interval must be an integer of at least 1, got '100.5'"),
-    ({"root_interval": 0}, "root_interval must be an integer of at least 1, got 0"),
     ({"max_failures": True}, "max_failures must be an integer of at least 1, got True"),
     ({"rectify_steps": "4"}, r"rectify_steps must be two integers, for a statistics and a root step, got"),
     ({"rectify_steps": (1, 4.5)}, "rectify_steps must be an integer of at least 0, got 4.5"),

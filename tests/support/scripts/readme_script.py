@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard  # noqa: F401
+from torch.nn.parallel import DistributedDataParallel  # noqa: F401
 from transformers import TrainingArguments
 
 from sharded_shampoo4 import Shampoo4  # noqa: F401
@@ -61,6 +62,7 @@ def main() -> None:
     for host, code in re.findall(r"^\*\*(.+?)\*\*.+?```python\n(.+?)```", README.read_text(), re.M | re.S):
         torch.manual_seed(0)
         known.update(model=Model(), mesh=init_device_mesh("cpu", (2,)), data=items())
+        known["group"] = dist.new_group([0, 1])
         known["loader"] = torch.utils.data.DataLoader(items(), batch_size=8)
         known["args"] = TrainingArguments(
             output, max_steps=3, save_strategy="no", report_to=[], accelerator_config={"use_configured_state": True}
