@@ -54,7 +54,7 @@ def shampoo4(args: TrainingArguments | None = None, **options: Any) -> tuple[typ
     Args:
         args: the Trainer's arguments. Learning rate, weight decay and, where the base optimizer has ``betas``, these
             and ``eps`` (``adam_beta1``, ``adam_beta2``, ``adam_epsilon``) are taken from them unless ``options`` give
-            them.
+            them; ``total_steps`` from ``max_steps``, if it is set.
         **options: of :class:`Shampoo4`. ``weight_decay`` acts on the parameters that the Trainer itself would decay.
 
     Raises:
@@ -65,6 +65,7 @@ def shampoo4(args: TrainingArguments | None = None, **options: Any) -> tuple[typ
             "lr": args.learning_rate,
             "weight_decay": args.weight_decay,
             **_adam_options(args, options),
+            **({"total_steps": args.max_steps} if args.max_steps > 0 else {}),
             **options,
         }
     if "lr" not in options:
@@ -152,6 +153,9 @@ class PortableStates:
         portable = self._portable_in(resume_from_checkpoint)
         by_host = None if portable else resume_from_checkpoint
         prepared = super()._prepare_for_training(max_steps, loader, by_host)  # type: ignore[misc]
+        inner = self._inner_optimizer()
+        if inner is not None:
+            inner.warn_if_short(max_steps)
         if portable:
             self._portable_load(resume_from_checkpoint)
             self._load_scaler(resume_from_checkpoint)
@@ -169,6 +173,13 @@ class PortableStates:
     def _portable_optimizer(self: Any) -> Any:
         """What ``checkpoint.save`` takes: DeepSpeed's engine, or the optimizer."""
         return self.model_wrapped if self.is_deepspeed_enabled else self.optimizer
+
+    def _inner_optimizer(self: Any) -> Shampoo4 | None:
+        """The Shampoo4 that trains, in whatever wrappers."""
+        found: Any = self.optimizer
+        while found is not None and not isinstance(found, Shampoo4):
+            found = getattr(found, "optimizer", None)
+        return found
 
     def _portable_in(self, folder: str | None) -> bool:
         return folder is not None and (Path(folder) / self._FOLDER).is_dir()

@@ -81,6 +81,9 @@ def _recipe_flags(parser: argparse.ArgumentParser, file: Path) -> list[str]:
         parser.error(f"--recipe {file} has no lines such as 'learning_rate: 1e-3'")
     flags = []
     for name, value in recipe.items():
+        if value is False:
+            flags.append(f"--no-{name}")
+            continue
         values = [] if value is True else value if isinstance(value, list) else [value]
         flags += [f"--{name}", *map(str, values)]
     return flags
@@ -203,6 +206,8 @@ def _add_shampoo(parser: argparse.ArgumentParser) -> None:
     add("--matrix_eps", type=float, default=1e-6, help="ridge, relative to the largest eigenvalue")
     add("--statistics_interval", type=_positive, default=10, help="steps between statistics")
     add("--root_interval", type=_positive, default=50, help="steps between inverse roots")
+    warmup = "begin with short intervals that grow"
+    add("--interval_warmup", action=argparse.BooleanOptionalAction, default=True, help=warmup)
     add(
         "--refresh",
         choices=("together", "staggered"),

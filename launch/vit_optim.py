@@ -25,6 +25,7 @@ _SHAMPOO_FLAGS = (
     "matrix_eps",
     "statistics_interval",
     "root_interval",
+    "interval_warmup",
     "refresh",
     "refresh_iterations",
     "refresh_dtype",

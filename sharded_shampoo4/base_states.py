@@ -197,10 +197,12 @@ def stand_in() -> torch.nn.Parameter:
 
 def step(base: Optimizer) -> None:
     """Let ``base`` take its step; hooks for all optimizers do not run here, as they run around Shampoo4's own step."""
-    rule: Any = type(base).step
+    bound: Any = base.step
+    rule: Any = getattr(bound, "__func__", None)
     if getattr(rule, "hooked", False):
-        rule = rule.__wrapped__
-    rule(base)
+        rule.__wrapped__(base)
+    else:
+        bound()
 
 
 @contextlib.contextmanager

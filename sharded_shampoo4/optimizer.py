@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
@@ -237,6 +238,12 @@ class Shampoo4(SteppingTogether):
     def _advise(self) -> None:
         if self._advice is not None:
             self._advice.give(self._members.trained(self._bindings.locations), stacklevel=3)
+
+    def warn_if_short(self, total_steps: int) -> None:
+        """Warn if a training of ``total_steps`` is so short that most of it would be the base optimizer's alone."""
+        if self._advice is not None:
+            for message in self._advice.on_length(self._members.trained(self._bindings.locations), total_steps):
+                warnings.warn(message, stacklevel=2)
 
     # -- one step ------------------------------------------------------------------------------------------------------
 

@@ -65,7 +65,8 @@ class Setup:
     def steps(self) -> dict[str, int]:
         """How many each factor has taken."""
         bindings = self.optimizer._bindings
-        bindings.bind_all(self.optimizer.param_groups, self.optimizer.state, self.optimizer._members.engine)
+        engine = self.optimizer._members.engine
+        bindings.bind_all(self.optimizer.param_groups, self.optimizer.state, engine, "state_dict()")
         return {matrix.name: matrix.step for binding in bindings.all() for matrix in binding.matrices}
 
     def end(self) -> None:

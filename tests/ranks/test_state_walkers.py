@@ -98,7 +98,7 @@ def fresh_states(rank: int, host: str) -> tuple[bool, str]:
     )
     found = training.optimizer.state_dict()
     alone = Training("none")
-    alone.optimizer._bindings.bind_all(alone.optimizer.param_groups, alone.optimizer.state, None)
+    alone.optimizer._bindings.bind_all(alone.optimizer.param_groups, alone.optimizer.state, None, "state_dict()")
     packed = [entry["preconditioner"] for entry in found["state"].values() if "preconditioner" in entry]
     expected = [data.clone() for data in alone.optimizer._bindings.packed().values()]
     same = len(packed) == 3 and all(torch.equal(a, b) for a, b in zip(packed, expected, strict=True))
