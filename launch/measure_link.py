@@ -58,27 +58,28 @@ class Clock:
 
     def watch(self) -> None:
         """Time every exchange and every agreement from now on."""
-        run, any_, gather = Exchange.run, Ranks.any, Ranks.gather
+        run, any_, gather, agree = Exchange.run, Ranks.any, Ranks.gather, Ranks.raise_together
 
-        def timed_run(self_: Exchange, shards: Any, active: Any, directed: Any, compute: Any) -> None:
+        def timed_run(self_: Exchange, shards: Any, targets: Any, active: Any, directed: Any, compute: Any) -> None:
             def timed_compute(*arguments: Any) -> Any:
                 with self.count("exchange", -1):
                     return compute(*arguments)
 
             sent = self_.bytes_sent
             with self.count("exchange"):
-                run(self_, shards, active, directed, timed_compute)
+                run(self_, shards, targets, active, directed, timed_compute)
             self.spent["megabytes"] += (self_.bytes_sent - sent) / 1e6
 
         def timed(method: Callable[..., Any]) -> Callable[..., Any]:
-            def agree(*arguments: Any) -> Any:
+            def timed_method(*arguments: Any) -> Any:
                 with self.count("agreement"):
                     return method(*arguments)
 
-            return agree
+            return timed_method
 
         Exchange.run = timed_run  # type: ignore[method-assign]
         Ranks.any, Ranks.gather = timed(any_), timed(gather)  # type: ignore[method-assign]
+        Ranks.raise_together = timed(agree)  # type: ignore[method-assign]
 
 
 def main() -> None:
