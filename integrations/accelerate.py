@@ -54,12 +54,12 @@ class PortableAccelerator(Accelerator):  # type: ignore[misc]
 
     A Shampoo4 belongs to the prepared models that have its parameters, and takes names from them that are missing.
     Under FSDP1 it is bound to its model. Other models, such as a frozen teacher, and other optimizers are saved as
-    Accelerate saves them: they go on under the same host. Hooks for saving and loading are given all models, and no
-    weights of those that belong to a Shampoo4.
+    Accelerate saves them: they go on under the same host. Hooks for saving and loading get all models. The list of
+    weights that they get leaves out the models of a Shampoo4.
 
     Args:
         *args: of ``Accelerator``.
-        frozen: False leaves frozen parameters out of saved states, such as those that adapters stand on.
+        frozen: False leaves frozen parameters out of saved states (the base model under adapters, for example).
         **kwargs: of ``Accelerator``.
     """
 

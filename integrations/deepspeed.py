@@ -23,7 +23,7 @@ from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS  # type: igno
 
 from sharded_shampoo4 import Shampoo4
 
-NAMES = ("Shampoo4", "shampoo4")  # in the configuration: DeepSpeed looks up those that it does not know in torch.optim
+NAMES = ("Shampoo4", "shampoo4")  # DeepSpeed looks up unknown types in torch.optim
 
 
 def register() -> None:

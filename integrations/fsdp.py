@@ -187,8 +187,8 @@ def plain_names(names: Sequence[str]) -> list[str]:
 def match_names(saved: Iterable[str], here: Iterable[str], complete: bool = True) -> dict[str, str]:
     """The name in ``here`` of every one in ``saved`` that is there, whatever wrappers either of them was named under.
 
-    Names that are equal as they are go first, then those that are equal as :func:`plain_names`, then those that are
-    equal without any ``module.`` in them: of a model of which only a part is wrapped.
+    Equal names are matched first. Then names are compared as :func:`plain_names` gives them, and last without any
+    ``module.`` in them, which appears inside a name where only a part of a model is wrapped.
 
     Args:
         saved: plain names or, in checkpoints of early versions, names as they were given.
@@ -350,7 +350,7 @@ def check_chosen(chosen: Any) -> None:
 
 
 def check_shared(name: str, parameter: Tensor, chosen: dist.ProcessGroup | str | None) -> None:
-    """Raise ValueError unless those that share ``parameter`` are the ``chosen`` ones, where it tells who they are."""
+    """Raise ValueError if ``parameter`` is a DTensor on other ranks than the ``chosen`` process group."""
     dtensor = _as_dtensor(parameter)
     if chosen is None or dtensor is None:
         return

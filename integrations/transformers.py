@@ -112,7 +112,7 @@ class PortableStates:
 
     Args:
         *args: of ``Trainer``.
-        frozen: False leaves frozen parameters out of checkpoints, such as those that adapters stand on.
+        frozen: False leaves frozen parameters out of checkpoints (the base model under adapters, for example).
         **kwargs: of ``Trainer``.
     """
 

@@ -190,11 +190,6 @@ def as_tensors(groups: Sequence[dict[str, Any]], options: Mapping[str, torch.dty
             group.update(plain)
 
 
-def stand_in() -> torch.nn.Parameter:
-    """A parameter with which an optimizer can be made where its own are not known."""
-    return torch.nn.Parameter(torch.zeros(1, dtype=torch.float32, device="cpu"))
-
-
 def step(base: Optimizer) -> None:
     """Let ``base`` take its step; hooks for all optimizers do not run here, as they run around Shampoo4's own step."""
     bound: Any = base.step

@@ -63,7 +63,7 @@ def save(
             complete; files of saves that were cut off are removed.
         model: wrapped as it is; its frozen parameters and its buffers are then saved as well. A DeepSpeed engine brings
             its own.
-        frozen: False leaves out parameters that need no gradient, such as those that adapters stand on; buffers stay.
+        frozen: False leaves out frozen parameters, such as the base model under adapters. Buffers are still saved.
 
     Raises:
         OSError, ValueError: on every rank alike; the checkpoint that was there is untouched. Also for a base optimizer

@@ -42,6 +42,7 @@ from .options import (
     base_arguments,
     base_class,
     check_group,
+    stand_in,
 )
 from .schedule import chosen_intervals, first_root
 from .state_dicts import arranged, held_back, without_marks
@@ -199,7 +200,7 @@ class Shampoo4(SteppingTogether):
 
     def _make_base(self, rule: type[Optimizer]) -> None:
         """The base sees a stand-in only: hosts replace parameters after construction, so nothing is kept of them."""
-        self._base = rule([base_states.stand_in()], **self._base_arguments)
+        self._base = rule([stand_in()], **self._base_arguments)
         self._base_makes_state_early = bool(self._base.state)
         self._base_tensor_options = base_states.tensor_options(self._base.param_groups[0])
 

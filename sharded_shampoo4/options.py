@@ -271,6 +271,11 @@ def _base_value(parameters: Mapping[str, inspect.Parameter], name: str, value: A
     return like(name, value, parameter.default, whole=parameter.annotation in (int, "int"))
 
 
+def stand_in() -> torch.nn.Parameter:
+    """A parameter with which an optimizer can be made where its own are not known."""
+    return torch.nn.Parameter(torch.zeros(1, dtype=torch.float32, device="cpu"))
+
+
 def check_group(
     group: dict[str, Any], index: int, given: Iterable[str], base: torch.optim.Optimizer, arguments: Mapping[str, Any]
 ) -> None:
@@ -297,8 +302,7 @@ def check_group(
         if own:
             parameters = inspect.signature(rule).parameters
             group.update({name: _base_value(parameters, name, group[name]) for name in own})
-            stand_in = torch.nn.Parameter(torch.zeros(1, dtype=torch.float32, device="cpu"))
-            rule([stand_in], **{**arguments, **{name: group[name] for name in own}})
+            rule([stand_in()], **{**arguments, **{name: group[name] for name in own}})
     except (TypeError, ValueError) as error:
         raise ValueError(f"param group {index}: {error}") from None
 

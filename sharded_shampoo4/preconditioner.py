@@ -51,7 +51,7 @@ class Matrix:
     def advance(self) -> None:
         """Count a step."""
         self.step += 1
-        self.roots += self._ends(self.intervals.root)
+        self.roots += _is_due(self.step, self.intervals.root)
 
     @property
     def rooted(self) -> bool:
@@ -63,9 +63,6 @@ class Matrix:
         """Those in force at this step."""
         options = self.options
         return intervals_at(self.step, options.statistics_interval, options.root_interval, options.interval_warmup)
-
-    def _ends(self, interval: int) -> bool:
-        return interval > 0 and self.step % interval == 0
 
     def like(self, other: Matrix) -> bool:
         """Whether the same factors serve both, at the same steps."""
@@ -103,7 +100,7 @@ class Matrix:
     @property
     def check_due(self) -> bool:
         """Whether an interval ends: when failures are looked for."""
-        return self._ends(self.intervals.statistics) or self._ends(self.intervals.root)
+        return _is_due(self.step, self.intervals.statistics) or _is_due(self.step, self.intervals.root)
 
     @functools.cached_property
     def nbytes(self) -> int:
@@ -171,7 +168,7 @@ def fresh_bytes(matrix: Matrix) -> Tensor:
     return torch.cat([matrix.header.to(matrix.device), *(fresh_block(matrix, block) for block in matrix.blocks)])
 
 
-def _is_due(step: int, interval: int, phase: int) -> bool:
+def _is_due(step: int, interval: int, phase: int = 0) -> bool:
     return interval > 0 and (step - phase) % interval == 0
 
 

@@ -6,7 +6,6 @@ import functools
 import re
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from support import worlds as hosts
+from support.contract import PATIENCE, SMALL_BLOCKS
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -23,15 +23,7 @@ from sharded_shampoo4.factors import FactorPool
 from sharded_shampoo4.grafting import Grafting
 from sharded_shampoo4.preconditioner import Preconditioner
 
-OPTIONS: dict[str, Any] = {
-    "lr": 0.01,
-    "statistics_interval": 2,
-    "root_interval": 4,
-    "max_preconditioner_dim": 30,
-    "min_quant_numel": 0,
-    "scratch_mib": 1,
-}
-PATIENCE = timedelta(seconds=3)  # of groups that are meant to wait in vain
+OPTIONS: dict[str, Any] = {**SMALL_BLOCKS, "scratch_mib": 1}
 
 
 class Peculiar(Exception):

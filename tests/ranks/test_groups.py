@@ -9,7 +9,6 @@ import pickle
 import re
 import tempfile
 import time
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch
 import torch.distributed as dist
 from support import worlds as hosts
 from support import zero_worlds as zero
+from support.contract import PATIENCE, SMALL_BLOCKS
 from torch import Tensor, nn
 from torch.distributed.algorithms.join import Join
 from torch.distributed.device_mesh import DeviceMesh
@@ -28,15 +28,8 @@ from torch.nn.parallel import DistributedDataParallel
 from sharded_shampoo4 import Shampoo4, checkpoint
 from sharded_shampoo4.integrations import fsdp
 
-OPTIONS: dict[str, Any] = {
-    "lr": 0.01,
-    "statistics_interval": 2,
-    "root_interval": 4,
-    "max_preconditioner_dim": 30,
-    "min_quant_numel": 0,
-}
+OPTIONS = SMALL_BLOCKS
 STEPS = range(9)
-PATIENCE = timedelta(seconds=3)  # of groups that are meant to wait in vain
 
 
 def make(model: nn.Module, host: str = "none", **options: Any) -> Shampoo4:

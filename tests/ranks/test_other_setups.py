@@ -12,8 +12,8 @@ import pytest
 import torch
 from support import worlds as hosts
 from support import zero_worlds as zero
-from support.contract import FAST, make_optimizer
-from support.training import FIRST, KIND, OPTIONS, THEN
+from support.contract import FAST
+from support.training import FIRST, KIND, OPTIONS, THEN, Training
 from torch import Tensor, nn
 
 from sharded_shampoo4 import Shampoo4, checkpoint
@@ -21,7 +21,7 @@ from sharded_shampoo4 import Shampoo4, checkpoint
 HOSTS = ("none", "ddp", "fsdp1", "fsdp2", "zero1", "zero3")
 
 
-class Setup:
+class Setup(Training):
     """A model of which some layers are frozen, under a host; the optimizer has what is trained, or everything."""
 
     def __init__(self, host: str, frozen: Sequence[str] = (), seed: int = 0, kind: str = KIND, **options: Any) -> None:
@@ -30,37 +30,12 @@ class Setup:
         for name in frozen:
             model.get_submodule(name).requires_grad_(False)
         model.register_buffer("seen", torch.tensor([7.0]) + seed)
-        if host.startswith("zero"):
-            self.optimizer = make_optimizer(model, "none", {**OPTIONS, **options})
-            self.model = zero.start(zero.Replay(model), zero.configuration(host), self.optimizer)
-        else:
-            self.model = hosts.wrap(model, host)
-            self.optimizer = make_optimizer(self.model, host, {**OPTIONS, **options})
+        self._start(model, options)
 
-    @property
-    def handle(self) -> Any:
-        return self.model if self.host.startswith("zero") else self.optimizer
-
-    def train(self, steps: range) -> dict[str, Tensor]:
-        by_zero = self.host.startswith("zero")
-        model = self.model.module if by_zero else self.model
+    def gradients(self, step: int) -> dict[str, Tensor | None]:
+        model = self.model.module if self.host.startswith("zero") else self.model
         trained = {name for name, p in hosts.named(model, self.host).items() if p.requires_grad}
-        for step in steps:
-            gradients = hosts.make_gradients(self.kind, step)
-            gradients = {name: gradient if name in trained else None for name, gradient in gradients.items()}
-            if by_zero:
-                zero.step(self.model, gradients)
-            else:
-                hosts.set_gradients(self.model, self.host, gradients)
-                self.optimizer.step()
-        return self.values()
-
-    def values(self) -> dict[str, Tensor]:
-        if self.host.startswith("zero"):
-            found = zero.full_parameters(self.model)
-        else:
-            found = hosts.full_parameters(self.model, self.host)
-        return {**found, "seen": next(b.clone() for name, b in self.model.named_buffers() if name.endswith("seen"))}
+        return {name: g if name in trained else None for name, g in super().gradients(step).items()}
 
     def steps(self) -> dict[str, int]:
         """How many each factor has taken."""
@@ -68,10 +43,6 @@ class Setup:
         engine = self.optimizer._members.engine
         bindings.bind_all(self.optimizer.param_groups, self.optimizer.state, engine, "state_dict()")
         return {matrix.name: matrix.step for binding in bindings.all() for matrix in binding.matrices}
-
-    def end(self) -> None:
-        if self.host.startswith("zero"):
-            self.model.destroy()
 
 
 def remarks(function: Any) -> list[str]:
@@ -97,7 +68,7 @@ def freeze_others(rank: int, folder: str, sources: tuple[str, ...], hosts_here: 
             training = Setup(host, frozen=["stem"], seed=1)
             training.train(range(2))  # states that must not stay
             said = remarks(lambda t=training, s=source: checkpoint.load(t.handle, f"{folder}/{s}", model=t.model))
-            found[source, host] = training.values(), training.steps(), said, training.train(THEN)
+            found[source, host] = training.parameters(), training.steps(), said, training.train(THEN)
             training.end()
     return found
 
@@ -178,7 +149,7 @@ def load_unused(rank: int, folder: str) -> dict[Any, bool]:
     for source, host in zip((*HOSTS, *HOSTS), (*HOSTS[1:], *HOSTS[3:], *HOSTS[:4]), strict=True):
         training = Setup(host, seed=1, kind="vit")
         checkpoint.load(training.handle, f"{folder}/{source}", model=training.model)
-        results = training.values(), training.train(THEN)
+        results = training.parameters(), training.train(THEN)
         names = [name for name in expected[0] if name != "unused.weight"]  # ZeRO has weight decay for it
         found[source, host] = all(
             torch.equal(e[name], r[name]) for e, r in zip(expected, results, strict=True) for name in names
@@ -206,15 +177,17 @@ def save_adapters(rank: int, folder: str, host: str) -> list[Any]:
     training.train(FIRST)
     checkpoint.save(training.handle, f"{folder}/{host}", model=training.model, frozen=False)
     other = Setup(host, frozen=["middle", "stem"], seed=1)
-    before = other.values()
+    before = other.parameters()
     quiet = remarks(lambda: checkpoint.load(other.handle, f"{folder}/{host}", model=other.model, frozen=False))
     told = remarks(lambda: checkpoint.load(other.handle, f"{folder}/{host}", model=other.model))
-    found, expected = other.values(), training.values()
+    found, expected = other.parameters(), training.parameters()
     left = all(torch.equal(found[n], before[n]) for n in found if n.startswith(("middle", "stem")))
     loaded = all(torch.equal(found[n], expected[n]) for n in found if not n.startswith(("middle", "stem")))
     checkpoint.save(training.handle, f"{folder}/{host}-whole", model=training.model)
     checkpoint.load(other.handle, f"{folder}/{host}-whole", model=other.model, frozen=False)
-    left = left and all(torch.equal(other.values()[n], before[n]) for n in found if n.startswith(("middle", "stem")))
+    left = left and all(
+        torch.equal(other.parameters()[n], before[n]) for n in found if n.startswith(("middle", "stem"))
+    )
     training.end()
     other.end()
     return [left, loaded, quiet, told]

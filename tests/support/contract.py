@@ -5,6 +5,7 @@ Every host gets its shards of the same global gradients, so nothing but the opti
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -18,6 +19,14 @@ from . import zero_worlds as zero
 
 STEPS = 9
 FAST = {"lr": 1e-2, "weight_decay": 0.1, "statistics_interval": 2, "root_interval": 4}
+SMALL_BLOCKS: dict[str, Any] = {
+    "lr": 0.01,
+    "statistics_interval": 2,
+    "root_interval": 4,
+    "max_preconditioner_dim": 30,
+    "min_quant_numel": 0,
+}
+PATIENCE = timedelta(seconds=3)  # of groups that are meant to wait in vain
 # Name: kind of model, options. Blocks of at most 30 put several owners' blocks into one parameter.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mlp": ("mlp", {"min_quant_numel": 0}),

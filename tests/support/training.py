@@ -30,6 +30,11 @@ class Training:
             model.unused.requires_grad_(False)  # some hosts give it zero gradients, others none
         model.register_buffer("seen", torch.tensor([7.0, 8.0]) + seed)
         model.register_buffer("passing", torch.tensor(0.5 + seed), persistent=False)
+        self._start(model, options)
+
+    def _start(self, model: Any, options: dict[str, Any]) -> None:
+        """Wrap the model, and make its optimizer."""
+        host = self.host
         if host.startswith("zero"):
             self.optimizer = make_optimizer(model, "none", {**OPTIONS, **options})
             self.model = zero.start(zero.Replay(model), zero.configuration(host), self.optimizer)
@@ -50,13 +55,17 @@ class Training:
 
     def train(self, steps: range) -> dict[str, Tensor]:
         for step in steps:
-            gradients = hosts.make_gradients(self.kind, step)
+            gradients = self.gradients(step)
             if self.host.startswith("zero"):
                 zero.step(self.model, gradients)
             else:
                 hosts.set_gradients(self.model, self.host, gradients)
                 self.optimizer.step()
         return self.parameters()
+
+    def gradients(self, step: int) -> dict[str, Tensor | None]:
+        """Those to replay, by names."""
+        return hosts.make_gradients(self.kind, step)
 
     def parameters(self) -> dict[str, Tensor]:
         """The whole model's, frozen ones too, and its buffer."""
