@@ -19,11 +19,9 @@ from typing import Any
 import pytest
 import torch
 from support.meta_steps import LAYOUTS, VIT_B, count_vit_b
+from support.vit import vit_shapes
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
-
-# isort: split
-from report_scale import vit_shapes  # found through meta_steps
 
 from sharded_shampoo4 import Shampoo4, estimate_memory
 

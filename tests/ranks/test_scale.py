@@ -7,16 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from support import launching  # noqa: F401  makes launch/ importable
 from support import worlds as hosts
 from support.marks import slow_but_for
+from support.vit import BASE, LARGE, vit_shapes
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-
-# isort: split
-from report_scale import vit_shapes
 
 from sharded_shampoo4 import MemoryEstimate, Shampoo4, estimate_memory, plan
 from sharded_shampoo4.exchange import Exchange
@@ -199,16 +196,14 @@ def test_memory_in_flight_does_not_grow_with_depth(results: list[Any]) -> None:
 
 # -- shares ------------------------------------------------------------------------------------------------------------
 
-VIT_B, VIT_L = (768, 12), (1024, 24)
-
 
 def test_vit_shapes_are_the_published_ones() -> None:
-    counts = [sum(torch.Size(shape).numel() for shape in vit_shapes(*size).values()) for size in (VIT_B, VIT_L)]
+    counts = [sum(torch.Size(shape).numel() for shape in vit_shapes(*size).values()) for size in (BASE, LARGE)]
     assert counts == [86_567_656, 304_326_632]
 
 
 @pytest.mark.parametrize("host", ["fsdp2", "ddp"])
-@pytest.mark.parametrize(("size", "world_size"), [(VIT_B, 2), (VIT_B, 4), (VIT_B, 8), (VIT_L, 8), (VIT_L, 16)])
+@pytest.mark.parametrize(("size", "world_size"), [(BASE, 2), (BASE, 4), (BASE, 8), (LARGE, 8), (LARGE, 16)])
 def test_every_rank_keeps_an_even_share(size: tuple[int, int], world_size: int, host: str) -> None:
     shapes = vit_shapes(*size)
     whole = estimate_memory(shapes, host="none").preconditioner[0]
@@ -219,7 +214,7 @@ def test_every_rank_keeps_an_even_share(size: tuple[int, int], world_size: int, 
 
 def test_every_owner_has_an_even_share_of_the_work() -> None:
     planned = []
-    for name, shape in vit_shapes(*VIT_B).items():
+    for name, shape in vit_shapes(*BASE).items():
         if matrix := matrix_shape(shape):
             rows, rest = shape[0], matrix[0] * matrix[1] // shape[0]
             edges = [min(rows, -(-rows // 4) * rank) * rest for rank in range(5)]

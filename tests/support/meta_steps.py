@@ -17,16 +17,13 @@ from sharded_shampoo4.memory import shard_all
 from sharded_shampoo4.plan import Shard
 from sharded_shampoo4.ranks import Ranks
 
-from . import launching  # noqa: F401  makes launch/ importable
 from .kernels import Counts, CountWork
-
-# isort: split
-from report_scale import SIZES, vit_shapes
+from .vit import BASE, vit_shapes
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 LAYOUTS: dict[str, dict[str, Any]] = {"default": {}, "compact": Shampoo4.compact_settings()}
-VIT_B = vit_shapes(*SIZES["ViT-B"])
+VIT_B = vit_shapes(*BASE)
 RANK = 3  # of those that are simulated: one in the middle
 
 _BACKEND = "fake_gloo"  # by this name it serves the host as well: no second group is made beside it

@@ -21,10 +21,8 @@ from support.meta_steps import (
     count_vit_b,
     whole_parameters,
 )
+from support.vit import vit_shapes
 from torch import Tensor
-
-# isort: split
-from report_scale import vit_shapes  # found through meta_steps
 
 from sharded_shampoo4 import Shampoo4, estimate_memory
 
