@@ -27,10 +27,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from plots import LIGHT_GREY, SERIES, format_bytes, picture
 from quantization_errors import print_errors
 from rich.console import Console
 from rich.table import Table
-from vit_report import read_lines, readable_bytes
+from vit_report import read_lines
 
 TRAIN = Path(__file__).with_name("train_vit.py")
 
@@ -64,8 +65,6 @@ MODES = {
     **{name: ("--optimizer", "shampoo4", *flags) for name, flags in _MODES.items()},
     "compact-staggered": (*OPTIMIZERS["shampoo4-compact"], "--refresh", "staggered"),
 }
-_COLORS = ("#5f6b76", "#2a6fbb", "#c8452d", "#d9a441", "#7a5195", "#3a9e6f", "#b0547f", "#6b7a1f", "#1f8a9e", "#9e6b3a")
-
 Runs = dict[str, dict[int, dict[str, Any]]]  # label -> seed -> results
 
 
@@ -163,8 +162,8 @@ def print_table(runs: Runs) -> None:
             " / ".join(f"{run['train_loss']:.4f}" for run in results),
             " / ".join(f"{run['eval_accuracy']:.4f}" for run in results),
             "" if kept is None else f"{kept:.2f}",
-            readable_bytes(held["preconditioner"]),
-            readable_bytes(sum(held.values())),
+            format_bytes(held["preconditioner"]),
+            format_bytes(sum(held.values())),
             f"{statistics.mean(run['total_seconds'] for run in results):.0f}",
         )
     Console(width=170).print(table)
@@ -172,40 +171,32 @@ def print_table(runs: Runs) -> None:
 
 def draw(runs: Runs, path: Path) -> None:
     """Training loss by step and by time, accuracy by epoch (means over seeds, in bands of all), and state bytes."""
-    import matplotlib
+    with picture(path, 2, 2, size=(13, 8.5)) as (_, panels):
+        by_step, by_time, by_epoch, bars = panels.flat
+        colors = list(itertools.islice(itertools.cycle(SERIES), len(runs)))
+        for (label, seeds), color in zip(runs.items(), colors, strict=True):
+            logs = [read_lines(run["folder"] / "metrics.jsonl") for run in seeds.values()]
+            steps, losses = _together(logs, "step", "loss")
+            seconds = statistics.mean(run["total_seconds"] for run in seeds.values()) / steps[-1]
+            _band(by_step, steps, losses, color, label)
+            _band(by_time, [step * seconds for step in steps], losses, color, label)
+            _band(by_epoch, *_together(logs, "epoch", "eval_accuracy"), color, label)
+        for panel, name in ((by_step, "step"), (by_time, "seconds, all things included")):
+            panel.set(xlabel=name, ylabel="training loss", xlim=(0, None), yscale="log")
+            panel.yaxis.set_major_formatter("{x:g}")
+            panel.yaxis.set_minor_formatter("{x:g}")
+            panel.grid(which="both")
+        by_epoch.set(xlabel="epoch", ylabel="accuracy on the evaluation images")
+        by_step.legend(fontsize=9)
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
-    figure, panels = plt.subplots(2, 2, figsize=(13, 8.5), layout="constrained")
-    by_step, by_time, by_epoch, bars = panels.flat
-    colors = list(itertools.islice(itertools.cycle(_COLORS), len(runs)))
-    for (label, seeds), color in zip(runs.items(), colors, strict=True):
-        logs = [read_lines(run["folder"] / "metrics.jsonl") for run in seeds.values()]
-        steps, losses = _together(logs, "step", "loss")
-        seconds = statistics.mean(run["total_seconds"] for run in seeds.values()) / steps[-1]
-        _band(by_step, steps, losses, color, label)
-        _band(by_time, [step * seconds for step in steps], losses, color, label)
-        _band(by_epoch, *_together(logs, "epoch", "eval_accuracy"), color, label)
-    for panel, name in ((by_step, "step"), (by_time, "seconds, all things included")):
-        panel.set(xlabel=name, ylabel="training loss", xlim=(0, None), yscale="log")
-        panel.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
-        panel.yaxis.set_minor_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
-        panel.grid(alpha=0.25, which="both")
-    by_epoch.set(xlabel="epoch", ylabel="accuracy on the evaluation images")
-    by_epoch.grid(alpha=0.25)
-    by_step.legend(frameon=False, fontsize=9)
-
-    held = {label: next(iter(seeds.values()))["state_bytes"] for label, seeds in runs.items()}
-    base, own = ([value[key] / 1e6 for value in held.values()] for key in ("base", "preconditioner"))
-    bars.barh(list(held), base, color="#b9c2cb", label="base optimizer")
-    bars.barh(list(held), own, left=base, color=colors)
-    bars.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1))
-    bars.invert_yaxis()
-    bars.set(xlabel="MB of optimizer state")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+        held = {label: next(iter(seeds.values()))["state_bytes"] for label, seeds in runs.items()}
+        base, own = ([value[key] / 1e6 for value in held.values()] for key in ("base", "preconditioner"))
+        bars.barh(list(held), base, color=LIGHT_GREY, label="base optimizer")
+        bars.barh(list(held), own, left=base, color=colors)
+        bars.legend(loc="lower right", bbox_to_anchor=(1, 1))
+        bars.invert_yaxis()
+        bars.grid(visible=False)
+        bars.set(xlabel="MB of optimizer state")
 
 
 def _together(logs: Sequence[list[dict[str, Any]]], key: str, value: str) -> tuple[list[float], list[list[float]]]:
@@ -216,7 +207,7 @@ def _together(logs: Sequence[list[dict[str, Any]]], key: str, value: str) -> tup
 
 
 def _band(panel: Any, places: Sequence[float], values: Sequence[Sequence[float]], color: str, label: str) -> None:
-    panel.plot(places, [statistics.mean(v) for v in values], color=color, label=label, linewidth=1.8)
+    panel.plot(places, [statistics.mean(v) for v in values], color=color, label=label)
     panel.fill_between(places, [min(v) for v in values], [max(v) for v in values], color=color, alpha=0.15)
 
 

@@ -26,9 +26,9 @@ from typing import Any
 from memory_largest import largest
 from memory_models import SIZES, shapes_of, title
 from memory_rules import HOSTS, OPTIMIZERS, Footprint, Layout, Planner
+from plots import format_bytes
 from rich.console import Console
 from rich.table import Table
-from vit_report import readable_bytes
 
 REPORTED = (
     "vit-small", "vit-base", "vit-large", "vit-huge", "vit-giant", "vit-22b", "swin-tiny", "llama-1b", "llama-8b",
@@ -148,7 +148,7 @@ def model_table(caption: str, found: list[Footprint]) -> Table:
         layout = footprint.layout
         label = f"{layout.host}, {layout.replicas} copies" if layout.replicas else layout.host
         counts = (footprint.weights, footprint.gradients, *footprint.states.values())
-        table.add_row(label, str(layout.world_size), *map(readable_bytes, counts))
+        table.add_row(label, str(layout.world_size), *map(format_bytes, counts))
     return table
 
 

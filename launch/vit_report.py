@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-_BLUE, _RED, _GREY = "#2a6fbb", "#c8452d", "#5f6b76"
+from plots import BLUE, GREY, RED, format_bytes, picture
 
 
 class MetricsLog:
@@ -60,13 +59,6 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def readable_bytes(count: float) -> str:
-    """Such as 1.25 MB, in powers of 1000."""
-    units = ("B", "kB", "MB", "GB", "TB")
-    power = min(int(math.log(max(count, 1), 1000)), len(units) - 1)
-    return f"{count / 1000**power:.{2 if power else 0}f} {units[power]}"
-
-
 def print_tables(results: dict[str, Any]) -> None:
     """The run at a glance, and what its optimizer keeps beside what others would."""
     from rich.console import Console
@@ -84,7 +76,7 @@ def print_tables(results: dict[str, Any]) -> None:
         ("running as", results["host"]),
         ("time", f"{results['total_seconds']:.1f} s"),
         ("parameters", f"{results['parameters']:,}"),
-        ("peak memory", readable_bytes(results["peak_memory_bytes"])),
+        ("peak memory", format_bytes(results["peak_memory_bytes"])),
     ):
         summary.add_row(name, value)
 
@@ -102,13 +94,13 @@ def print_tables(results: dict[str, Any]) -> None:
     names = {"adamw": "AdamW alone", "shampoo32": "32-bit Shampoo"}
     rows |= {f"{names[key]}, computed": held for key, held in results["estimated_state_bytes"].items()}
     for name, held in rows.items():
-        memory.add_row(name, *(readable_bytes(held[key]) for key in ("preconditioner", "base")), _total(held))
+        memory.add_row(name, *(format_bytes(held[key]) for key in ("preconditioner", "base")), _total(held))
     console = Console()
     console.print(summary, memory)
 
 
 def _total(held: dict[str, int]) -> str:
-    return readable_bytes(held["preconditioner"] + held["base"])
+    return format_bytes(held["preconditioner"] + held["base"])
 
 
 def optimizer_name(results: dict[str, Any]) -> str:
@@ -123,71 +115,42 @@ def data_name(options: dict[str, Any]) -> str:
     return Path(source).name if Path(source).is_dir() else source
 
 
-_STYLE: dict[Any, Any] = {
-    "font.size": 11,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-    "axes.titlesize": 12,
-}
-
-
 def plot_curves(lines: list[dict[str, Any]], path: Path, title: str) -> None:
     """Training and evaluation loss, evaluation accuracy and learning rate over the steps, as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     train = [line for line in lines if "loss" in line]
     evals = [line for line in lines if "eval_loss" in line]
-    with plt.rc_context(_STYLE):
-        figure, (loss, accuracy, rate) = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
-        _draw(loss, train, "loss", "training", _BLUE, marker="")
-        _draw(loss, evals, "eval_loss", "evaluation", _RED)
+    with picture(path, columns=3) as (figure, (loss, accuracy, rate)):
+        _draw(loss, train, "loss", "training", BLUE, marker="")
+        _draw(loss, evals, "eval_loss", "evaluation", RED)
         loss.set_title("loss")
         losses = [line["loss"] for line in train] + [line["eval_loss"] for line in evals]
         if losses and min(losses) > 0 and max(losses) > 20 * min(losses):
             loss.set_yscale("log")  # else the end of a good run is a flat line
-        loss.legend(frameon=False)
-        _draw(accuracy, evals, "eval_accuracy", "", _RED)
+        loss.legend()
+        _draw(accuracy, evals, "eval_accuracy", "", RED)
         if evals:
             last = evals[-1]
-            accuracy.annotate(
-                f"{last['eval_accuracy']:.2%}",
-                (last["step"], last["eval_accuracy"]),
-                textcoords="offset points",
-                xytext=(-4, -18),
-                ha="right",
-                color=_RED,
-            )
+            place, offset = (last["step"], last["eval_accuracy"]), {"textcoords": "offset points", "xytext": (-4, -18)}
+            accuracy.annotate(f"{last['eval_accuracy']:.2%}", place, ha="right", color=RED, **offset)
         accuracy.set_title("evaluation accuracy")
-        accuracy.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0, decimals=None))
-        _draw(rate, train, "learning_rate", "", _GREY, marker="")
+        accuracy.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.4g}%")
+        _draw(rate, train, "learning_rate", "", GREY, marker="")
         rate.set_title("learning rate")
         rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
         for axes in (loss, accuracy, rate):
             axes.set_xlabel("step")
             axes.set_xlim(left=0)
-        figure.suptitle(title, fontweight="bold")
-        figure.savefig(path, dpi=130)
-        plt.close(figure)
+        figure.suptitle(title)
 
 
 def _draw(axes: Any, lines: list[dict[str, Any]], key: str, label: str, color: str, marker: str = "o") -> None:
     points = [(line["step"], line[key]) for line in lines if line[key] is not None]
     if points:
-        axes.plot(*zip(*points, strict=True), label=label, color=color, linewidth=1.8, marker=marker, markersize=4)
+        axes.plot(*zip(*points, strict=True), label=label, color=color, marker=marker)
 
 
 def plot_health(lines: list[dict[str, Any]], path: Path, title: str) -> None:
     """Orthogonality errors, eigenvalues' ranges and failures of all preconditioned parameters over the steps, a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     lines = [line for line in lines if line["health"]]
     steps = [line["step"] for line in lines]
 
@@ -195,24 +158,19 @@ def plot_health(lines: list[dict[str, Any]], path: Path, title: str) -> None:
         told = [[each[key] for each in line["health"].values() if each[key] is not None] for line in lines]
         return [choose(values) if values else math.nan for values in told]
 
-    with plt.rc_context(_STYLE):
-        figure, (errors, eigenvalues, failures) = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
-        errors.plot(steps, over_steps("orthogonality_error", max), "o-", color=_RED, label="as stored, worst")
-        errors.plot(steps, over_steps("orthogonality_error", statistics.median), "o--", color=_RED, label="median")
-        errors.plot(steps, over_steps("rectified_error", max), "o-", color=_BLUE, label="rectified, worst")
-        errors.set_title("distance from orthogonal")
-        errors.set_ylim(bottom=0)
-        errors.legend(frameon=False)
-        eigenvalues.plot(steps, over_steps("largest_eigenvalue", max), "o-", color=_BLUE, label="largest")
-        eigenvalues.plot(steps, over_steps("smallest_eigenvalue", min), "o-", color=_GREY, label="smallest")
+    with picture(path, columns=3) as (figure, (errors, eigenvalues, failures)):
+        errors.plot(steps, over_steps("orthogonality_error", max), "o-", color=RED, label="as stored, worst")
+        errors.plot(steps, over_steps("orthogonality_error", statistics.median), "o--", color=RED, label="median")
+        errors.plot(steps, over_steps("rectified_error", max), "o-", color=BLUE, label="rectified, worst")
+        errors.set(title="distance from orthogonal", ylim=(0, None))
+        errors.legend()
+        eigenvalues.plot(steps, over_steps("largest_eigenvalue", max), "o-", color=BLUE, label="largest")
+        eigenvalues.plot(steps, over_steps("smallest_eigenvalue", min), "o-", color=GREY, label="smallest")
         eigenvalues.set_yscale("symlog", linthresh=1e-12)
         eigenvalues.set_title("eigenvalues of the statistics")
-        eigenvalues.legend(frameon=False)
-        failures.plot(steps, over_steps("failures", max), "o-", color=_RED)
-        failures.set_title("failed updates in a row, worst")
-        failures.set_ylim(bottom=0)
+        eigenvalues.legend()
+        failures.plot(steps, over_steps("failures", max), "o-", color=RED)
+        failures.set(title="failed updates in a row, worst", ylim=(0, None))
         for axes in (errors, eigenvalues, failures):
             axes.set_xlabel("step")
-        figure.suptitle(title, fontweight="bold")
-        figure.savefig(path, dpi=150)
-        plt.close(figure)
+        figure.suptitle(title)
