@@ -36,7 +36,7 @@ from transformers.trainer_pt_utils import get_parameter_names
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from sharded_shampoo4 import Shampoo4, checkpoint
-from sharded_shampoo4.options import base_class
+from sharded_shampoo4.base_options import base_class
 
 from .accelerate import consolidate
 from .fsdp import plain_name

@@ -50,18 +50,20 @@ def _matrix(view: tuple[int, int], options: PreconditionerOptions) -> Matrix:
 
 
 class Advice:
-    """What is to be said of an optimizer's parameters and options; nothing is said twice."""
+    """What is to be said of an optimizer's parameters and options; nothing is said twice.
+
+    Attributes:
+        total_steps: length of the training, once it is known.
+    """
 
     def __init__(self, total_steps: int | None = None) -> None:
-        self._total_steps = None if total_steps is None else int(to_integer(total_steps))
+        self.total_steps = None if total_steps is None else int(to_integer(total_steps))
         self._told: set[Hashable] = set()
 
     def give(self, parameters: Sequence[Given], stacklevel: int) -> None:
         """Warn of what is new in ``parameters``, which are all of the optimizer's."""
-        messages = [*self._on_intervals(parameters), *self._on_stacks(parameters), *self._on_costs(parameters)]
-        if self._total_steps is not None:
-            messages += self.on_length(parameters, self._total_steps)
-        for message in messages:
+        topics = (self._on_intervals, self._on_stacks, self._on_costs, self._on_length)
+        for message in [message for topic in topics for message in topic(parameters)]:
             warnings.warn(message, stacklevel=stacklevel + 1)
 
     def _on_intervals(self, parameters: Sequence[Given]) -> Iterable[str]:
@@ -75,17 +77,15 @@ class Advice:
                     "statistics_interval at most root_interval"
                 )
 
-    def on_length(self, parameters: Sequence[Given], total_steps: int) -> list[str]:
-        """What to say of a run of ``total_steps``, if that is too short for these parameters' intervals."""
-        first = max((first_root(g.options) for g in parameters if g.matrix()), default=0)
-        if 2 * first <= total_steps or not self._is_new(("length", total_steps, first)):
-            return []
-        share = f"only from step {first} on" if first <= total_steps else "in no step"
-        return [
-            f"this run has {total_steps} steps, and directions are preconditioned {share}: before, the base optimizer "
-            f"works on plain gradients. Give total_steps={total_steps}, which chooses the intervals, or a smaller "
-            "root_interval, or leave interval_warmup=True"
-        ]
+    def _on_length(self, parameters: Sequence[Given]) -> Iterable[str]:
+        first, steps = max((first_root(g.options) for g in parameters if g.matrix()), default=0), self.total_steps
+        if steps is not None and steps < 2 * first and self._is_new(("length", steps, first)):
+            share = f"only from step {first} on" if first <= steps else "in no step"
+            yield (
+                f"this run has {steps} steps, and directions are preconditioned {share}: before, the base optimizer "
+                f"works on plain gradients. Give total_steps={steps}, which chooses the intervals, or a smaller "
+                "root_interval, or leave interval_warmup=True"
+            )
 
     def _on_stacks(self, parameters: Sequence[Given]) -> Iterable[str]:
         stacks = [g for g in parameters if g.matrix() and is_stack(g.shape) and self._is_new(("stack", g.name))]

@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .base_options import base_arguments, base_class
 from .base_states import bytes_by_tensor, bytes_on_ranks
 from .exchange import wire_dtype
 from .layout import is_stack, matrix_shape
-from .options import OPTION_NAMES, PreconditionerOptions, base_arguments, base_class
+from .options import OPTION_NAMES, PreconditionerOptions, apply_preset
 from .plan import Plan, PlannedMatrix, Shard
 from .preconditioner import Matrix
 from .schedule import chosen_intervals, stagger
@@ -77,6 +78,7 @@ def estimate_memory(
     """
     copies = copies_of(host, world_size, replicas)
     dtype = torch.float32 if host.startswith("zero") else dtype
+    shampoo4_options = apply_preset(shampoo4_options)
     own = {name: shampoo4_options.pop(name) for name in OPTION_NAMES if name in shampoo4_options}
     chosen = (own.get("statistics_interval"), own.get("root_interval"), shampoo4_options.pop("total_steps", None))
     own["statistics_interval"], own["root_interval"] = chosen_intervals(*chosen)

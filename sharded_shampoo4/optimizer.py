@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
@@ -16,6 +15,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from . import base_states, packing
 from .advice import Advice
+from .base_options import base_arguments, base_class, check_group, expand_preset, stand_in
 from .binding import Binding
 from .bindings import Bindings, Unbound
 from .context import own_arithmetic
@@ -26,23 +26,22 @@ from .joining import Joinable, SteppingTogether, notify
 from .members import Members
 from .memory import describe_parameter, format_bytes, table, tensor_bytes
 from .options import (
-    COMPACT_SETTINGS,
-    PAPER_SETTINGS,
+    OPTION_NAMES,
+    PRESETS,
     Bits,
     CodeBook,
     GraftingScope,
     LowDtype,
     PreconditionerOptions,
+    Preset,
     Quantize,
     Refresh,
     RefreshDtype,
+    RefreshIterations,
     Root,
     ScaleDtype,
     Split,
-    base_arguments,
-    base_class,
-    check_group,
-    stand_in,
+    takes_preset,
 )
 from .schedule import chosen_intervals, first_root
 from .state_dicts import arranged, held_back, without_marks
@@ -61,54 +60,68 @@ class Shampoo4(SteppingTogether):
     intervals begin short, unless ``interval_warmup=False``: the first root is that of step 10.
 
     Args:
-        params: tensors, parameter groups, or ``model.named_parameters()`` (names then stand in messages). Every option
-            below, but for ``base``, may also stand in a group.
-        lr: learning rate of the base optimizer.
+        params: Tensors, parameter groups, or ``model.named_parameters()``, whose names then stand in messages. A group
+            may give every option below itself, but for ``base``, ``total_steps`` and ``process_group``.
+        lr: Learning rate of the base optimizer. (default: 1e-3)
         base: ``"adamw"``, ``"sgd"``, ``"adagrad"``, or an elementwise torch optimizer class. Low-bit ones are among
             them, such as torchao's ``AdamW8bit`` and ``AdamW4bit`` and bitsandbytes' ``AdamW8bit``. They round their
-            states in blocks that begin where a rank's shard does: training is then the same on any number of ranks
-            but for that rounding, not bitwise. bitsandbytes' do not take FSDP2's DTensors, nor portable checkpoints.
-        weight_decay: weight decay of the base optimizer.
-        precondition: False leaves a group's parameters to the base alone.
-        bits: 3, 4 or 8 bits per stored matrix element; 32 is the reference Shampoo, which keeps L and R themselves.
-        quantize: ``"eigenbasis"``, or ``"preconditioner"``, which quantises L and R (the paper's naive baseline).
-        codebook: ``"linear2"``, ``"dynamic_tree"``, or ``"normal"``, the best levels for Gaussian values, with scales
-            of least squared error. All of them have a zero.
-        quant_block_size: elements that share one scale.
-        scale_dtype: of the scales, ``"float32"`` or ``"bfloat16"``.
-        root: how inverse roots are kept: ``"stored"``; ``"triangle"``, their symmetric off-diagonal once; or
-            ``"implicit"``, not at all: directions are computed from the rectified eigenbasis at every step.
-        min_quant_numel: a factor whose matrix has fewer elements stays in float32.
-        shampoo_beta: decay of the statistics' running average.
-        matrix_eps: initial statistics, and ridge of the inverse root relative to the largest eigenvalue.
-        statistics_interval: T1, steps between statistics; 100 by default.
-        root_interval: T2, steps between inverse roots; 500 by default.
-        interval_warmup: begin with statistics every 5 steps, from step 5 on, and inverse roots at steps 10, 20, 40 and
-            so on, until the intervals above are reached. False keeps the intervals from the beginning, as in the
-            paper: the base optimizer alone is then at work until step ``root_interval``.
-        total_steps: length of the training, if it is known. Intervals that are not given are then a hundredth of it
-            for inverse roots, but at least 50 and at most 500 steps, and a fifth of that for statistics.
-        refresh: ``"together"``, all factors in the steps above, as in the paper; or ``"staggered"``, each at its own
-            steps with the same intervals, so that all steps take about as long.
-        rectify_steps: steps of Björck's iteration before a statistics update and before a root.
-        refresh_iterations: QR steps of a statistics update, 1 or 2.
-        refresh_dtype: arithmetic of statistics and root steps, ``"float64"`` or ``"float32"``.
-        max_preconditioner_dim: the most rows or columns of a block.
-        split: ``"even"`` cuts a side into parts of about equal size, ``"remainder"`` into full parts and a rest.
-        grafting: whose norm the direction takes: the ``"parameter"``'s gradient, the ``"block"``'s, or ``"none"``.
-        matmul_dtype: in which directions are multiplied, ``"float32"`` or ``"bfloat16"``; the states do not feel it.
-        exchange_dtype: in which gradients and directions travel between ranks; ``"bfloat16"`` halves the traffic, and
-            rounds them also where they need not travel, so that training stays the same on any number of ranks.
-        scratch_mib: MiB of memory that a step may take for dequantised matrices and pieces under way, beyond a single
-            block that needs more.
-        compile: let torch.compile fuse quantisation and dequantisation.
-        process_group: the ranks that hold these parameters between them: None finds them from the parameters, which is
-            all ranks, or those of an FSDP2 mesh; a ``torch.distributed`` group, for DDP on some of the ranks, a
-            pipeline stage, or one of several models; or ``"alone"``, if this process trains its parameters by itself,
-            without any collective. Belongs to the optimizer, not to a group, and no state_dict has it.
-        max_failures: failed updates of one factor in a row before ``step`` raises. A failed update (numbers that are
-            not finite) leaves the factor as it was.
-        **base_options: further options of the base optimizer, such as ``betas`` or ``momentum``.
+            states in blocks that begin where a rank's shard does: training is then the same on any number of ranks but
+            for that rounding, not bitwise. bitsandbytes' do not take FSDP2's DTensors, nor portable checkpoints.
+            (default: "adamw")
+        weight_decay: Weight decay of the base optimizer. (default: 0.0)
+        preset: Options to begin with: the "paper"'s where they differ from the defaults, or "compact" ones, of the
+            smallest state. An option that is given beside it wins. One of "paper", "compact". A group's own preset wins
+            over the options of the call, but not over those that the group gives itself. (default: None)
+        precondition: Precondition the parameters; False leaves them to the base optimizer alone. (default: True)
+        bits: Bits per stored matrix element; 32 is the reference Shampoo, which keeps the statistics L and R
+            themselves. One of 3, 4, 8, 32. (default: 4)
+        quantize: What is quantized: the eigenbases of L and R, or with "preconditioner" L and R, the paper's naive
+            baseline. One of "eigenbasis", "preconditioner". (default: "eigenbasis")
+        codebook: Levels that values are rounded to, zero among them; "normal" has the best levels for Gaussian values,
+            with scales of least squared error. One of "linear2", "dynamic_tree", "normal". (default: "linear2")
+        quant_block_size: Elements that share one scale. (default: 64)
+        scale_dtype: Type of the stored scales. One of "float32", "bfloat16". (default: "float32")
+        root: Whether inverse roots are stored; "implicit" computes directions from the rectified eigenbases in every
+            step. One of "stored", "triangle", "implicit". (default: "stored")
+        min_quant_numel: Least elements of a factor that is quantized; smaller ones stay in float32. (default: 4096)
+        shampoo_beta: Decay of the statistics' running average, in [0, 1), per statistics update. (default: 0.95)
+        matrix_eps: Initial statistics, and ridge of the inverse roots relative to the largest eigenvalue. (default:
+            1e-6)
+        statistics_interval: Steps between statistics updates (T1). (default: 100)
+        root_interval: Steps between inverse roots (T2). (default: 500)
+        interval_warmup: Begin with short intervals that double until they are as long as asked for: statistics in step
+            5, inverse roots in steps 10, 20, 40 and so on. False keeps the intervals from the first step, as in the
+            paper: the base optimizer then works alone until step root_interval. (default: True)
+        total_steps: Length of the training, if it is known. An interval that is not given is then a hundredth of it for
+            inverse roots, but at least 50 and at most 500 steps, and a fifth of that for statistics; intervals that are
+            too long for it are warned of. (default: None)
+        refresh: Refresh all factors in the same steps, as in the paper, or "staggered": each in its own steps, at the
+            same intervals, so that all steps take about as long. One of "together", "staggered". (default: "together")
+        rectify_steps: Steps of Björck's iteration on a dequantized eigenbasis, before a statistics update and before a
+            root. (default: (1, 4))
+        refresh_iterations: QR steps of a statistics update. One of 1, 2. (default: 1)
+        refresh_dtype: Arithmetic of statistics updates and inverse roots. One of "float64", "float32". (default:
+            "float64")
+        max_preconditioner_dim: Most rows or columns of a block. (default: 1024)
+        split: Cut a long side into parts of about equal size, or with "remainder" into full parts and a rest. One of
+            "even", "remainder". (default: "even")
+        grafting: Whose gradient norm a direction takes: the parameter's, the block's, or none. One of "parameter",
+            "block", "none". (default: "parameter")
+        max_failures: Failed updates of a factor in a row before step() raises. A failed update, one with numbers that
+            are not finite, leaves the factor as it was. (default: 10)
+        matmul_dtype: Type of the matrix products that make a direction; stored states do not depend on it. One of
+            "float32", "bfloat16". (default: "float32")
+        exchange_dtype: Type in which gradients and directions travel between ranks. "bfloat16" halves the traffic, and
+            rounds also what need not travel, so that training is the same on any number of ranks. One of "float32",
+            "bfloat16". (default: "float32")
+        scratch_mib: Memory in MiB that a step may take for dequantized matrices and messages; a single block may need
+            more. (default: 256)
+        compile: Fuse quantization and dequantization by torch.compile. (default: False)
+        process_group: Ranks that hold these parameters between them. None finds them from the parameters: all ranks, or
+            those of an FSDP2 mesh. A ``torch.distributed`` group is for DDP on some of the ranks, a pipeline stage, or
+            one of several models; ``"alone"`` for a process that trains its parameters by itself, without any
+            collective. No state_dict has it. (default: None)
+        **base_options: Further options of the base optimizer, such as ``betas`` or ``momentum``.
 
     Values may stand as configuration files write them, such as ``"1e-3"`` or ``"(0.9, 0.99)"``. A warning names
     parameters whose factors cost much more than they do, and those that look like stacks of matrices.
@@ -118,6 +131,7 @@ class Shampoo4(SteppingTogether):
         ValueError: an option's value that makes no sense.
     """
 
+    @takes_preset
     def __init__(
         self,
         params: ParamsT,
@@ -125,6 +139,7 @@ class Shampoo4(SteppingTogether):
         *,
         base: str | type[Optimizer] = "adamw",
         weight_decay: float = 0.0,
+        preset: Preset | None = None,
         precondition: bool = True,
         bits: Bits = 4,
         quantize: Quantize = "eigenbasis",
@@ -141,7 +156,7 @@ class Shampoo4(SteppingTogether):
         total_steps: int | None = None,
         refresh: Refresh = "together",
         rectify_steps: tuple[int, int] = (1, 4),
-        refresh_iterations: int = 1,
+        refresh_iterations: RefreshIterations = 1,
         refresh_dtype: RefreshDtype = "float64",
         max_preconditioner_dim: int = 1024,
         split: Split = "even",
@@ -154,34 +169,11 @@ class Shampoo4(SteppingTogether):
         process_group: dist.ProcessGroup | Literal["alone"] | None = None,
         **base_options: Any,
     ) -> None:
-        every, root_every = chosen_intervals(statistics_interval, root_interval, total_steps)
-        options = PreconditionerOptions(
-            precondition=precondition,
-            bits=bits,
-            quantize=quantize,
-            codebook=codebook,
-            quant_block_size=quant_block_size,
-            scale_dtype=scale_dtype,
-            root=root,
-            min_quant_numel=min_quant_numel,
-            shampoo_beta=shampoo_beta,
-            matrix_eps=matrix_eps,
-            statistics_interval=every,
-            root_interval=root_every,
-            interval_warmup=interval_warmup,
-            refresh=refresh,
-            rectify_steps=rectify_steps,
-            refresh_iterations=refresh_iterations,
-            refresh_dtype=refresh_dtype,
-            max_preconditioner_dim=max_preconditioner_dim,
-            split=split,
-            grafting=grafting,
-            max_failures=max_failures,
-            matmul_dtype=matmul_dtype,
-            exchange_dtype=exchange_dtype,
-            scratch_mib=scratch_mib,
-            compile=compile,
-        )
+        given = locals()
+        own = {name: given[name] for name in OPTION_NAMES}
+        intervals = chosen_intervals(statistics_interval, root_interval, total_steps)
+        own["statistics_interval"], own["root_interval"] = intervals
+        options = PreconditionerOptions(**own)
         hosts.check_chosen(process_group)
         self._process_group = process_group
         Joinable.__init__(self)
@@ -196,7 +188,7 @@ class Shampoo4(SteppingTogether):
         defaults = {"lr": lr, "weight_decay": weight_decay, **self._base.defaults, **options.as_group()}
         super().__init__(params, {**defaults, packing.VERSION_KEY: packing.FORMAT_VERSION})
         self._advice = Advice(total_steps)
-        self._advise()
+        self._advise(stacklevel=4)  # takes_preset is between this and the caller
 
     def _make_base(self, rule: type[Optimizer]) -> None:
         """The base sees a stand-in only: hosts replace parameters after construction, so nothing is kept of them."""
@@ -207,7 +199,7 @@ class Shampoo4(SteppingTogether):
     @staticmethod
     def paper_settings() -> dict[str, Any]:
         """Options as published where they differ from ours: ``Shampoo4(params, **Shampoo4.paper_settings())``."""
-        return dict(PAPER_SETTINGS)
+        return dict(PRESETS["paper"])
 
     @staticmethod
     def compact_settings() -> dict[str, Any]:
@@ -216,7 +208,7 @@ class Shampoo4(SteppingTogether):
         No stored roots, better levels, bfloat16 scales. Every step then rectifies the eigenbases, once, and multiplies
         by them: four products a side instead of one. ``Shampoo4(params, **Shampoo4.compact_settings())``.
         """
-        return dict(COMPACT_SETTINGS)
+        return dict(PRESETS["compact"])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its options are checked as the constructor's are."""
@@ -227,6 +219,7 @@ class Shampoo4(SteppingTogether):
         if "total_steps" in param_group:
             raise TypeError("total_steps is of the whole optimizer: give a param group root_interval instead")
         given = set(param_group)
+        expand_preset(param_group, len(self.param_groups))
         super().add_param_group(param_group)
         try:
             check_group(param_group, len(self.param_groups) - 1, given, self._base, self._base_arguments)
@@ -236,15 +229,15 @@ class Shampoo4(SteppingTogether):
         self._members.add(param_group)
         self._advise()
 
-    def _advise(self) -> None:
+    def _advise(self, stacklevel: int = 3) -> None:
         if self._advice is not None:
-            self._advice.give(self._members.trained(self._bindings.locations), stacklevel=3)
+            self._advice.give(self._members.trained(self._bindings.locations), stacklevel)
 
     def warn_if_short(self, total_steps: int) -> None:
         """Warn if a training of ``total_steps`` is so short that most of it would be the base optimizer's alone."""
         if self._advice is not None:
-            for message in self._advice.on_length(self._members.trained(self._bindings.locations), total_steps):
-                warnings.warn(message, stacklevel=2)
+            self._advice.total_steps = total_steps
+            self._advise()
 
     # -- one step ------------------------------------------------------------------------------------------------------
 

@@ -1,108 +1,127 @@
-"""The options of the preconditioner and of the base optimizer, checked when they are given."""
+# ruff: noqa: RUF009 (fields are made by a function)
+"""The preconditioner's options: the one place of their names, types, defaults, descriptions, checks and presets.
+
+The signature and docstring of :class:`Shampoo4`, the tables of README.md and launch/hyperparameters.md and the command
+lines follow this file; ``tests/unit/test_options.py`` compares them.
+"""
 
 from __future__ import annotations
 
-import difflib
 import functools
-import inspect
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
-import torch
-
-from .values import like, not_negative, refuse_auto, to_boolean, to_integer, to_number, to_tuple, to_word
+from .values import refuse_auto, to_boolean, to_integer, to_number, to_tuple, to_word
 
 Bits = Literal[3, 4, 8, 32]
 Quantize = Literal["eigenbasis", "preconditioner"]
 CodeBook = Literal["linear2", "dynamic_tree", "normal"]
 RefreshDtype = Literal["float64", "float32"]
 Refresh = Literal["together", "staggered"]
+RefreshIterations = Literal[1, 2]
 Root = Literal["stored", "triangle", "implicit"]
 ScaleDtype = Literal["float32", "bfloat16"]
-LowDtype = Literal["float32", "bfloat16"]  # in which directions are multiplied, or gradients and directions travel
+LowDtype = Literal["float32", "bfloat16"]
 Split = Literal["even", "remainder"]
 GraftingScope = Literal["parameter", "block", "none"]
+Preset = Literal["paper", "compact"]
 
-_CHOICES: dict[str, tuple[Any, ...]] = {
-    "bits": (3, 4, 8, 32),
-    "quantize": ("eigenbasis", "preconditioner"),
-    "codebook": ("linear2", "dynamic_tree", "normal"),
-    "scale_dtype": ("float32", "bfloat16"),
-    "root": ("stored", "triangle", "implicit"),
-    "matmul_dtype": ("float32", "bfloat16"),
-    "exchange_dtype": ("float32", "bfloat16"),
-    "refresh": ("together", "staggered"),
-    "refresh_iterations": (1, 2),
-    "refresh_dtype": ("float64", "float32"),
-    "split": ("even", "remainder"),
-    "grafting": ("parameter", "block", "none"),
-}
-_LOWEST_INTEGER = {
-    "quant_block_size": 1,
-    "min_quant_numel": 0,
-    "statistics_interval": 1,
-    "root_interval": 1,
-    "max_preconditioner_dim": 1,
-    "max_failures": 1,
-    "scratch_mib": 1,
-}
+
+def _option(default: Any, help: str, lowest: int | None = None) -> Any:
+    """A field of the options; ``lowest`` is the least value of an integer. Help has no bare percent signs."""
+    return field(default=default, metadata={"help": help, "lowest": lowest})
 
 
 @dataclass(frozen=True)
 class PreconditionerOptions:
-    """Everything that a parameter group may say of its preconditioner. :class:`Shampoo4` describes each field.
+    """Everything that a parameter group may say of its preconditioner; each field's metadata has its ``help``.
 
     Values may also stand as configuration files write them, such as ``"100"`` or ``100.0`` for 100.
+
+    Raises:
+        ValueError: a value that makes no sense, by itself or beside the others.
     """
 
-    precondition: bool = True
-    bits: Bits = 4
-    quantize: Quantize = "eigenbasis"
-    codebook: CodeBook = "linear2"
-    quant_block_size: int = 64
-    scale_dtype: ScaleDtype = "float32"
-    root: Root = "stored"
-    min_quant_numel: int = 4096
-    shampoo_beta: float = 0.95
-    matrix_eps: float = 1e-6
-    statistics_interval: int = 100
-    root_interval: int = 500
-    interval_warmup: bool = True
-    refresh: Refresh = "together"
-    rectify_steps: tuple[int, int] = (1, 4)
-    refresh_iterations: int = 1
-    refresh_dtype: RefreshDtype = "float64"
-    max_preconditioner_dim: int = 1024
-    split: Split = "even"
-    grafting: GraftingScope = "parameter"
-    max_failures: int = 10
-    matmul_dtype: LowDtype = "float32"
-    exchange_dtype: LowDtype = "float32"
-    scratch_mib: int = 256
-    compile: bool = False
+    precondition: bool = _option(True, "Precondition the parameters; False leaves them to the base optimizer alone.")
+    bits: Bits = _option(
+        4, "Bits per stored matrix element; 32 is the reference Shampoo, which keeps the statistics L and R themselves."
+    )
+    quantize: Quantize = _option(
+        "eigenbasis",
+        'What is quantized: the eigenbases of L and R, or with "preconditioner" L and R, the paper\'s naive baseline.',
+    )
+    codebook: CodeBook = _option(
+        "linear2",
+        'Levels that values are rounded to, zero among them; "normal" has the best levels for Gaussian values, with '
+        "scales of least squared error.",
+    )
+    quant_block_size: int = _option(64, "Elements that share one scale.", lowest=1)
+    scale_dtype: ScaleDtype = _option("float32", "Type of the stored scales.")
+    root: Root = _option(
+        "stored",
+        'Whether inverse roots are stored; "implicit" computes directions from the rectified eigenbases in every step.',
+    )
+    min_quant_numel: int = _option(
+        4096, "Least elements of a factor that is quantized; smaller ones stay in float32.", 0
+    )
+    shampoo_beta: float = _option(0.95, "Decay of the statistics' running average, in [0, 1), per statistics update.")
+    matrix_eps: float = _option(
+        1e-6, "Initial statistics, and ridge of the inverse roots relative to the largest eigenvalue."
+    )
+    statistics_interval: int = _option(100, "Steps between statistics updates (T1).", lowest=1)
+    root_interval: int = _option(500, "Steps between inverse roots (T2).", lowest=1)
+    interval_warmup: bool = _option(
+        True,
+        "Begin with short intervals that double until they are as long as asked for: statistics in step 5, inverse "
+        "roots in steps 10, 20, 40 and so on. False keeps the intervals from the first step, as in the paper: the base "
+        "optimizer then works alone until step root_interval.",
+    )
+    refresh: Refresh = _option(
+        "together",
+        'Refresh all factors in the same steps, as in the paper, or "staggered": each in its own steps, at the same '
+        "intervals, so that all steps take about as long.",
+    )
+    rectify_steps: tuple[int, int] = _option(
+        (1, 4), "Steps of Björck's iteration on a dequantized eigenbasis, before a statistics update and before a root."
+    )
+    refresh_iterations: RefreshIterations = _option(1, "QR steps of a statistics update.")
+    refresh_dtype: RefreshDtype = _option("float64", "Arithmetic of statistics updates and inverse roots.")
+    max_preconditioner_dim: int = _option(1024, "Most rows or columns of a block.", lowest=1)
+    split: Split = _option(
+        "even", 'Cut a long side into parts of about equal size, or with "remainder" into full parts and a rest.'
+    )
+    grafting: GraftingScope = _option(
+        "parameter",
+        "Whose gradient norm a direction takes: the parameter's, the block's, or none.",
+    )
+    max_failures: int = _option(
+        10,
+        "Failed updates of a factor in a row before step() raises. A failed update, one with numbers that are not "
+        "finite, leaves the factor as it was.",
+        lowest=1,
+    )
+    matmul_dtype: LowDtype = _option(
+        "float32", "Type of the matrix products that make a direction; stored states do not depend on it."
+    )
+    exchange_dtype: LowDtype = _option(
+        "float32",
+        'Type in which gradients and directions travel between ranks. "bfloat16" halves the traffic, and rounds also '
+        "what need not travel, so that training is the same on any number of ranks.",
+    )
+    scratch_mib: int = _option(
+        256,
+        "Memory in MiB that a step may take for dequantized matrices and messages; a single block may need more.",
+        lowest=1,
+    )
+    compile: bool = _option(False, "Fuse quantization and dequantization by torch.compile.")
 
     def __post_init__(self) -> None:
-        self._convert()
-        for name in ("precondition", "interval_warmup", "compile"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        for name, choices in _CHOICES.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or value not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
-        for name, lowest in _LOWEST_INTEGER.items():
-            check_integer(name, getattr(self, name), lowest)
-        if not (_is_number(self.shampoo_beta) and 0.0 <= self.shampoo_beta < 1.0):
-            raise ValueError(f"shampoo_beta must be in [0, 1), got {self.shampoo_beta!r}")
-        if not (_is_number(self.matrix_eps) and 0.0 < self.matrix_eps < math.inf):
-            raise ValueError(f"matrix_eps must be a positive number, got {self.matrix_eps!r}")
-        steps = self.rectify_steps
-        if not (isinstance(steps, (tuple, list)) and len(steps) == 2):
-            raise ValueError(f"rectify_steps must be two integers, for a statistics and a root step, got {steps!r}")
-        for count in steps:
-            check_integer("rectify_steps", count, 0)
+        for option in fields(self):
+            value = _convert(option.name, getattr(self, option.name))
+            object.__setattr__(self, option.name, value)
+            _check(option.name, value)
         if self.codebook == "normal" and self.quant_block_size < 2:
             raise ValueError("codebook='normal' needs a quant_block_size of at least 2: a block of 1 is its own scale")
         if self.root != "stored" and self.bits == 32:
@@ -110,20 +129,10 @@ class PreconditionerOptions:
         if self.root == "implicit" and self.quantize != "eigenbasis":
             raise ValueError(f"root='implicit' needs quantize='eigenbasis', got {self.quantize!r}")
 
-    def _convert(self) -> None:
-        """Replace values by what they mean. The checks refuse those that stay as they were."""
-        for name, default in _DEFAULTS.items():
-            given = getattr(self, name)
-            refuse_auto(name, given, default)
-            value = _CONVERTERS[type(default)](given)
-            if isinstance(value, tuple):
-                value = tuple(map(to_integer, value))
-            object.__setattr__(self, name, value)
-
     @classmethod
     def of_group(cls, group: Mapping[str, Any]) -> PreconditionerOptions:
         """The options that stand in a parameter group; the defaults for those that an older version did not know."""
-        given = (group.get(name, default) for name, default in {**_DEFAULTS, **_BEFORE}.items())
+        given = (group.get(name, default) for name, default in {**DEFAULTS, **_BEFORE}.items())
         values: list[Any] = [tuple(v) if isinstance(v, list) else v for v in given]  # which can be hashed
         try:
             return _cached(*values)
@@ -148,199 +157,118 @@ class PreconditionerOptions:
         return self.bits != 32 and order * order >= self.min_quant_numel
 
 
-PAPER_SETTINGS: dict[str, Any] = {
-    "bits": 4,
-    "quantize": "eigenbasis",
-    "codebook": "linear2",
-    "quant_block_size": 64,
-    "min_quant_numel": 4096,
-    "shampoo_beta": 0.95,
-    "matrix_eps": 1e-6,
-    "statistics_interval": 100,
-    "root_interval": 500,
-    "interval_warmup": False,
-    "rectify_steps": (1, 4),
-    "max_preconditioner_dim": 1200,
-    "split": "remainder",
-    "grafting": "parameter",
-}
-COMPACT_SETTINGS: dict[str, Any] = {
-    "bits": 4,
-    "quantize": "eigenbasis",
-    "codebook": "normal",
-    "quant_block_size": 64,
-    "scale_dtype": "bfloat16",
-    "root": "implicit",
-    "rectify_steps": (1, 1),
-}
-_DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(PreconditionerOptions)}
+TYPES: dict[str, Any] = get_type_hints(PreconditionerOptions)
+DEFAULTS: dict[str, Any] = {option.name: option.default for option in fields(PreconditionerOptions)}
+HELP: dict[str, str] = {option.name: option.metadata["help"] for option in fields(PreconditionerOptions)}
+OPTION_NAMES = tuple(DEFAULTS)
+_LOWEST: dict[str, int | None] = {option.name: option.metadata["lowest"] for option in fields(PreconditionerOptions)}
 _BEFORE: dict[str, Any] = {"interval_warmup": False}  # what versions did that did not know the option
-OPTION_NAMES = tuple(_DEFAULTS)
 _CONVERTERS: dict[type, Any] = {bool: to_boolean, int: to_integer, float: to_number, str: to_word, tuple: to_tuple}
 _cached = functools.lru_cache(maxsize=256, typed=True)(PreconditionerOptions)
+
+
+def _convert(name: str, value: Any) -> Any:
+    """What a value means; one that can mean nothing stays as it was, for :func:`_check` to refuse."""
+    refuse_auto(name, value, DEFAULTS[name])
+    value = _CONVERTERS[type(DEFAULTS[name])](value)
+    return tuple(map(to_integer, value)) if isinstance(value, tuple) else value
+
+
+def _check(name: str, value: Any) -> None:
+    """Raise ValueError unless the option's value has its type and is in its range."""
+    lowest = _LOWEST[name]
+    if get_origin(TYPES[name]) is Literal:
+        choose(name, value, get_args(TYPES[name]))
+    elif TYPES[name] is bool and not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
+    elif lowest is not None:
+        check_integer(name, value, lowest)
+    elif name == "shampoo_beta" and not (_is_number(value) and 0.0 <= value < 1.0):
+        raise ValueError(f"shampoo_beta must be in [0, 1), got {value!r}")
+    elif name == "matrix_eps" and not (_is_number(value) and 0.0 < value < math.inf):
+        raise ValueError(f"matrix_eps must be a positive number, got {value!r}")
+    elif name == "rectify_steps":
+        if not (isinstance(value, (tuple, list)) and len(value) == 2):
+            raise ValueError(f"rectify_steps must be two integers, for a statistics and a root step, got {value!r}")
+        for count in value:
+            check_integer(name, count, 0)
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+def choose(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    """Raise ValueError unless ``value`` is one of the ``choices``."""
+    if isinstance(value, bool) or value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
 def check_integer(name: str, value: Any, lowest: int) -> None:
+    """Raise ValueError unless ``value`` is an integer of at least ``lowest``."""
     if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
         raise ValueError(f"{name} must be an integer of at least {lowest}, got {value!r}")
 
 
-_BASES: dict[str, type[torch.optim.Optimizer]] = {
-    "adamw": torch.optim.AdamW,
-    "sgd": torch.optim.SGD,
-    "adagrad": torch.optim.Adagrad,
+PRESET_HELP = (
+    'Options to begin with: the "paper"\'s where they differ from the defaults, or "compact" ones, of the smallest '
+    "state. An option that is given beside it wins."
+)
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {
+        "bits": 4,
+        "quantize": "eigenbasis",
+        "codebook": "linear2",
+        "quant_block_size": 64,
+        "min_quant_numel": 4096,
+        "shampoo_beta": 0.95,
+        "matrix_eps": 1e-6,
+        "statistics_interval": 100,
+        "root_interval": 500,
+        "interval_warmup": False,
+        "rectify_steps": (1, 4),
+        "max_preconditioner_dim": 1200,
+        "split": "remainder",
+        "grafting": "parameter",
+    },
+    "compact": {
+        "bits": 4,
+        "quantize": "eigenbasis",
+        "codebook": "normal",
+        "quant_block_size": 64,
+        "scale_dtype": "bfloat16",
+        "root": "implicit",
+        "rectify_steps": (1, 1),
+    },
 }
-_NOT_ELEMENTWISE = ("LBFGS", "Muon", "Adafactor", "SparseAdam")
 
 
-def base_class(base: str | type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
-    """The optimizer class that ``base`` names. Raises ValueError or TypeError, naming what would be accepted."""
-    if isinstance(base, str):
-        if base.lower() not in _BASES:
-            names = ", ".join(map(repr, _BASES))
-            hint = _class_hint(base) or _hint(base.lower(), _BASES)
-            raise ValueError(f"base must be one of {names} or a torch optimizer class, got {base!r}{hint}")
-        return _BASES[base.lower()]
-    if not (isinstance(base, type) and issubclass(base, torch.optim.Optimizer)):
-        raise TypeError(f"base must be a name or a subclass of torch.optim.Optimizer (not an instance), got {base!r}")
-    if base.__module__.startswith("torch.optim") and base.__name__ in _NOT_ELEMENTWISE:
-        raise ValueError(
-            f"base={base.__name__} is not an elementwise rule on dense gradients, so it cannot take the direction "
-            "of a sharded parameter; use 'adamw', 'sgd', 'adagrad' or another elementwise optimizer class"
-        )
-    return base
+def apply_preset(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The ``given`` options, without ``"preset"`` and with those of that preset which are not given.
 
-
-def _class_hint(base: str) -> str:
-    """What to say of a name that torch.optim has a class for."""
-    classes = {name.lower(): name for name, found in vars(torch.optim).items() if isinstance(found, type)}
-    name = classes.get(base.lower())
-    if name is None or name in _NOT_ELEMENTWISE or name == "Optimizer":
-        return ""
-    near = "; 'adamw' is Adam with decoupled weight decay" if name == "Adam" else ""
-    return f": give the class itself, base=torch.optim.{name}{near}"
-
-
-def base_arguments(
-    rule: type[torch.optim.Optimizer], lr: Any, weight_decay: Any, options: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The keyword arguments for ``rule``: learning rate, weight decay and ``options``.
+    >>> apply_preset({"preset": "compact", "bits": 8, "lr": 0.1}) == {**PRESETS["compact"], "bits": 8, "lr": 0.1}
+    True
 
     Raises:
-        TypeError: an option that neither the preconditioner nor ``rule`` knows.
-        ValueError: a value of the wrong type, or a negative learning rate or weight decay.
+        ValueError: there is no such preset.
     """
-    parameters = inspect.signature(rule).parameters
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    known = [name for name in parameters if name not in ("params", "lr", "weight_decay")]
-    for name in options:
-        if name not in known and not takes_any:
-            raise TypeError(
-                f"Shampoo4 got an unknown option {name!r}: it is neither an option of the preconditioner nor of "
-                f"{rule.__name__}{_hint(name, [*OPTION_NAMES, *known, 'lr', 'weight_decay'])}"
-            )
-    arguments = {"lr": lr, **options}
-    if "weight_decay" in parameters or takes_any:
-        arguments["weight_decay"] = weight_decay
-    elif to_number(weight_decay) != 0.0:
-        raise TypeError(f"weight_decay={weight_decay!r} was given, but {rule.__name__} has no weight_decay")
-    arguments = {name: _base_value(parameters, name, value) for name, value in arguments.items()}
-    if arguments.get("differentiable"):
-        raise ValueError("differentiable=True is not supported: gradients are preconditioned outside autograd")
-    return arguments
+    options = dict(given)
+    preset = to_word(options.pop("preset", None))
+    if preset is None:
+        return options
+    refuse_auto("preset", preset, "compact")
+    choose("preset", preset, get_args(Preset))
+    return {**PRESETS[preset], **options}
 
 
-def _base_value(parameters: Mapping[str, inspect.Parameter], name: str, value: Any) -> Any:
-    """The value of a base optimizer's option, as its constructor takes it, which has these ``parameters``.
-
-    Raises ValueError for one of the wrong type.
-    """
-    parameter = parameters.get(name)
-    if name in ("lr", "weight_decay"):
-        value = like(name, value, 1e-3 if name == "lr" else 0.0)
-        not_negative(name, value)
-        return value
-    if parameter is None or parameter.default is parameter.empty:
-        return value
-    if value is None and any(word in str(parameter.annotation) for word in ("None", "Optional")):
-        return value
-    return like(name, value, parameter.default, whole=parameter.annotation in (int, "int"))
+_Constructor = TypeVar("_Constructor", bound=Callable[..., None])
 
 
-def stand_in() -> torch.nn.Parameter:
-    """A parameter with which an optimizer can be made where its own are not known."""
-    return torch.nn.Parameter(torch.zeros(1, dtype=torch.float32, device="cpu"))
+def takes_preset(constructor: _Constructor) -> _Constructor:
+    """Let a constructor see, in place of the defaults of options that a call does not give, those of its ``preset``."""
 
+    @functools.wraps(constructor)
+    def constructed(*args: Any, **options: Any) -> None:
+        constructor(*args, **apply_preset(options))
 
-def check_group(
-    group: dict[str, Any], index: int, given: Iterable[str], base: torch.optim.Optimizer, arguments: Mapping[str, Any]
-) -> None:
-    """Check a parameter group's options and convert them, in place.
-
-    An unknown key that looks like a misspelt option, or is another library's, raises TypeError. Others pass, as in
-    torch: schedulers and training scripts keep notes of their own in groups.
-
-    Args:
-        group: with the values of all options.
-        index: its number, for messages.
-        given: the options that it was given itself.
-        base: the base optimizer, which checks its own options by being made with them.
-        arguments: with which ``base`` was made.
-    """
-    rule, own = type(base), [name for name in {**arguments, **base.defaults} if name in given]
-    known = {*OPTION_NAMES, *arguments, *base.defaults, "lr", "weight_decay", "params", "param_names"}
-    for key in group.keys() - known:
-        hint = _hint(key, known, cutoff=0.85)
-        if hint:
-            raise TypeError(f"unknown option {key!r} in param group {index}{hint}")
-    try:
-        group.update(PreconditionerOptions.of_group(group).as_group())
-        if own:
-            parameters = inspect.signature(rule).parameters
-            group.update({name: _base_value(parameters, name, group[name]) for name in own})
-            rule([stand_in()], **{**arguments, **{name: group[name] for name in own}})
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"param group {index}: {error}") from None
-
-
-# What other libraries call an option, and what to write here.
-_STEPS = "statistics_interval (T1, steps between statistics) and root_interval (T2, steps between inverse roots)"
-_OTHER_NAMES = {
-    **dict.fromkeys(("precondition_frequency", "preconditioning_frequency", "precondition_freq"), _STEPS),
-    **dict.fromkeys(("precond_freq", "precond_frequency", "precond_update_freq", "update_precond_freq"), _STEPS),
-    **dict.fromkeys(("update_freq", "update_frequency", "preconditioner_update_freq", "precond_interval"), _STEPS),
-    **dict.fromkeys(("preconditioning_compute_steps", "precondition_every_n_steps"), _STEPS),
-    **dict.fromkeys(("T1", "t1", "statistics_compute_steps", "stat_compute_steps"), "statistics_interval"),
-    **dict.fromkeys(("T2", "t2", "prec_compute_steps", "root_compute_steps"), "root_interval"),
-    **dict.fromkeys(
-        ("start_preconditioning_step", "start_prec_step"), "root_interval: directions begin with the first"
-    ),
-    **dict.fromkeys(("block_size", "max_precond_dim", "max_precond_size", "prec_maxorder"), "max_preconditioner_dim"),
-    **dict.fromkeys(("max_size_triangular", "max_dim"), "max_preconditioner_dim"),
-    "precondition_1d": "never done: vectors go to the base optimizer, leave it out",
-    "merge_dims": "always done: all dimensions after the first are one side of the matrix, leave it out",
-    **dict.fromkeys(("shampoo_eps", "matrix_epsilon", "diagonal_epsilon", "precond_eps"), "matrix_eps"),
-    **dict.fromkeys(("epsilon", "adam_epsilon"), "eps, of the base optimizer, or matrix_eps, of the inverse roots"),
-    **dict.fromkeys(("beta1", "beta2", "adam_beta1", "adam_beta2"), "betas=(beta1, beta2), of the base optimizer"),
-    **dict.fromkeys(("beta", "beta3", "stat_decay", "precond_beta", "preconditioner_beta"), "shampoo_beta"),
-    **dict.fromkeys(("graft_type", "grafting_type", "grafting_config"), "grafting"),
-    **dict.fromkeys(("prec_bits", "num_bits", "nbits"), "bits"),
-    **dict.fromkeys(("quan_blocksize", "quant_blocksize", "quantization_block_size"), "quant_block_size"),
-    **dict.fromkeys(("min_lowbit_size", "min_quant_size"), "min_quant_numel"),
-    **dict.fromkeys(("rect_t1", "rect_t2"), "rectify_steps=(rect_t1, rect_t2)"),
-    "learning_rate": "lr",
-    "wd": "weight_decay",
-    "use_nesterov": "nesterov, with base='sgd'",
-    "use_decoupled_weight_decay": "base='adamw', whose weight decay is decoupled",
-}
-
-
-def _hint(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
-    if name in _OTHER_NAMES:
-        return f"; here this is {_OTHER_NAMES[name]}"
-    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
-    return f"; did you mean {matches[0]!r}?" if matches else ""
+    return cast(_Constructor, constructed)

@@ -1,0 +1,41 @@
+"""The options of Shampoo4 on command lines and in YAML files, for ``transformers.HfArgumentParser``."""
+
+from __future__ import annotations
+
+from dataclasses import field, fields, make_dataclass
+from typing import Any, get_origin
+
+from .options import DEFAULTS, HELP, PRESET_HELP, TYPES, Preset
+
+
+def _field(name: str, kind: Any, help: str, default: Any) -> tuple[str, Any, Any]:
+    # HfArgumentParser's formatter appends "(default: None)" to a help that does not mention %(default).
+    metadata: dict[str, Any] = {"help": f"{help} (default: {default})%(default).0s"}
+    if kind is bool:
+        metadata |= {"nargs": "?", "const": True}  # --compile as well as --compile true
+    if get_origin(kind) is tuple:
+        kind, metadata["metavar"] = list[int], "STEPS"
+    return name, kind | None, field(default=None, metadata=metadata)
+
+
+def _given(arguments: Any) -> dict[str, Any]:
+    """The options that were given, by name: keyword arguments of ``Shampoo4``, ``estimate_memory`` and ``shampoo4``.
+
+    Those that were not given are left out, so that they do not take the place of a preset's.
+    """
+    values = {option.name: getattr(arguments, option.name) for option in fields(arguments)}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+# A dataclass with a field for the preset and for each option of PreconditionerOptions; None: not given.
+#
+#     options, training = HfArgumentParser((Shampoo4Arguments, TrainingArguments)).parse_args_into_dataclasses()
+#     optimizer = Shampoo4(model.named_parameters(), lr=training.learning_rate, **options.given())
+Shampoo4Arguments: Any = make_dataclass(
+    "Shampoo4Arguments",
+    [
+        _field("preset", Preset, PRESET_HELP, None),
+        *(_field(name, TYPES[name], HELP[name], default) for name, default in DEFAULTS.items()),
+    ],
+    namespace={"given": _given, "__doc__": "The options of Shampoo4 as a command line gives them; None: not given."},
+)

@@ -1,0 +1,194 @@
+"""The options' one place: the signature, the docstring, presets and command lines follow it."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import re
+from collections.abc import Callable
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import pytest
+import torch
+from torch import nn
+from transformers import HfArgumentParser
+
+from sharded_shampoo4 import Shampoo4, estimate_memory
+from sharded_shampoo4.arguments import Shampoo4Arguments
+from sharded_shampoo4.options import DEFAULTS, HELP, PRESETS, TYPES, PreconditionerOptions
+
+CHANGED: dict[str, Any] = {  # another value for every option
+    "precondition": False,
+    "bits": 8,
+    "quantize": "preconditioner",
+    "codebook": "normal",
+    "quant_block_size": 32,
+    "scale_dtype": "bfloat16",
+    "root": "implicit",
+    "min_quant_numel": 0,
+    "shampoo_beta": 0.9,
+    "matrix_eps": 1e-4,
+    "statistics_interval": 7,
+    "root_interval": 700,
+    "interval_warmup": False,
+    "refresh": "staggered",
+    "rectify_steps": (2, 3),
+    "refresh_iterations": 2,
+    "refresh_dtype": "float32",
+    "max_preconditioner_dim": 50,
+    "split": "remainder",
+    "grafting": "none",
+    "max_failures": 3,
+    "matmul_dtype": "bfloat16",
+    "exchange_dtype": "bfloat16",
+    "scratch_mib": 64,
+    "compile": True,
+}
+
+
+def matrix() -> nn.Parameter:
+    return nn.Parameter(torch.ones(8, 6))
+
+
+def resolved(optimizer: Shampoo4, group: int = -1) -> dict[str, Any]:
+    """The preconditioner's options in a group, and nothing of a preset."""
+    found = optimizer.param_groups[group]
+    assert "preset" not in found
+    return {name: found[name] for name in DEFAULTS}
+
+
+def parsed(*flags: str) -> dict[str, Any]:
+    parser = HfArgumentParser(Shampoo4Arguments)
+    (arguments,) = parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
+    return arguments.given()
+
+
+# -- one place ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_signature_has_every_option_with_its_type_and_default() -> None:
+    parameters, types = inspect.signature(Shampoo4).parameters, get_type_hints(Shampoo4.__init__)
+    intervals = ("statistics_interval", "root_interval")  # None: total_steps may choose them
+    for name, default in DEFAULTS.items():
+        if name in intervals:
+            assert parameters[name].default is None and types[name] == TYPES[name] | None
+        else:
+            assert parameters[name].default == default and types[name] == TYPES[name]
+    assert set(CHANGED) == set(DEFAULTS) and all(CHANGED[name] != DEFAULTS[name] for name in DEFAULTS)
+
+
+def written(value: Any) -> str:
+    return f'"{value}"' if isinstance(value, str) else repr(value).replace("e-0", "e-")
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_the_docstring_says_of_every_option_what_its_help_says(name: str) -> None:
+    choices = get_args(TYPES[name]) if get_origin(TYPES[name]) is Literal else ()
+    values = f" One of {', '.join(map(written, choices))}." if choices else ""
+    expected = f" {name}: {HELP[name]}{values} (default: {written(DEFAULTS[name])}) "
+    assert expected in re.sub(r"\s+", " ", Shampoo4.__doc__ or "")
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_help_is_made_of_sentences_that_argparse_can_print(name: str) -> None:
+    assert HELP[name][0].isupper() or HELP[name].startswith("QR")
+    assert HELP[name].endswith(".") and "%" not in HELP[name]
+
+
+# -- presets -----------------------------------------------------------------------------------------------------------
+
+
+def added(**options: Any) -> Shampoo4:
+    optimizer = Shampoo4([matrix()])
+    optimizer.add_param_group({"params": [matrix()], **options})
+    return optimizer
+
+
+WAYS: dict[str, Callable[..., Shampoo4]] = {
+    "call": lambda **options: Shampoo4([matrix()], **options),
+    "group": lambda **options: Shampoo4([{"params": [matrix()], **options}]),
+    "later group": added,
+    "JSON": lambda **options: Shampoo4([matrix()], **json.loads(json.dumps(options))),
+    "command line": lambda **options: Shampoo4([matrix()], **parsed(*flags(options))),
+}
+
+
+def flags(options: dict[str, Any]) -> list[str]:
+    values = {name: value if isinstance(value, tuple) else [value] for name, value in options.items()}
+    return [text for name, value in values.items() for text in (f"--{name}", *map(str, value))]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("way", WAYS)
+def test_a_preset_is_its_settings_and_an_option_beside_it_wins(way: str, preset: str) -> None:
+    """Also an option that is given the value it has by default."""
+    settings = {"paper": Shampoo4.paper_settings, "compact": Shampoo4.compact_settings}[preset]()
+    assert resolved(WAYS[way](preset=preset)) == {**DEFAULTS, **settings}
+    for name in set(settings) - {"quantize"}:  # which "implicit" roots need as it is
+        for value in (CHANGED[name], DEFAULTS[name]):
+            found = resolved(WAYS[way](preset=preset, **{name: value}))
+            assert found == {**DEFAULTS, **settings, name: value}
+
+
+def test_a_group_s_preset_wins_over_the_call_s_options() -> None:
+    groups = [{"params": [matrix()], "preset": "compact", "bits": 3}, {"params": [matrix()], "split": "even"}]
+    optimizer = Shampoo4(groups, preset="paper", rectify_steps=(2, 2), quant_block_size=32)
+    call = {**DEFAULTS, **PRESETS["paper"], "rectify_steps": (2, 2), "quant_block_size": 32}
+    assert resolved(optimizer, 0) == {**call, **PRESETS["compact"], "bits": 3}
+    assert resolved(optimizer, 1) == {**call, "split": "even"}
+
+
+def test_states_and_estimates_know_what_a_preset_means() -> None:
+    optimizer, same = Shampoo4([matrix()], preset="compact"), Shampoo4([matrix()], **PRESETS["compact"])
+    assert optimizer.state_dict()["param_groups"] == same.state_dict()["param_groups"]
+    same.load_state_dict(optimizer.state_dict())
+    shapes = {"w": (200, 300)}
+    assert estimate_memory(shapes, preset="compact") == estimate_memory(shapes, **PRESETS["compact"])
+    assert estimate_memory(shapes, preset="compact") != estimate_memory(shapes)
+
+
+@pytest.mark.parametrize(
+    ("preset", "message"),
+    [
+        ("compcat", "preset must be one of 'paper', 'compact', got 'compcat'"),
+        ("auto", 'preset is "auto"'),
+        (4, "got 4"),
+    ],
+)
+def test_a_preset_that_is_not_there(preset: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Shampoo4([matrix()], preset=preset)
+    with pytest.raises(ValueError, match=message):
+        estimate_memory({"w": (8, 6)}, preset=preset)
+    with pytest.raises(ValueError, match=f"param group 0: .*{message}"):
+        Shampoo4([{"params": [matrix()], "preset": preset}])
+
+
+def test_a_misspelt_preset_is_an_error() -> None:
+    with pytest.raises(TypeError, match=r"unknown option 'prest'.*; did you mean 'preset'"):
+        Shampoo4([matrix()], prest="compact")
+    with pytest.raises(TypeError, match="unknown option 'presets' in param group 0; did you mean 'preset'"):
+        Shampoo4([{"params": [matrix()], "presets": "compact"}])
+
+
+# -- command lines -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_every_option_can_be_given_on_a_command_line(name: str) -> None:
+    given = parsed(*flags({name: CHANGED[name]}))
+    assert PreconditionerOptions(**given) == dataclasses.replace(PreconditionerOptions(), **{name: CHANGED[name]})
+    assert parsed() == {}
+
+
+def test_a_flag_without_a_value_is_true() -> None:
+    assert parsed("--compile", "--interval_warmup", "false") == {"compile": True, "interval_warmup": False}
+
+
+def test_help_names_every_option_s_default_once(capsys: pytest.CaptureFixture[str]) -> None:
+    HfArgumentParser(Shampoo4Arguments).print_help()
+    printed = re.sub(r"\s+", " ", capsys.readouterr().out)
+    for name, default in DEFAULTS.items():
+        assert f"{HELP[name]} (default: {default})" in printed
+    assert printed.count("(default: ") == len(DEFAULTS) + 1  # and the preset's
