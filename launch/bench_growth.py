@@ -203,20 +203,15 @@ def take_steps(
     for step in range(1, WARM_UP + INTERVAL * rounds + 1):
         for own, other, gradient in zip(ours, theirs, replayed[step % GRADIENTS], strict=True):
             own.grad, other.grad = gradient.clone(), gradient  # ours overwrites it
-        before = bytes_sent(shampoo)
+        before = shampoo.traffic_bytes()
         times = [timed(optimizer.step, device, meet) for optimizer in (shampoo, adamw)]
         if step > WARM_UP:
             ordinary = step % INTERVAL != 0
             measured.steps["ordinary" if ordinary else "refresh"].append(times[0])
             measured.steps["adamw"].append(times[1])
             if ordinary:
-                measured.sent.append(bytes_sent(shampoo) - before)
+                measured.sent.append(shampoo.traffic_bytes() - before)
     return measured
-
-
-def bytes_sent(optimizer: Shampoo4) -> int:
-    """To other ranks, so far."""
-    return sum(binding.exchange.bytes_sent for binding in optimizer._bindings.all())
 
 
 def timed(step: Callable[[], object], device: torch.device, meet: Callable[[], object]) -> Times:

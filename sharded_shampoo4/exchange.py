@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .labels import label
 from .layout import Block
 from .plan import Incoming, Outgoing, Plan
 from .ranks import Company, Ranks
@@ -66,10 +67,14 @@ class Exchange:
         # Rounded to bfloat16, gradients and directions, also where they need not travel: ranks change no number.
         self.rounded = rounded
         self.wire = wire_dtype(dtypes, rounded)
-        self.bytes_sent = 0  # to other ranks, so far
         self._rounds = [plan.round(self.rank, number) for number in range(plan.rounds)]
         self._batches = plan.batches[self.rank]
         self._parts = lru_cache(maxsize=8)(self._select)
+
+    @property
+    def bytes_sent(self) -> int:
+        """To other ranks, so far."""
+        return self.ranks.bytes_sent
 
     def run(
         self,
@@ -86,18 +91,22 @@ class Exchange:
         on every rank. ``company`` has what failed.
         """
         parts = self._parts(active, directed)
-        gradients = self._send_gradients(parts[0], shards) if parts else None
+        with label("gather"):
+            gradients = self._send_gradients(parts[0], shards) if parts else None
         arriving: _Arriving | None = None
         for index, part in enumerate(parts):
-            following = self._send_gradients(parts[index + 1], shards) if index + 1 < len(parts) else None
+            with label("gather"):
+                following = self._send_gradients(parts[index + 1], shards) if index + 1 < len(parts) else None
             assert gradients is not None
             directions = self._compute(part, gradients, shards, compute)
-            if arriving is not None:
-                arriving.write()
-            arriving = self._send_directions(part, directions, targets)
+            with label("send_back"):
+                if arriving is not None:
+                    arriving.write()
+                arriving = self._send_directions(part, directions, targets)
             gradients = following
         if arriving is not None:
-            arriving.write()
+            with label("send_back"):
+                arriving.write()
 
     def _select(self, active: tuple[bool, ...], directed: tuple[bool, ...]) -> list[Part]:
         """The rounds in which anything takes part, on whatever rank, and what does."""
@@ -138,12 +147,13 @@ class Exchange:
 
     def _compute(self, part: Part, arriving: _Arriving, shards: Sequence[Tensor], compute: Compute) -> Tensor | None:
         """Put the gradients of this rank's blocks together and have their directions computed."""
-        gathered = self.company.attempt(self._gather_own, part, shards) if part.chosen else None
-        if gathered is None:
-            arriving.wait()
-            return None
-        gradients, places = gathered
-        arriving.write(places)
+        with label("gather"):
+            gathered = self.company.attempt(self._gather_own, part, shards) if part.chosen else None
+            if gathered is None:
+                arriving.wait()
+                return None
+            gradients, places = gathered
+            arriving.write(places)
         return self.company.attempt(self._directions, part, gradients, compute)
 
     def _gather_own(self, part: Part, shards: Sequence[Tensor]) -> tuple[Tensor, list[list[Tensor]]]:
@@ -198,7 +208,7 @@ class Exchange:
         if send is None:
             send = torch.zeros(sum(sent), dtype=self.wire, device=device)
         receive = self.company.buffer(lambda: torch.empty(sum(sizes), dtype=self.wire, device=device))
-        self.bytes_sent += send.numel() * send.element_size()
+        self.ranks.bytes_sent += send.numel() * send.element_size()
         work = self.ranks.start_all_to_all(receive, send, sizes, sent)
         return _Arriving(self, work, list(receive.split(sizes)), send)
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .labels import label
 from .plan import Owned, Plan
 from .preconditioner import Matrix, index_tensor
 from .ranks import Company, Ranks
@@ -36,13 +37,14 @@ class Grafting:
         scope = self._matrices[members[0].matrix].options.grafting
         if scope == "none":
             return
-        norms = torch.stack([block_norms(gradients), block_norms(directions)], dim=1)
-        if scope == "block":
-            directions.mul_(_ratio(norms).to(directions.dtype).view(-1, 1, 1))
-            return
-        squares = self._all_squares()
-        indices = index_tensor([self._block_index[owned] for owned in members], squares.device)
-        squares.index_copy_(0, indices, norms.square().to(squares.device))
+        with label("graft"):
+            norms = torch.stack([block_norms(gradients), block_norms(directions)], dim=1)
+            if scope == "block":
+                directions.mul_(_ratio(norms).to(directions.dtype).view(-1, 1, 1))
+                return
+            squares = self._all_squares()
+            indices = index_tensor([self._block_index[owned] for owned in members], squares.device)
+            squares.index_copy_(0, indices, norms.square().to(squares.device))
 
     def targets(self, shards: Sequence[Tensor], directed: Sequence[bool]) -> list[Tensor]:
         """Where directions are to be written: into the gradients, but into float32 vectors beside low-precision ones.
@@ -68,7 +70,9 @@ class Grafting:
         What fails is kept in ``company``.
         """
         grafted = self._grafted(directed)
-        if grafted:
+        if not grafted:
+            return
+        with label("graft"):
             squares = company.buffer(self._all_squares)
             ranks.sum(squares)
             company.attempt(self._scale, shards, targets, grafted, squares)

@@ -23,6 +23,7 @@ from .factors import HEALTH
 from .integrations import fsdp as hosts
 from .integrations import zero
 from .joining import Joinable, SteppingTogether, notify
+from .labels import label
 from .members import Members
 from .memory import describe_parameter, format_bytes, table, tensor_bytes
 from .options import (
@@ -286,7 +287,7 @@ class Shampoo4(SteppingTogether):
         if self._base_makes_state_early:
             self._make_base_state()
         refusing = base_states.refusing_dtensors(type(self._base), self._current())
-        with base_states.as_tensors(self.param_groups, self._base_tensor_options), refusing:
+        with label("base"), base_states.as_tensors(self.param_groups, self._base_tensor_options), refusing:
             base_states.step(self._base)
         self._bindings.mark_stepped(self.state)
 
@@ -504,6 +505,16 @@ class Shampoo4(SteppingTogether):
     def state_bytes(self) -> dict[str, int]:
         """Bytes of the states on this rank, measured: ``{"preconditioner": int, "base": int}``."""
         return {"preconditioner": self._bindings.nbytes, "base": tensor_bytes(self.state.values())}
+
+    def traffic_bytes(self) -> int:
+        """Count the bytes of gradients and directions that this rank has sent to other ranks so far.
+
+        Returns:
+            int: bytes of all steps since this optimizer was made; 0 in one process. What ranks agree on besides (flags,
+            and 16 bytes a block for the norms of grafting) is not counted. ``estimate_memory(...).traffic`` predicts
+            how many an ordinary step adds.
+        """
+        return 0 if self._bindings.ranks is None else self._bindings.ranks.bytes_sent
 
     @own_arithmetic()
     def health(self) -> dict[str, dict[str, float]]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .factors import HEALTH, FactorPool, Index, factor_bytes
+from .labels import label
 from .layout import Block, count_parts, cut_blocks
 from .options import PreconditionerOptions
 from .plan import Owned
@@ -297,13 +298,16 @@ class Preconditioner:
         pairs = [(self.matrices[index], block) for index, block in members]
         absorbing = _sides(lambda side: [k for k, (m, block) in enumerate(pairs) if m.statistics_due(block, side)])
         if any(absorbing):
-            batch.absorb(chosen, absorbing, gradients)
+            with label("statistics"):
+                batch.absorb(chosen, absorbing, gradients)
         inverting = _sides(lambda side: [k for k, (m, block) in enumerate(pairs) if m.root_due(block, side)])
         if any(inverting):
-            batch.invert(chosen, inverting)
+            with label("roots"):
+                batch.invert(chosen, inverting)
         if not any(matrix.rooted for matrix, _ in pairs):
             return gradients
-        return batch.precondition(chosen, gradients)
+        with label("precondition"):
+            return batch.precondition(chosen, gradients)
 
     def failure(self) -> RuntimeError | None:
         """What to say if a factor's statistics or roots have failed ``max_failures`` times in a row.

@@ -46,10 +46,12 @@ class Ranks:
         host_group: a gloo group of the same ranks, of our own; for the host.
         calling: the call that a rank is in.
         tried: devices on which everything that a step needs has been tried.
+        bytes_sent: of gradients and directions, to other ranks, so far.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, beside: bool = False) -> None:
         self.calling = "step()"
+        self.bytes_sent = 0
         self._join(group, beside)
 
     def _join(self, group: dist.ProcessGroup | None, beside: bool) -> None:

@@ -60,19 +60,14 @@ def train(model: nn.Module, host: str, optimizer: Shampoo4, steps: int) -> None:
         optimizer.step()
 
 
-def sent_by(optimizer: Shampoo4) -> int:
-    assert optimizer._bindings.last is not None
-    return optimizer._bindings.last.exchange.bytes_sent
-
-
 def measure(host: str, kind: str) -> tuple[dict[str, int], int]:
     """State bytes of this rank, and the bytes that it sends in an ordinary step."""
     model = hosts.wrap(hosts.make_model(kind), host)
     optimizer = Shampoo4(hosts.named(model, host).items(), **EVERY_STEP, **OPTIONS[kind])
     train(model, host, optimizer, 2)
-    before = sent_by(optimizer)
+    before = optimizer.traffic_bytes()
     train(model, host, optimizer, 1)
-    return optimizer.state_bytes(), sent_by(optimizer) - before
+    return optimizer.state_bytes(), optimizer.traffic_bytes() - before
 
 
 # -- memory in flight --------------------------------------------------------------------------------------------------
