@@ -18,11 +18,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from bench_optimizers import CHOICES, OURS, Choice, first_line, random_batch, state_bytes, vit
-from memory_models import layers_of
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import start_processes
 from torch.profiler import ProfilerActivity, profile
-from wrapping import wrap
+from wrapping import layers_of, wrap
 
 from sharded_shampoo4 import Shampoo4
 

@@ -26,13 +26,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from memory_models import layers_of
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from transformers import ViTConfig, ViTForImageClassification
 from vit_model import PRESETS
-from wrapping import wrap
+from wrapping import layers_of, wrap
 
 from sharded_shampoo4 import Shampoo4
 from sharded_shampoo4.exchange import Exchange

@@ -26,3 +26,8 @@ def wrap(
     for module in (*units, model):
         fully_shard(module, mesh=mesh)
     return model
+
+
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """The layers of a ViT, which FSDP gathers one at a time."""
+    return [module for module in model.modules() if type(module).__name__ == "ViTLayer"]

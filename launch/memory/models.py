@@ -14,7 +14,6 @@ All image models have 1000 classes and 224 x 224 images, except the small ones o
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -27,32 +26,19 @@ from transformers import (
     SwinConfig,
     ViTConfig,
 )
-from vit_model import LAYERS, PRESETS
+from vit_model import PRESETS
 
 Shapes = dict[str, Size]
 
 
 def _vit(hidden: int, layers: int, heads: int, mlp: int) -> dict[str, Any]:
-    return {
-        "hidden_size": hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "intermediate_size": mlp,
-        "image_size": 224,
-        "patch_size": 14,
-    }
+    sizes = {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads, "intermediate_size": mlp}
+    return {**sizes, "image_size": 224, "patch_size": 14}
 
 
 def _llama(hidden: int, layers: int, mlp: int, tied: bool) -> dict[str, Any]:
-    return {
-        "hidden_size": hidden,
-        "num_hidden_layers": layers,
-        "intermediate_size": mlp,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 128_256,
-        "tie_word_embeddings": tied,
-    }
+    sizes = {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": 32, "intermediate_size": mlp}
+    return {**sizes, "num_key_value_heads": 8, "vocab_size": 128_256, "tie_word_embeddings": tied}
 
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -79,31 +65,28 @@ TITLES = {
     "llama-8b": "Llama-3.1-8B",
 }
 
-LADDER = (  # ViTs by size
-    "vit-small", "vit-base", "vit-large", "vit-huge", "vit-giant", "vit-gigantic", "vit-enormous", "vit-22b",
-)  # fmt: skip
+VITS = tuple(name for name in TITLES if name.startswith("vit"))  # by size
 
 _CONFIGS: dict[str, type[PretrainedConfig]] = {"vit": ViTConfig, "swin": SwinConfig, "llama": LlamaConfig}
-_LAYERS = {name for names in LAYERS.values() for name in names} | {"LlamaDecoderLayer"}
 
 
 def title(name: str) -> str:
-    """How a model is called in tables."""
+    """Name a model as tables do."""
     return TITLES.get(name, name)
 
 
 def build(name: str, layers: int | None = None) -> nn.Module:
-    """The model with random weights on torch's current default device; ``layers`` replaces a ViT's or Llama's depth."""
-    sizes = dict(SIZES[name])
-    if layers is not None:
-        if "num_hidden_layers" not in sizes:
-            raise ValueError(f"{name} has no single number of layers, got layers={layers}")
-        sizes["num_hidden_layers"] = layers
+    """Make the model with random weights on torch's current default device.
+
+    Args:
+        name: a key of ``SIZES``.
+        layers: another depth of a ViT or Llama.
+    """
     family = name.split("-")[0]
-    if family != "llama":
-        sizes["num_labels"] = 1000
-    make = (AutoModelForCausalLM if family == "llama" else AutoModelForImageClassification).from_config
-    model: nn.Module = make(_CONFIGS[family](**sizes))  # type: ignore[no-untyped-call]
+    sizes = SIZES[name] | ({} if layers is None else {"num_hidden_layers": layers})
+    labels = {} if family == "llama" else {"num_labels": 1000}
+    make = AutoModelForCausalLM if family == "llama" else AutoModelForImageClassification
+    model: nn.Module = make.from_config(_CONFIGS[family](**sizes, **labels))  # type: ignore[no-untyped-call]
     return model
 
 
@@ -116,17 +99,4 @@ def shapes_of(name: str, layers: int | None = None) -> Shapes:
 
 def parameter_count(shapes: Shapes) -> int:
     """Elements of all parameters."""
-    return sum(map(math.prod, shapes.values()))
-
-
-def layers_of(model: nn.Module) -> list[nn.Module]:
-    """The modules that FSDP gathers one at a time."""
-    return [module for module in model.modules() if type(module).__name__ in _LAYERS]
-
-
-def random_batch(model: nn.Module) -> torch.Tensor:
-    """One random input: an image, or eight tokens."""
-    config: Any = model.config
-    if config.model_type == "llama":
-        return torch.randint(config.vocab_size, (1, 8))
-    return torch.randn(1, config.num_channels, config.image_size, config.image_size)
+    return sum(shape.numel() for shape in shapes.values())

@@ -1,0 +1,1 @@
+"""What memory_report.py reports: models and optimizers, in bytes."""
