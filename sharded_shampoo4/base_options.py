@@ -5,12 +5,15 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .options import OPTION_NAMES, PreconditionerOptions, apply_preset
 from .values import like, not_negative, to_number
+
+if TYPE_CHECKING:
+    from .base import Base
 
 _BASES: dict[str, type[torch.optim.Optimizer]] = {
     "adamw": torch.optim.AdamW,
@@ -71,13 +74,13 @@ def base_arguments(
         arguments["weight_decay"] = weight_decay
     elif to_number(weight_decay) != 0.0:
         raise TypeError(f"weight_decay={weight_decay!r} was given, but {rule.__name__} has no weight_decay")
-    arguments = {name: _base_value(parameters, name, value) for name, value in arguments.items()}
+    arguments = {name: base_value(parameters, name, value) for name, value in arguments.items()}
     if arguments.get("differentiable"):
         raise ValueError("differentiable=True is not supported: gradients are preconditioned outside autograd")
     return arguments
 
 
-def _base_value(parameters: Mapping[str, inspect.Parameter], name: str, value: Any) -> Any:
+def base_value(parameters: Mapping[str, inspect.Parameter], name: str, value: Any) -> Any:
     """The value of a base optimizer's option, as its constructor takes it, which has these ``parameters``.
 
     Raises ValueError for one of the wrong type.
@@ -94,11 +97,6 @@ def _base_value(parameters: Mapping[str, inspect.Parameter], name: str, value: A
     return like(name, value, parameter.default, whole=parameter.annotation in (int, "int"))
 
 
-def stand_in() -> torch.nn.Parameter:
-    """A parameter with which an optimizer can be made where its own are not known."""
-    return torch.nn.Parameter(torch.zeros(1, dtype=torch.float32, device="cpu"))
-
-
 def expand_preset(group: dict[str, Any], index: int) -> None:
     """Replace the preset of a parameter group by its options, but for those that the group gives itself; in place."""
     if "preset" in group:
@@ -110,9 +108,7 @@ def expand_preset(group: dict[str, Any], index: int) -> None:
         group.update(options)
 
 
-def check_group(
-    group: dict[str, Any], index: int, given: Iterable[str], base: torch.optim.Optimizer, arguments: Mapping[str, Any]
-) -> None:
+def check_group(group: dict[str, Any], index: int, given: Iterable[str], base: Base) -> None:
     """Check a parameter group's options and convert them, in place.
 
     An unknown key that looks like a misspelt option, or is another library's, raises TypeError. Others pass, as in
@@ -122,21 +118,17 @@ def check_group(
         group: with the values of all options.
         index: its number, for messages.
         given: the options that it was given itself.
-        base: the base optimizer, which checks its own options by being made with them.
-        arguments: with which ``base`` was made.
+        base: the base optimizer, which checks its own options.
     """
-    rule, own = type(base), [name for name in {**arguments, **base.defaults} if name in given]
-    known = {*OPTION_NAMES, *arguments, *base.defaults, "lr", "weight_decay", "preset", "params", "param_names"}
+    own = [name for name in base.option_names if name in given]
+    known = {*OPTION_NAMES, *base.option_names, "lr", "weight_decay", "preset", "params", "param_names"}
     for key in group.keys() - known:
         hint = _hint(key, known, cutoff=0.85)
         if hint:
             raise TypeError(f"unknown option {key!r} in param group {index}{hint}")
     try:
         group.update(PreconditionerOptions.of_group(group).as_group())
-        if own:
-            parameters = inspect.signature(rule).parameters
-            group.update({name: _base_value(parameters, name, group[name]) for name in own})
-            rule([stand_in()], **{**arguments, **{name: group[name] for name in own}})
+        group.update(base.converted({name: group[name] for name in own}))
     except (TypeError, ValueError) as error:
         raise ValueError(f"param group {index}: {error}") from None
 

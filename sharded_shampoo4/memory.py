@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .base_options import base_arguments, base_class
-from .base_states import bytes_by_tensor, bytes_on_ranks
+from .base import Base
 from .exchange import wire_dtype
 from .layout import is_stack, matrix_shape
 from .options import OPTION_NAMES, PreconditionerOptions, apply_preset
@@ -84,8 +83,7 @@ def estimate_memory(
     own["statistics_interval"], own["root_interval"] = chosen_intervals(*chosen)
     shampoo4_options.pop("process_group", None)
     options = PreconditionerOptions(**own)
-    rule = base_class(base)
-    arguments = base_arguments(rule, lr, weight_decay, shampoo4_options)
+    made = Base(base, lr, weight_decay, shampoo4_options)
     if options.precondition and not dtype.is_floating_point:
         raise TypeError(f"dtype is {dtype}, and Shampoo4 preconditions real numbers only: give precondition=False")
     computed = torch.promote_types(dtype, torch.float32)
@@ -108,7 +106,7 @@ def estimate_memory(
     preconditioner = [0] * world_size
     for (index, block), owner in zip(plan.blocks, plan.owners, strict=True):
         preconditioner[owner] += matrices[index].block_bytes(block)
-    base_bytes = bytes_on_ranks(rule, arguments, dtype, sharding.sizes)
+    base_bytes = made.bytes_on_ranks(dtype, sharding.sizes)
     wire = wire_dtype([computed], [options.exchange_dtype == "bfloat16"])
     return MemoryEstimate(preconditioner, base_bytes, [wire.itemsize * count for count in plan.elements_sent()])
 
@@ -175,14 +173,6 @@ def _shard_rows(shape: torch.Size, copies: int, parts: int) -> tuple[Shard, ...]
     edges = [min(part * step, length) * (shape.numel() // max(length, 1)) for part in range(parts + 1)]
     whole = [(start, stop) if start < stop else (0, 0) for start, stop in itertools.pairwise(edges)]
     return tuple(Shard(start, stop, replica) for replica in range(copies) for start, stop in whole)
-
-
-def tensor_bytes(states: Iterable[Any]) -> int:
-    """Bytes of all tensors in (nested) containers, those of this rank where they are sharded.
-
-    Low-bit tensors count with their codes, scales and maps; a tensor that several states share counts once.
-    """
-    return sum(bytes_by_tensor(states).values())
 
 
 def format_bytes(count: float) -> str:

@@ -13,9 +13,10 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from . import base_states, packing
+from . import packing
 from .advice import Advice
-from .base_options import base_arguments, base_class, check_group, expand_preset, stand_in
+from .base import Base
+from .base_options import check_group, expand_preset
 from .binding import Binding
 from .bindings import Bindings, Unbound
 from .context import own_arithmetic
@@ -23,9 +24,8 @@ from .factors import HEALTH
 from .integrations import fsdp as hosts
 from .integrations import zero
 from .joining import Joinable, SteppingTogether, notify
-from .labels import label
 from .members import Members
-from .memory import describe_parameter, format_bytes, table, tensor_bytes
+from .memory import describe_parameter, format_bytes, table
 from .options import (
     OPTION_NAMES,
     PRESETS,
@@ -46,6 +46,7 @@ from .options import (
 )
 from .schedule import chosen_intervals, first_root
 from .state_dicts import arranged, held_back, without_marks
+from .tensors import tensor_bytes
 
 
 class Shampoo4(SteppingTogether):
@@ -178,24 +179,16 @@ class Shampoo4(SteppingTogether):
         hosts.check_chosen(process_group)
         self._process_group = process_group
         Joinable.__init__(self)
-        rule = base_class(base)
-        self._base_arguments = base_arguments(rule, lr, weight_decay, base_options)
-        lr, weight_decay = self._base_arguments["lr"], self._base_arguments.get("weight_decay", 0.0)
-        self._make_base(rule)
+        self.base = Base(base, lr, weight_decay, base_options)
+        lr, weight_decay = self.base.arguments["lr"], self.base.arguments.get("weight_decay", 0.0)
         self._members = Members()
         self._advice: Advice | None = None  # given for all groups at once
-        self._bindings = Bindings(self._members, type(self._base).__name__, process_group)
+        self._bindings = Bindings(self._members, self.base.name, process_group)
         self._consolidated: dict[Tensor, Tensor] = {}  # all factors, until the next step
-        defaults = {"lr": lr, "weight_decay": weight_decay, **self._base.defaults, **options.as_group()}
+        defaults = {"lr": lr, "weight_decay": weight_decay, **self.base.defaults, **options.as_group()}
         super().__init__(params, {**defaults, packing.VERSION_KEY: packing.FORMAT_VERSION})
         self._advice = Advice(total_steps)
         self._advise(stacklevel=4)  # takes_preset is between this and the caller
-
-    def _make_base(self, rule: type[Optimizer]) -> None:
-        """The base sees a stand-in only: hosts replace parameters after construction, so nothing is kept of them."""
-        self._base = rule([stand_in()], **self._base_arguments)
-        self._base_makes_state_early = bool(self._base.state)
-        self._base_tensor_options = base_states.tensor_options(self._base.param_groups[0])
 
     @staticmethod
     def paper_settings() -> dict[str, Any]:
@@ -223,7 +216,7 @@ class Shampoo4(SteppingTogether):
         expand_preset(param_group, len(self.param_groups))
         super().add_param_group(param_group)
         try:
-            check_group(param_group, len(self.param_groups) - 1, given, self._base, self._base_arguments)
+            check_group(param_group, len(self.param_groups) - 1, given, self.base)
         except Exception:
             self.param_groups.pop()
             raise
@@ -259,11 +252,13 @@ class Shampoo4(SteppingTogether):
             binding = self._bindings.bind(self.param_groups, self.state, self._engine())
             self._consolidated = {}
             if self._is_dry_step(binding):
-                self._make_base_states_only()
+                self._refuse_states_of_fsdp1()
+                self.base.make_states(self.param_groups, self.state)
             else:
                 binding.precondition()
                 with self._together_at_first(binding):
-                    self._base_step()
+                    self.base.step(self.param_groups, self.state)
+            self._bindings.mark_stepped(self.state)
         return loss
 
     @contextlib.contextmanager
@@ -280,29 +275,6 @@ class Shampoo4(SteppingTogether):
         """DeepSpeed's engine, where one is calling; looked for in the first step only."""
         return zero.find_engine(self) if self._bindings.ranks is None else None
 
-    def _base_step(self) -> None:
-        """The base optimizer's own step, on our groups and states."""
-        self._base.param_groups = self.param_groups
-        self._base.state = self.state
-        if self._base_makes_state_early:
-            self._make_base_state()
-        refusing = base_states.refusing_dtensors(type(self._base), self._current())
-        with label("base"), base_states.as_tensors(self.param_groups, self._base_tensor_options), refusing:
-            base_states.step(self._base)
-        self._bindings.mark_stepped(self.state)
-
-    def _make_base_state(self) -> None:
-        """For a base that makes its states in the constructor: those of parameters that have none yet."""
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None and not self.state.get(parameter):
-                    base = type(self._base)([parameter], **self._base_arguments_of(group))
-                    self.state[parameter] = base.state[parameter]
-
-    def _base_arguments_of(self, group: Mapping[str, Any]) -> dict[str, Any]:
-        """What the base's constructor is given, with the values that stand in a group."""
-        return {name: group.get(name, value) for name, value in self._base_arguments.items()}
-
     def _is_dry_step(self, binding: Binding) -> bool:
         """Whether this is a framework's step with zero gradients, made so that the optimizer creates its states."""
         if not binding.matrices or any(matrix.step for matrix in binding.matrices) or self._members.partitioned:
@@ -311,22 +283,6 @@ class Shampoo4(SteppingTogether):
             gradients = [hosts.local_tensor(p.grad) for p in self._current() if p.grad is not None]
             in_earnest = any(self.state.values()) or any(bool(gradient.any()) for gradient in gradients)
         return not binding.ranks.any([in_earnest])[0]
-
-    def _make_base_states_only(self) -> None:
-        """A base step that changes no parameter and leaves the base's own step counts at zero."""
-        self._refuse_states_of_fsdp1()
-        still = {"lr": 0.0, "weight_decay": 0.0}
-        kept = [{name: group[name] for name in still} for group in self.param_groups]
-        for group in self.param_groups:
-            group.update(still)
-        try:
-            self._base_step()
-        finally:
-            for group, values in zip(self.param_groups, kept, strict=True):
-                group.update(values)
-        for state in self.state.values():
-            if "step" in state:
-                state["step"] = torch.zeros_like(state["step"]) if isinstance(state["step"], Tensor) else 0
 
     def _current(self) -> list[Tensor]:
         """What stands in the groups, in their order."""
@@ -461,9 +417,8 @@ class Shampoo4(SteppingTogether):
         groups = [{**group, packing.VERSION_KEY: packing.FORMAT_VERSION} for group in plain["param_groups"]]
         plain = {**plain, "param_groups": groups}
         super().load_state_dict(plain)
-        base_states.load_by_base(self._base, plain, self)
+        self.base.load(plain, self)
         self._members.adopt(self.param_groups)
-        self._base.__setstate__({"state": self.state, "param_groups": self.param_groups})
         self._consolidated = {}
         self._bindings.load(unbound)
         if not self._members.partitioned:
@@ -477,26 +432,21 @@ class Shampoo4(SteppingTogether):
         self._bindings.let_go(self.param_groups, self.state)
         state = super().__getstate__()
         state["state"] = defaultdict(dict, without_marks(self.state))
-        own = {
-            "_process_group": self._process_group,
-            "_base": type(self._base),
-            "_base_arguments": self._base_arguments,
-        }  # copies of bases lose their options
+        own = {"_process_group": self._process_group, "base": self.base}
         options = {p: PreconditionerOptions.of_group(group) for group in self.param_groups for p in group["params"]}
         packed = {p: packing.PackedState(options[p], data) for p, data in self._packed().items() if p in options}
         return {**state, **own, "_consolidated": {}, "_unbound": packed}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        unbound, rule = state.pop("_unbound", None), state.pop("_base", None)
+        unbound = state.pop("_unbound", None)
         super().__setstate__(state)
         if unbound is not None:  # a copy: torch's load_state_dict calls this too, with the parameters as they are
             self._process_group = state.get("_process_group")
             Joinable.__init__(self)
-            self._make_base(rule)
             self._members, self._advice = Members(), Advice()
             for group in self.param_groups:
                 self._members.add(group)
-            self._bindings = Bindings(self._members, type(self._base).__name__, self._process_group)
+            self._bindings = Bindings(self._members, self.base.name, self._process_group)
             self._bindings.load(unbound)
             self._bindings.mark_loaded(self.state)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from . import base_states
+from .base import State
 from .binding import Binding
 from .bindings import Bindings
 from .fit import VALUES, Fit, fit
@@ -25,6 +25,7 @@ from .plan import Owned
 from .preconditioner import Matrix, fresh_block
 from .ranks import Ranks
 from .state_dicts import MARK
+from .tensors import floats, is_low_bit
 from .untrained import Untrained
 
 
@@ -128,7 +129,7 @@ def collect(
         for matrix in binding.matrices:
             steps = {"step": matrix.step, "roots": matrix.roots}
             parameters[names[matrix.name]]["factors"] = {**steps, "blocks": _block_bytes(matrix)}
-    rule = type(optimizer._base).__name__
+    rule = optimizer.base.name
     beside = {other.name: other.describe() for other in others}
     described_names = {"plain_names": True, "base": rule, "groups": groups}
     return {**described_names, "parameters": parameters, "untrained": beside}, tensors
@@ -148,7 +149,7 @@ def check(
     Raises ValueError, with both values, unless what ``manifest`` describes fits this optimizer.
     """
     names = bindings.members.plain_names()
-    rule = type(optimizer._base).__name__
+    rule = optimizer.base.name
     if manifest["base"] != rule:
         raise ValueError(f"the checkpoint is of base optimizer {manifest['base']}, this one has {rule}")
     saved: Mapping[str, Any] = manifest["parameters"]
@@ -160,7 +161,7 @@ def check(
         entry = entries[here]
         if saved[name]["base"]:
             held = torch.Size([local_tensor(entry.holder).numel()])
-            base_states.refuse_unportable(type(optimizer._base), here, imagination.of(entry), held)
+            optimizer.base.refuse_unportable(here, imagination.of(entry), held)
         options = PreconditionerOptions.of_group(saved[name]["options"])
         refuse_former_levels(manifest["format"], options, f"{here} in the checkpoint")
         difference = shaping_difference(options, entry.options)
@@ -193,21 +194,17 @@ class Imagination:
 
     def __init__(self, optimizer: Shampoo4, bindings: Bindings) -> None:
         self._optimizer, self._bindings = optimizer, bindings
-        self._known: dict[tuple[int, int, torch.dtype], base_states.State] = {}
+        self._known: dict[tuple[int, int, torch.dtype], State] = {}
 
-    def of(self, entry: Entry) -> base_states.State:
+    def of(self, entry: Entry) -> State:
         """Those of a parameter, or of the flat tensor that has it: vectors of this rank's elements, and numbers."""
         holder = local_tensor(entry.holder)
         key = (entry.group, holder.numel(), holder.dtype)
         if key not in self._known:
-            rule, arguments = type(self._optimizer._base), self.arguments(entry)
-            imagined = base_states.imagine(rule, arguments, [holder.numel()], holder.dtype)
+            group = self._bindings.members.group(entry.group)
+            imagined = self._optimizer.base.meta_states([holder.numel()], holder.dtype, group)
             self._known[key] = imagined[0] if imagined else {}
         return self._known[key]
-
-    def arguments(self, entry: Entry) -> dict[str, Any]:
-        """Those of the base, for a parameter of this one's group."""
-        return self._optimizer._base_arguments_of(self._bindings.members.group(entry.group))
 
 
 class Restoration:
@@ -286,7 +283,7 @@ class Restoration:
     def _dtype(self, entry: Entry, key: str, saved: torch.dtype) -> torch.dtype:
         """In which a state is read: that which the base keeps it in, float32 for what it quantises then."""
         made = self._imagination.of(entry).get(key)
-        if base_states.is_low_bit(made):
+        if is_low_bit(made):
             self._low_bit[entry.holder] = entry
             return torch.float32
         if isinstance(made, Tensor):
@@ -295,10 +292,10 @@ class Restoration:
 
     def _quantise(self, entry: Entry) -> None:
         """Put low-bit states, which the base itself makes, in the place of the floats that were read."""
-        rule, state = type(self._optimizer._base), self._states[entry.holder]
-        (made,) = base_states.make(rule, self._imagination.arguments(entry), [entry.holder])
+        state, group = self._states[entry.holder], self._bindings.members.group(entry.group)
+        (made,) = self._optimizer.base.states_of([entry.holder], group)
         for key, value in made.items():
-            if key in state and base_states.is_low_bit(value):
+            if key in state and is_low_bit(value):
                 local_tensor(value).copy_(local_tensor(state[key]))
                 state[key] = value
 
@@ -423,7 +420,7 @@ def _vectors(optimizer: Shampoo4, entry: Entry) -> dict[str, Tensor]:
     vectors = {VALUES: holder.reshape(-1)}
     for key, value in _base_state(optimizer, entry.holder).items():
         if isinstance(value, Tensor) and value.shape == entry.holder.shape:
-            vectors[key] = base_states.floats(value)
+            vectors[key] = floats(value)
     return vectors
 
 
@@ -435,10 +432,10 @@ def _base_state(optimizer: Shampoo4, holder: Tensor) -> dict[str, Any]:
 def _describe_base(optimizer: Shampoo4, entry: Entry) -> dict[str, Any]:
     described: dict[str, Any] = {}
     state = _base_state(optimizer, entry.holder)
-    base_states.refuse_unportable(type(optimizer._base), entry.name, state, entry.holder.shape)
+    optimizer.base.refuse_unportable(entry.name, state, entry.holder.shape)
     for key, value in state.items():
         if isinstance(value, Tensor) and value.shape == entry.holder.shape:
-            dtype = torch.float32 if base_states.is_low_bit(value) else value.dtype
+            dtype = torch.float32 if is_low_bit(value) else value.dtype
             described[key] = {"dtype": str(dtype).removeprefix("torch.")}
         elif isinstance(value, Tensor):
             described[key] = {"value": float(value), "tensor": True}

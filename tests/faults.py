@@ -30,7 +30,7 @@ FAULTS: dict[str, tuple[str, str, str]] = {
     "step count": ("preconditioner.py", "self.step += 1", "self.step += 1 if self.step else 2"),
     "checksum": ("checkpoint.py", "if found != checksum:", "if len(found) != len(checksum):"),
     "schedule phase": ("schedule.py", "(phase + (after != phase) + turn", "(phase + turn"),
-    "base option": ("options.py", '["weight_decay"] = weight_decay', '["weight_decay"] = weight_decay / 2'),
+    "base option": ("base_options.py", '["weight_decay"] = weight_decay', '["weight_decay"] = weight_decay / 2'),
     "costly factors": ("preconditioner.py", "bytes_per_element > limit", "bytes_per_element > 100 * limit"),
     "keeping company": ("binding.py", "company.part()", "pass"),
     "host group": ("groups.py", "= _HOST_GROUPS[group] = new_host_group(group)", "= _HOST_GROUPS[group] = group"),

@@ -21,7 +21,7 @@ from memory import models, rules
 from memory.rules import Layout
 
 from sharded_shampoo4 import Shampoo4, estimate_memory
-from sharded_shampoo4.memory import tensor_bytes
+from sharded_shampoo4.tensors import tensor_bytes
 
 assert Path(memory_report.__file__).parent == launching.LAUNCH
 

@@ -215,7 +215,7 @@ def outside(rank: int) -> dict[str, Any]:
             elif case == "global hook":
                 handle = register_optimizer_step_pre_hook(fail)
             elif case == "base":
-                optimizer._base.step = fail
+                optimizer.base.step = fail
 
         def steps() -> None:
             optimizer.step(fail if rank == 1 and case == "closure" else None)  # noqa: B023

@@ -17,8 +17,8 @@ from support import worlds as hosts
 from torch import Tensor, nn
 
 from sharded_shampoo4 import Shampoo4, checkpoint, estimate_memory
-from sharded_shampoo4.base_states import floats, is_low_bit
 from sharded_shampoo4.integrations import fsdp
+from sharded_shampoo4.tensors import floats, is_low_bit
 
 BASES = {
     "torchao 8 bits": ("torchao", "AdamW8bit"),

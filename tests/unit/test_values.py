@@ -164,8 +164,8 @@ def test_an_integer_of_a_base_is_converted_too() -> None:
             assert type(block) is int
             self.block = block
 
-    assert Shampoo4([matrix()], base=Blocks, block="128")._base.block == 128
-    assert Shampoo4([matrix()], base=Blocks, block=128.0)._base.block == 128
+    assert Shampoo4([matrix()], base=Blocks, block="128").base.arguments["block"] == 128
+    assert Shampoo4([matrix()], base=Blocks, block=128.0).base.arguments["block"] == 128
     with pytest.raises(ValueError, match=r"block must be an integer, such as 256, got 128\.5"):
         Shampoo4([matrix()], base=Blocks, block=128.5)
 
@@ -176,8 +176,8 @@ def test_a_base_that_takes_none_gets_it() -> None:
             super().__init__(params, lr=lr, weight_decay=weight_decay)
             self.clip = clip
 
-    assert Shampoo4([matrix()], base=Clipped, clip=None)._base.clip is None
-    assert Shampoo4([matrix()], base=Clipped, clip="0.5")._base.clip == 0.5
+    assert Shampoo4([matrix()], base=Clipped, clip=None).base.arguments["clip"] is None
+    assert Shampoo4([matrix()], base=Clipped, clip="0.5").base.arguments["clip"] == 0.5
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_a_base_that_takes_none_gets_it() -> None:
     [("AdamW", torch.optim.AdamW), ("SGD", torch.optim.SGD), ("AdaGrad", torch.optim.Adagrad)],
 )
 def test_bases_in_any_case(base: str, expected: type[torch.optim.Optimizer]) -> None:
-    assert type(Shampoo4([matrix()], base=base)._base) is expected
+    assert Shampoo4([matrix()], base=base).base.rule is expected
 
 
 @pytest.mark.parametrize(
@@ -239,4 +239,4 @@ def test_a_name_that_the_base_knows_is_the_base_s() -> None:
             super().__init__(params, lr=lr, weight_decay=weight_decay)
             self.block_size = block_size
 
-    assert Shampoo4([matrix()], base=Blocks, block_size=64)._base.block_size == 64
+    assert Shampoo4([matrix()], base=Blocks, block_size=64).base.arguments["block_size"] == 64
