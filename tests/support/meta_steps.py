@@ -36,8 +36,8 @@ class FakeRanks(contextlib.AbstractContextManager["FakeRanks"]):
     the other ranks' shards in place of its shards: ranks differ in nothing else. This is all that is made up.
     """
 
-    def __init__(self, rank: int, size: int, shapes: Shapes) -> None:
-        self.rank, self.size, self.shapes = rank, size, shapes
+    def __init__(self, rank: int, size: int, shapes: Shapes, device: str = "meta") -> None:
+        self.rank, self.size, self.shapes, self.device = rank, size, shapes, device
         sharding = shard_all("fsdp2", [torch.Size(shape) for shape in shapes.values()], size, 1)
         self.shards = dict(zip(shapes, sharding.shards, strict=True))
         self._gather, self._host_group = Ranks.gather, groups.host_group
@@ -76,7 +76,7 @@ class FakeRanks(contextlib.AbstractContextManager["FakeRanks"]):
         for name, shape in self.shapes.items():
             whole = torch.empty(shape, device="meta")
             start, stop, _ = self.shards[name][self.rank]
-            local = whole.new_empty((stop - start) // whole[0].numel(), *shape[1:])
+            local = torch.zeros((stop - start) // whole[0].numel(), *shape[1:], device=self.device)
             layout = {"shape": whole.shape, "stride": whole.stride(), "run_check": False}
             parameters[name] = nn.Parameter(DTensor.from_local(local, mesh, [Sharded(0)], **layout))
         return parameters
