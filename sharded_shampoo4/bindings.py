@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import packing
-from .binding import Binding, Candidate
+from .distributor import Candidate, Distributor
 from .groups import leave_word
 from .integrations import fsdp, zero
 from .layout import matrix_shape
@@ -46,13 +46,13 @@ class Bindings:
         self.ranks: Ranks | None = None
         self.locations: dict[Tensor, fsdp.Location] = {}  # of parameters that cannot tell where they live
         self.unbound: dict[Tensor, Unbound] = {}
-        self.last: Binding | None = None  # that of the last step
+        self.last: Distributor | None = None  # that of the last step
         self._has_left_word = False
-        self._by_key: dict[tuple[Hashable, ...], Binding] = {}
+        self._by_key: dict[tuple[Hashable, ...], Distributor] = {}
         self._changes = 0  # of the members, that were seen
         self._marked: set[Tensor] = set()  # parameters whose factors the optimizer's states have told of
 
-    def all(self) -> Iterable[Binding]:
+    def all(self) -> Iterable[Distributor]:
         """Every binding."""
         return self._by_key.values()
 
@@ -80,7 +80,7 @@ class Bindings:
         state: MutableMapping[Tensor, Any],
         engine: Any,
         error: Exception | None = None,
-    ) -> Binding:
+    ) -> Distributor:
         """Check this step's gradients, and give the binding of the parameters in ``groups`` as they are; collective.
 
         ``state`` are the base optimizer's states; ``engine`` is DeepSpeed's, if one is calling; an ``error`` of this
@@ -251,7 +251,7 @@ class Bindings:
         state: Mapping[Tensor, Any],
         error: Exception | None,
         stepping: bool = False,
-    ) -> Binding:
+    ) -> Distributor:
         chosen: list[Entry] = []
         matrices: list[Matrix] = []
         binding = self._by_key.get(_key(entries))
@@ -293,7 +293,7 @@ class Bindings:
         chosen: list[Entry],
         matrices: list[Matrix],
         state: Mapping[Tensor, Any],
-    ) -> Binding:
+    ) -> Distributor:
         """Bind parameters that have changed, and carry their factors over."""
         key = _key(entries)
         old = self._by_key.get(key)
@@ -316,7 +316,7 @@ class Bindings:
                 self._warn_if_lost(chosen, state)
                 _separate_step_counts(entries, state)
         others = (binding.plan.work for other, binding in self._by_key.items() if other != key)
-        binding = Binding(ranks, candidates, sum(others, Work()))
+        binding = Distributor(ranks, candidates, sum(others, Work()))
         packing.check_that_ranks_agree(ranks, {entry.name: self.unbound.get(entry.parameter) for entry in chosen})
         self._set_aside(ranks, old, entries, chosen)
         company = Company(ranks)
@@ -357,7 +357,9 @@ class Bindings:
                     binding.reset(index)
         self._marked -= cleared
 
-    def _set_aside(self, ranks: Ranks, old: Binding | None, entries: Sequence[Entry], chosen: Sequence[Entry]) -> None:
+    def _set_aside(
+        self, ranks: Ranks, old: Distributor | None, entries: Sequence[Entry], chosen: Sequence[Entry]
+    ) -> None:
         """Keep the factors of parameters that are in the groups, but not preconditioned now; collective."""
         bound, standing = {entry.parameter for entry in chosen}, {entry.parameter for entry in entries}
         left = [parameter not in bound and parameter in standing for parameter in old.parameters] if old else []

@@ -17,9 +17,9 @@ from . import packing
 from .advice import Advice
 from .base import Base
 from .base_options import check_group, expand_preset
-from .binding import Binding
 from .bindings import Bindings, Unbound
 from .context import own_arithmetic
+from .distributor import Distributor
 from .factors import HEALTH
 from .integrations import fsdp as hosts
 from .integrations import zero
@@ -262,7 +262,7 @@ class Shampoo4(SteppingTogether):
         return loss
 
     @contextlib.contextmanager
-    def _together_at_first(self, binding: Binding) -> Iterator[None]:
+    def _together_at_first(self, binding: Distributor) -> Iterator[None]:
         """Raise on every rank what a first base step raises on one: it takes the memory for the base's states."""
         if binding.has_stepped:
             yield
@@ -275,7 +275,7 @@ class Shampoo4(SteppingTogether):
         """DeepSpeed's engine, where one is calling; looked for in the first step only."""
         return zero.find_engine(self) if self._bindings.ranks is None else None
 
-    def _is_dry_step(self, binding: Binding) -> bool:
+    def _is_dry_step(self, binding: Distributor) -> bool:
         """Whether this is a framework's step with zero gradients, made so that the optimizer creates its states."""
         if not binding.matrices or any(matrix.step for matrix in binding.matrices) or self._members.partitioned:
             return False

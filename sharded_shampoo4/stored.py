@@ -13,8 +13,8 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from .base import State
-from .binding import Binding
 from .bindings import Bindings
+from .distributor import Distributor
 from .fit import VALUES, Fit, fit
 from .integrations.fsdp import Location, is_dtensor, local_tensor, match_names, plain_names
 from .members import Entry
@@ -381,7 +381,7 @@ def _is_plain(value: Any) -> bool:
     return True
 
 
-def _own_blocks(bindings: Bindings) -> Iterator[tuple[Binding, Matrix, Owned]]:
+def _own_blocks(bindings: Bindings) -> Iterator[tuple[Distributor, Matrix, Owned]]:
     """All blocks that this rank owns."""
     for binding in bindings.all():
         for index, matrix in enumerate(binding.matrices):

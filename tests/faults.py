@@ -32,7 +32,7 @@ FAULTS: dict[str, tuple[str, str, str]] = {
     "schedule phase": ("schedule.py", "(phase + (after != phase) + turn", "(phase + turn"),
     "base option": ("base_options.py", '["weight_decay"] = weight_decay', '["weight_decay"] = weight_decay / 2'),
     "costly factors": ("preconditioner.py", "bytes_per_element > limit", "bytes_per_element > 100 * limit"),
-    "keeping company": ("binding.py", "company.part()", "pass"),
+    "keeping company": ("distributor.py", "company.part()", "pass"),
     "host group": ("groups.py", "= _HOST_GROUPS[group] = new_host_group(group)", "= _HOST_GROUPS[group] = group"),
     "header": ("preconditioner.py", "_HEADER.pack(self.step, self.roots)", "_HEADER.pack(self.step, 0)"),
 }

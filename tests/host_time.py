@@ -20,9 +20,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from support.kernels import CountWork
-from support.meta_steps import RANK, VIT_B, FakeRanks, count_vit_b, whole_parameters
-from torch import Tensor, nn
+from support.meta_steps import RANK, VIT_B, FakeRanks
+from torch import nn
 
 from sharded_shampoo4 import Shampoo4, plan
 

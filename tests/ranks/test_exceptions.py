@@ -17,8 +17,8 @@ from support.contract import PATIENCE, SMALL_BLOCKS
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from sharded_shampoo4 import Shampoo4, binding, checkpoint, linalg
-from sharded_shampoo4.binding import Binding
+from sharded_shampoo4 import Shampoo4, checkpoint, distributor, linalg
+from sharded_shampoo4.distributor import Distributor
 from sharded_shampoo4.factors import FactorPool
 from sharded_shampoo4.grafting import Grafting
 from sharded_shampoo4.preconditioner import Preconditioner
@@ -42,8 +42,8 @@ ERRORS: dict[str, Callable[[], Exception]] = {
 
 # Where something may fail in a step: the name of a function, and which of its calls fails.
 PLACES: dict[str, tuple[Any, str, int]] = {
-    "first batch": (Binding, "_directions", 0),
-    "last batch": (Binding, "_directions", -1),
+    "first batch": (Distributor, "_directions", 0),
+    "last batch": (Distributor, "_directions", -1),
     "statistics": (FactorPool, "absorb", 0),
     "roots": (FactorPool, "invert", 0),
     "products": (Preconditioner, "directions", 1),
@@ -52,7 +52,7 @@ PLACES: dict[str, tuple[Any, str, int]] = {
     "writing the last": (torch, "_foreach_copy_", -1),
     "norms": (Grafting, "note", 0),
     "scaling": (Grafting, "_scale", 0),
-    "a gradient's view": (Binding, "_gradient_shard", 0),
+    "a gradient's view": (Distributor, "_gradient_shard", 0),
     "failures": (Preconditioner, "failure", 0),
 }
 
@@ -150,7 +150,7 @@ def around_a_step(rank: int, host: str, folder: str) -> dict[str, Any]:
         for case, holder, name in (
             ("factors", FactorPool, "__init__"),
             ("solvers", torch.linalg, "eigh"),
-            ("replicas", binding, "_digest"),
+            ("replicas", distributor, "_digest"),
             ("base", torch.optim.AdamW, "step"),
         ):
             if host != "ddp" and case == "replicas":

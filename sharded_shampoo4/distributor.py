@@ -1,6 +1,6 @@
-"""Binds an optimizer to its parameters as they are at a step: who holds what, who owns what, and this rank's factors.
+"""One attached set of parameters: their plan, the exchange that carries it out, this rank's factors, and grafting.
 
-Nothing is bound in a constructor: hosts replace parameters, shard them and move them afterwards.
+Made at a step, not in a constructor: hosts replace parameters, shard them and move them afterwards.
 """
 
 from __future__ import annotations
@@ -48,11 +48,18 @@ class Candidate:
         return self.matrix.name, self.matrix.shape, {**asdict(self.matrix.options), **arithmetic}, self.shard
 
 
-class Binding:
-    """The preconditioned parameters, the plan that all ranks made of their shards, and this rank's part of the work.
+class Distributor:
+    """One attached set of parameters: plan, exchange, preconditioner and grafting.
 
-    The constructor is collective. Raises ValueError, on every rank alike, where ranks disagree or shards do not tile.
-    ``others`` is the work that every rank has by other bindings.
+    The constructor is collective: all ranks make the same plan of their shards.
+
+    Args:
+        ranks: the ranks that hold the parameters between them.
+        candidates: the parameters to precondition, in the same order on every rank.
+        others: the work that every rank has by other distributors.
+
+    Raises:
+        ValueError: on every rank alike, where ranks disagree or shards do not tile.
     """
 
     def __init__(self, ranks: Ranks, candidates: Sequence[Candidate], others: Work | None = None) -> None:
