@@ -36,8 +36,9 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from sharded_shampoo4 import Shampoo4, checkpoint
+from sharded_shampoo4.hosts import reshard
 
-from .fsdp import bind, reshard
+from .fsdp import bind
 
 logger = logging.getLogger(__name__)
 

@@ -37,9 +37,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from sharded_shampoo4 import Shampoo4, checkpoint
 from sharded_shampoo4.base_options import base_class
+from sharded_shampoo4.names import plain_name
 
 from .accelerate import consolidate
-from .fsdp import plain_name
 
 logger = logging.getLogger(__name__)
 

@@ -19,14 +19,17 @@ DeepSpeed: :mod:`.deepspeed` does.
 from __future__ import annotations
 
 import sys
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+import weakref
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.optim import Optimizer
 
-from .fsdp import Location, interval
+from sharded_shampoo4.hosts import FlatTensor, Host
+from sharded_shampoo4.placement import Location, interval
 
 
 class Fragment(NamedTuple):
@@ -75,75 +78,175 @@ _COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 _LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
-def is_partitioned(parameters: Iterable[Tensor]) -> bool:
-    """Whether ZeRO 1, 2 or 3 has taken any of these parameters over."""
-    return any(_is_stage_3(parameter) or hasattr(parameter, "_hp_mapping") for parameter in parameters)
+class ZeroHost(Host):
+    """DeepSpeed, at any stage. ``engine`` is the one that calls the optimizer; None before it is known."""
+
+    def __init__(self, engine: Any = None) -> None:
+        self._engine = None if engine is None else weakref.ref(engine)
+
+    @property
+    def engine(self) -> Any:
+        """DeepSpeed's engine, or None."""
+        return None if self._engine is None else self._engine()
+
+    @classmethod
+    def find(cls, optimizer: Optimizer | None, parameters: Sequence[Tensor]) -> Host | None:
+        """Return a host if an engine is calling ``optimizer``, or ZeRO has taken any of ``parameters`` over."""
+        engine = None if optimizer is None else _find_engine(optimizer)
+        if engine is not None or any(_is_partitioned(p) or _is_initialized_partitioned(p) for p in parameters):
+            return cls(engine)
+        return None
+
+    @classmethod
+    def of_engine(cls, handle: Any) -> tuple[Host, Optimizer] | None:
+        """Return the host and the optimizer that was given to ``deepspeed.initialize`` if ``handle`` is an engine."""
+        return (cls(handle), handle.basic_optimizer) if cls.is_wrapper(handle) else None
+
+    @staticmethod
+    def is_wrapper(module: Any) -> bool:
+        """Return whether ``module`` is an engine."""
+        return hasattr(module, "basic_optimizer")
+
+    # -- about one parameter -------------------------------------------------------------------------------------------
+
+    def shape(self, parameter: Tensor) -> torch.Size:
+        """Return the shape of the whole parameter, also while stage 3 keeps only a part of it."""
+        return _whole_shape(parameter)
+
+    def check_parameter(self, name: str, parameter: Tensor, preconditioned: bool) -> None:
+        """Raise ValueError for a parameter at stage 3 that stands in a group itself."""
+        if _is_initialized_partitioned(parameter):
+            raise ValueError(
+                f"{name} is partitioned by deepspeed.zero.Init, but the optimizer was not given to "
+                "deepspeed.initialize at stage 3"
+            )
+
+    def locate(self, name: str, parameter: Tensor, holder: Tensor) -> tuple[Location, int]:
+        """Return the interval of ``parameter`` that ``holder`` has on this rank, and where it begins there.
+
+        Raises:
+            ValueError: ZeRO's records are missing or contradict each other, or only some of the ranks share the
+                parameter.
+        """
+        if holder is parameter:
+            return super().locate(name, parameter, holder)
+        if _is_stage_3(parameter):
+            return _locate_stage_3(name, parameter, holder)
+        fragment = _locate_flat(name, parameter, holder)
+        if (
+            not self.engine.zero_round_robin_gradients()
+        ):  # DeepSpeed 0.19.8 maps parameters in another order than it keeps
+            _check_against_mapping(name, parameter, fragment)
+        return fragment
+
+    def frozen_part(self, name: str, parameter: Tensor) -> tuple[Tensor, Location]:
+        """Return this rank's elements of a frozen parameter, and where they lie in it."""
+        if not _is_initialized_partitioned(parameter):
+            return super().frozen_part(name, parameter)
+        location = _stage_3_interval(parameter)
+        held: Tensor = parameter.ds_tensor.data.view(-1)[: location.stop - location.start]  # type: ignore[attr-defined]
+        return held, location
+
+    def compute_device(self, holder: Tensor) -> torch.device:
+        """Return the accelerator, also if ``holder`` is a flat tensor that is offloaded.
+
+        The process group may not be able to send from the host.
+        """
+        if self.engine is None or self.engine.zero_optimization_stage() == 0 or holder.device.type != "cpu":
+            return super().compute_device(holder)
+        from deepspeed.accelerator import get_accelerator  # type: ignore[import-untyped]
+
+        return torch.device(get_accelerator().current_device_name())
+
+    # -- about flat tensors --------------------------------------------------------------------------------------------
+
+    def has_flat_tensors(self, parameters: Sequence[Tensor]) -> bool:
+        """Return whether ZeRO 1, 2 or 3 has taken any of ``parameters`` over."""
+        return any(map(_is_partitioned, parameters))
+
+    def flat_tensors(self, group: int, standing: Sequence[Tensor], parameters: Sequence[Tensor]) -> list[FlatTensor]:
+        """Return the flat tensors with a group's ``parameters``: what stands in it, but at stage 3 nothing does."""
+        zero = _stage_3(parameters)
+        if zero is None:
+            members = [parameter for parameter in parameters if hasattr(parameter, "_hp_mapping")]
+            return [FlatTensor(flat, members, group) for flat in standing]
+        own = set(map(id, parameters))
+        sub_groups = enumerate(zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True))
+        return [
+            FlatTensor(flat, list(members), ("sub-group", number))
+            for number, (flat, members) in sub_groups
+            if members and id(members[0]) in own
+        ]
+
+    @property
+    def steps_once(self) -> bool:
+        """Whether ``step()`` is given all flat tensors together."""
+        return type(getattr(self.engine, "optimizer", None)).__name__ == "BF16_Optimizer"
+
+    # -- about the engine ----------------------------------------------------------------------------------------------
+
+    def names(self) -> Mapping[Tensor, str]:
+        """Return the engine's names of parameters."""
+        return getattr(self.engine, "param_names", None) or {}
+
+    def check(self, process_group: Any, first: str) -> None:
+        """Raise ValueError, naming the option and what to do, if DeepSpeed runs with a feature that was not tested."""
+        if self.engine is None:
+            raise ValueError(
+                "ZeRO has partitioned the parameters, but the optimizer is not called by a DeepSpeed engine: use "
+                "engine.step(), and one engine for one optimizer"
+            )
+        refuse_untested(self.engine)
+        if process_group is not None:
+            shown = repr(process_group) if isinstance(process_group, str) else "a group"
+            raise ValueError(
+                f"process_group is {shown}, but DeepSpeed shares {first} among all ranks: leave process_group out"
+            )
+
+    def progress(self) -> dict[str, Any] | None:
+        """Return the engine's counters, loss scale and scheduler."""
+        engine = self.engine
+        if engine is None:
+            return None
+        scaler = _loss_scaler(engine)
+        return {
+            "counters": {name: getattr(engine, name) for name in _COUNTERS},
+            "loss_scale": {name: getattr(scaler, name) for name in _LOSS_SCALE if hasattr(scaler, name)},
+            "scheduler": engine.lr_scheduler.state_dict() if hasattr(engine.lr_scheduler, "state_dict") else {},
+        }
+
+    def restore_progress(self, saved: Mapping[str, Any]) -> None:
+        """Undo :meth:`progress`. A loss scale that the configuration fixes stays as it is."""
+        engine = self.engine
+        for name, value in saved["counters"].items():
+            setattr(engine, name, value)
+        scaler = _loss_scaler(engine)
+        if getattr(scaler, "dynamic", False) or getattr(scaler, "dynamic_loss_scale", False):
+            for name, value in saved["loss_scale"].items():
+                if hasattr(scaler, name):
+                    setattr(scaler, name, value)
+        if saved["scheduler"] and engine.lr_scheduler is not None:
+            engine.lr_scheduler.load_state_dict(saved["scheduler"])
+
+    def refresh_weights(self) -> None:
+        """Make the engine's weights those of its optimizer, after these were loaded; collective."""
+        if self.engine is not None:
+            _refresh_weights(self.engine)
 
 
-def is_initialised_partitioned(parameter: Tensor) -> bool:
+def _is_partitioned(parameter: Tensor) -> bool:
+    """Whether ZeRO 1, 2 or 3 has taken this parameter over."""
+    return _is_stage_3(parameter) or hasattr(parameter, "_hp_mapping")
+
+
+def _is_initialized_partitioned(parameter: Tensor) -> bool:
     """Whether this parameter was partitioned by ``deepspeed.zero.Init`` or an engine at stage 3."""
     return hasattr(parameter, "ds_id")
 
 
-def whole_shape(parameter: Tensor) -> torch.Size:
-    """The shape of a parameter, also while stage 3 keeps only a part of it."""
+def _whole_shape(parameter: Tensor) -> torch.Size:
     shape = getattr(parameter, "ds_shape", None)
     return parameter.shape if shape is None else torch.Size(shape)
-
-
-def members(flat: Tensor, group: Hashable, parameters: Sequence[Tensor]) -> tuple[Hashable, list[Tensor]]:
-    """The parameters among those of a group that ``flat`` holds parts of, on whatever rank, in ZeRO's order.
-
-    Also a key that is the same on every rank and tells this call of ``step()`` from others.
-    """
-    zero = _stage_3(parameters)
-    if zero is None:
-        return group, [parameter for parameter in parameters if hasattr(parameter, "_hp_mapping")]
-    for number, held in enumerate(zero.fp32_partitioned_groups_flat):
-        if held is flat:
-            return ("sub-group", number), list(zero.fp16_groups[number])
-    raise ValueError("the optimizer was called with a tensor that is none of ZeRO 3's sub-groups")
-
-
-def flats(held: Sequence[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
-    """The flat tensors with the parameters of a group: ``held``, what stands in it, but at stage 3 nothing does."""
-    zero = _stage_3(parameters)
-    if zero is None:
-        return list(held)
-    own = set(map(id, parameters))
-    groups = zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True)
-    return [flat for flat, members in groups if members and id(members[0]) in own]
-
-
-def partition(parameter: Any) -> tuple[Tensor, Location] | None:
-    """This rank's elements of a frozen parameter at stage 3, and where they lie in it; None for other parameters."""
-    if not is_initialised_partitioned(parameter):
-        return None
-    location = _stage_3_interval(parameter)
-    return parameter.ds_tensor.data.view(-1)[: location.stop - location.start], location
-
-
-def progress(engine: Any) -> dict[str, Any]:
-    """What an engine keeps beside weights and states: its counters, loss scale and scheduler, as plain values."""
-    scaler = _loss_scaler(engine)
-    return {
-        "counters": {name: getattr(engine, name) for name in _COUNTERS},
-        "loss_scale": {name: getattr(scaler, name) for name in _LOSS_SCALE if hasattr(scaler, name)},
-        "scheduler": engine.lr_scheduler.state_dict() if hasattr(engine.lr_scheduler, "state_dict") else {},
-    }
-
-
-def restore_progress(engine: Any, saved: Mapping[str, Any]) -> None:
-    """Undo :func:`progress`. A loss scale that the configuration fixes stays as it is."""
-    for name, value in saved["counters"].items():
-        setattr(engine, name, value)
-    scaler = _loss_scaler(engine)
-    if getattr(scaler, "dynamic", False) or getattr(scaler, "dynamic_loss_scale", False):
-        for name, value in saved["loss_scale"].items():
-            if hasattr(scaler, name):
-                setattr(scaler, name, value)
-    if saved["scheduler"] and engine.lr_scheduler is not None:
-        engine.lr_scheduler.load_state_dict(saved["scheduler"])
 
 
 def _loss_scaler(engine: Any) -> Any:
@@ -152,12 +255,7 @@ def _loss_scaler(engine: Any) -> Any:
     return getattr(optimizer, "loss_scaler", None) or getattr(optimizer, "loss_scale_config", None)
 
 
-def steps_once(engine: Any) -> bool:
-    """Whether all flat tensors are given to ``step()`` together."""
-    return type(getattr(engine, "optimizer", None)).__name__ == "BF16_Optimizer"
-
-
-def refresh_weights(engine: Any) -> None:
+def _refresh_weights(engine: Any) -> None:
     """Make an engine's weights those of its optimizer, after these were loaded; collective."""
     zero = engine.optimizer
     if engine.zero_optimization_stage() == 3:
@@ -179,21 +277,7 @@ def refresh_weights(engine: Any) -> None:
                 weight.data.copy_(master.data)
 
 
-def locate(name: str, parameter: Tensor, flat: Tensor, engine: Any) -> Fragment:
-    """The part of ``parameter`` that ``flat`` holds on this rank.
-
-    Raises:
-        ValueError: ZeRO's records are missing or contradict each other, or only some of the ranks share the parameter.
-    """
-    if _is_stage_3(parameter):
-        return _locate_stage_3(name, parameter, flat)
-    fragment = _locate_flat(name, parameter, flat)
-    if not engine.zero_round_robin_gradients():  # DeepSpeed 0.19.8 then maps parameters in another order than it keeps
-        _check_against_mapping(name, parameter, fragment)
-    return fragment
-
-
-def find_engine(optimizer: Any) -> Any:
+def _find_engine(optimizer: Optimizer) -> Any:
     """The DeepSpeed engine that works with ``optimizer`` and is just calling it; None if none is.
 
     An engine keeps its optimizer, but neither the optimizer nor the parameters tell of their engine.
@@ -206,18 +290,6 @@ def find_engine(optimizer: Any) -> Any:
             if getattr(engine, "basic_optimizer", None) is optimizer:
                 return engine
     return None
-
-
-def compute_device(flat: Tensor) -> torch.device:
-    """Where gradients of ``flat`` are exchanged and preconditioned: on the accelerator, also if ``flat`` is offloaded.
-
-    Offloaded optimizers live on the host, but the process group may not be able to send from there.
-    """
-    if flat.device.type != "cpu":
-        return flat.device
-    from deepspeed.accelerator import get_accelerator  # type: ignore[import-untyped]
-
-    return torch.device(get_accelerator().current_device_name())
 
 
 def refuse_untested(engine: Any) -> None:
@@ -258,7 +330,7 @@ def _follow(holder: Any, path: str) -> Any:
 
 def _stage_3_interval(parameter: Any) -> Location:
     """Equal parts of each parameter, the last ones padded or empty."""
-    size, shape = parameter.partition_numel(), whole_shape(parameter)
+    size, shape = parameter.partition_numel(), _whole_shape(parameter)
     start = min(dist.get_rank(parameter.ds_process_group) * size, shape.numel())
     return interval(shape, start, min(start + size, shape.numel()), 0)
 
@@ -266,7 +338,7 @@ def _stage_3_interval(parameter: Any) -> Location:
 def _locate_stage_3(name: str, parameter: Any, flat: Tensor) -> Fragment:
     _check_group(name, parameter.ds_process_group)
     number, offset, size = parameter._z3_optimizer.grad_position[parameter.ds_id]
-    shape = whole_shape(parameter)
+    shape = _whole_shape(parameter)
     if flat is not parameter._z3_optimizer.fp32_partitioned_groups_flat[number] or size != parameter.partition_numel():
         raise ValueError(f"ZeRO 3 has moved {name} of shape {tuple(shape)} since it was started")
     location = _stage_3_interval(parameter)

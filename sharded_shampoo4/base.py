@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .base_options import base_arguments, base_class, base_value
-from .integrations.fsdp import is_dtensor
 from .labels import label
+from .placement import is_dtensor
 from .tensors import bytes_by_tensor
 
 State = dict[str, Any]

@@ -15,14 +15,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from . import packing
 from .distributor import Candidate, Distributor
 from .groups import leave_word
-from .integrations import fsdp, zero
+from .hosts import Host
 from .layout import matrix_shape
 from .members import Entry, Members
 from .options import PreconditionerOptions
+from .placement import Location, process_group, shard_vector
 from .plan import Shard, Work
 from .preconditioner import Matrix, fresh_bytes, worse
 from .ranks import OWN_MODELS, Company, Ranks, has_waited
@@ -44,7 +46,6 @@ class Bindings:
         self.base = base
         self.chosen = chosen
         self.ranks: Ranks | None = None
-        self.locations: dict[Tensor, fsdp.Location] = {}  # of parameters that cannot tell where they live
         self.unbound: dict[Tensor, Unbound] = {}
         self.last: Distributor | None = None  # that of the last step
         self._has_left_word = False
@@ -61,9 +62,9 @@ class Bindings:
         """Whether factors are spread over several ranks."""
         return bool(self._by_key) and self.ranks is not None and self.ranks.size > 1
 
-    def locate(self, locations: Mapping[Tensor, fsdp.Location]) -> None:
-        """Be told where parameters live that cannot tell it themselves (FSDP1)."""
-        self.locations = dict(locations)
+    def use_host(self, host: Host) -> None:
+        """Be told who arranges the parameters."""
+        self.members.use_host(host)
         self.ranks = None
 
     def load(self, unbound: dict[Tensor, Unbound]) -> None:
@@ -78,18 +79,18 @@ class Bindings:
         self,
         groups: Sequence[dict[str, Any]],
         state: MutableMapping[Tensor, Any],
-        engine: Any,
+        optimizer: Optimizer,
         error: Exception | None = None,
     ) -> Distributor:
         """Check this step's gradients, and give the binding of the parameters in ``groups`` as they are; collective.
 
-        ``state`` are the base optimizer's states; ``engine`` is DeepSpeed's, if one is calling; an ``error`` of this
-        rank's is raised on every rank.
+        ``state`` are the base optimizer's states; ``optimizer`` is what the host calls; an ``error`` of this rank's is
+        raised on every rank.
         """
-        ranks = self._meet(groups, engine, "step()")
+        ranks = self._meet(groups, optimizer, "step()")
         entries: list[Entry] = []
         try:
-            entries = self.members.entries(groups, self.locations)
+            entries = self.members.entries(groups)
             self.let_go(groups, state)
             for entry in entries:
                 _check_numbers(entry, entry.holder.grad)
@@ -129,7 +130,7 @@ class Bindings:
         self,
         groups: Sequence[dict[str, Any]],
         state: MutableMapping[Tensor, Any],
-        engine: Any,
+        optimizer: Optimizer,
         calling: str,
         model: Any = None,
     ) -> None:
@@ -138,22 +139,22 @@ class Bindings:
         ``calling`` is the call in which that is done, for messages. ``model``, wrapped as it is, tells names that are
         missing and which parts of names are wrappers'.
         """
-        ranks = self._meet(groups, engine, calling)
+        ranks = self._meet(groups, optimizer, calling)
         with ranks.together():
             self.members.follow(groups)
             if model is not None:
                 self.members.name_by(model)
-            calls = self.members.calls(groups, self.locations)
+            calls = self.members.calls(groups)
             for entry in (entry for call in calls for entry in call):
                 _check_numbers(entry, None)
             self.let_go(groups, state)
         for entries in calls:
             self._bind_entries(ranks, entries, state, None)
 
-    def everything(self, groups: Sequence[dict[str, Any]]) -> list[tuple[Entry, fsdp.Location, int]]:
+    def everything(self, groups: Sequence[dict[str, Any]]) -> list[tuple[Entry, Location, int]]:
         """All parameters that are trained, their intervals on this rank, and where these begin in their holders."""
-        entries = [entry for call in self.members.calls(groups, self.locations) for entry in call if entry.trained]
-        return [(entry, *entry.locate(self.locations, self.members.engine)) for entry in entries]
+        entries = [entry for call in self.members.calls(groups) for entry in call if entry.trained]
+        return [(entry, *entry.locate()) for entry in entries]
 
     def let_go(self, groups: Sequence[dict[str, Any]], state: MutableMapping[Tensor, Any]) -> None:
         """Forget the states of parameters that stand in no group any more.
@@ -182,8 +183,8 @@ class Bindings:
     def frozen(self, groups: Sequence[dict[str, Any]]) -> list[Untrained]:
         """What stands in the groups, but is not trained; by plain names."""
         names = self.members.plain_names()
-        entries = [entry for call in self.members.calls(groups, self.locations) for entry in call if not entry.trained]
-        return [of_parameter(names[entry.name], entry.parameter, self.locations) for entry in entries]
+        entries = [entry for call in self.members.calls(groups) for entry in call if not entry.trained]
+        return [of_parameter(names[entry.name], entry.parameter, self.members.host) for entry in entries]
 
     @contextlib.contextmanager
     def leaving_word(self, groups: Sequence[dict[str, Any]]) -> Iterator[None]:
@@ -207,13 +208,13 @@ class Bindings:
         if self.ranks is not None and not self.ranks.gone:
             return self.ranks.group
         names = [name for name, _, _ in self.members.given()]
-        return fsdp.process_group([p for group in groups for p in group["params"]], self.chosen, names)
+        return process_group([p for group in groups for p in group["params"]], self.chosen, names)
 
-    def _meet(self, groups: Sequence[dict[str, Any]], engine: Any, calling: str) -> Ranks:
+    def _meet(self, groups: Sequence[dict[str, Any]], optimizer: Optimizer, calling: str) -> Ranks:
         if self.ranks is None:  # first of all: an error on one rank must reach the others
             self.ranks = Ranks(self.process_group(groups))
             self.ranks.calling = calling
-            self.members.meet(engine)
+            self.members.find_host(optimizer)
             self._check_that_groups_agree(self.ranks)
         elif self.ranks.gone:
             self._meet_again(groups, self.ranks)
@@ -258,7 +259,7 @@ class Bindings:
         stale = changed = False
         cleared: set[Tensor] = set()
         try:
-            chosen, matrices = _matrices(entries, self.members.schedule(self.locations))
+            chosen, matrices = _matrices(entries, self.members.schedule())
             stale = binding is None or not binding.fits(
                 [entry.parameter for entry in chosen], [entry.holder for entry in chosen], matrices
             )
@@ -300,16 +301,14 @@ class Bindings:
         places = {parameter: index for index, parameter in enumerate(old.parameters)} if old else {}
         candidates: list[Candidate] = []
         with ranks.together():
-            self.members.refuse_untested()
-            self.members.check_shared(entries, self.chosen)
-            self._refuse_unbound(entries)
+            self.members.check(entries, self.chosen)
             self._check_that_something_is_left(entries, matrices)
             for entry, matrix in zip(chosen, matrices, strict=True):
                 if entry.parameter in self.unbound:
                     self.unbound[entry.parameter].check(matrix)
                 elif old and entry.parameter in places:
                     packing.check_same_bytes(old.matrices[places[entry.parameter]], matrix)
-                location, offset = entry.locate(self.locations, self.members.engine)
+                location, offset = entry.locate()
                 shard = Shard(location.start, location.stop, location.replica)
                 candidates.append(Candidate(entry.parameter, matrix, shard, entry.holder, offset))
             if old is None:
@@ -370,12 +369,6 @@ class Bindings:
                 if left[place]:
                     self.unbound[old.parameters[place]] = packed
 
-    def _refuse_unbound(self, entries: list[Entry]) -> None:
-        """Raise ValueError for parameters of FSDP1 that nobody has told about: they look like vectors."""
-        for entry in entries:
-            if entry.options.precondition and entry.parameter not in self.locations:
-                fsdp.refuse_unbound(entry.name, entry.parameter)
-
     def _check_that_something_is_left(self, entries: list[Entry], matrices: list[Matrix]) -> None:
         """Nothing may become the base optimizer in silence."""
         if matrices or not any(entry.options.precondition for entry in entries):
@@ -407,7 +400,7 @@ class Bindings:
         for binding in self.all():
             assert company is not None
             for index, parameter in enumerate(binding.parameters):
-                part = company.attempt(fsdp.shard_vector, binding.pack(index), parameter)
+                part = company.attempt(shard_vector, binding.pack(index), parameter)
                 if part is not None:
                     packed[parameter] = part
         if company is not None:
@@ -439,14 +432,14 @@ class Bindings:
 
     def of_pieces(self, stored: Mapping[int, Mapping[str, Any]]) -> dict[Tensor, Unbound]:
         """Undo :meth:`pieces`. Raises ValueError unless they are of these parameters, with options that fit."""
-        given = self.members.given()
+        given, host = self.members.given(), self.members.host
         unbound: dict[Tensor, Unbound] = {}
         for place, plain in stored.items():
             name, parameter, options = given[place] if place < len(given) else ("", None, None)
             if parameter is None or options is None:
                 raise ValueError(f"the state_dict has a preconditioner of parameter {place}, which is not there")
             piece = packing.PackedPieces.of_plain(options, plain)
-            shape = matrix_shape(zero.whole_shape(parameter))
+            shape = matrix_shape(host.shape(parameter))
             if not options.precondition or shape is None:
                 raise ValueError(f"the state_dict has a preconditioner of {name}, which is not preconditioned here")
             piece.check(Matrix(name, shape, options, piece.data.device))

@@ -39,7 +39,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from . import stored, untrained
 from .context import own_arithmetic
 from .fit import Fit, few
-from .integrations import fsdp, zero
+from .hosts import Host, of_engine, reshard
 from .optimizer import Shampoo4
 from .ranks import Ranks
 
@@ -148,9 +148,8 @@ def load(
     ranks.raise_together(error)
     with ranks.together():
         restoration.apply()
-    if subject.engine is not None:
-        zero.refresh_weights(subject.engine)
-    _restore_progress(subject.engine, manifest.get("engine"), folder)
+    subject.host.refresh_weights()
+    _restore_progress(subject.host, manifest.get("engine"), folder)
 
 
 def _remark(manifest: Mapping[str, Any], there: Fit, with_model: bool) -> None:
@@ -163,11 +162,11 @@ def _remark(manifest: Mapping[str, Any], there: Fit, with_model: bool) -> None:
         warnings.warn(remark, stacklevel=3)
 
 
-def _restore_progress(engine: Any, saved: Mapping[str, Any] | None, folder: Path) -> None:
+def _restore_progress(host: Host, saved: Mapping[str, Any] | None, folder: Path) -> None:
     """Give DeepSpeed's engine its counters, loss scale and scheduler back, and warn if they cannot move."""
-    has_scheduler = getattr(engine, "lr_scheduler", None) is not None
-    if engine is not None and saved is not None:
-        zero.restore_progress(engine, saved)
+    has_scheduler = getattr(host.engine, "lr_scheduler", None) is not None
+    if host.engine is not None and saved is not None:
+        host.restore_progress(saved)
     if has_scheduler and not (saved and saved["scheduler"]):
         warnings.warn(f"{folder} has no state of DeepSpeed's scheduler, which begins anew", stacklevel=3)
     elif saved and saved["scheduler"] and not has_scheduler:
@@ -208,25 +207,26 @@ class _Subject:
 
     def __init__(self, optimizer: Any, model: nn.Module | None, frozen: bool, calling: str) -> None:
         self.frozen = frozen
-        self.optimizer, self.engine = _unwrap(optimizer)
-        self.model = self.engine if self.engine is not None else model
+        self.optimizer, engine = _unwrap(optimizer)
+        self.model = model if engine is None else engine
         if self.model is not None:
-            fsdp.reshard(self.model)
+            reshard(self.model)
         self.bindings = self.optimizer._bindings
-        self.bindings.bind_all(self.optimizer.param_groups, self.optimizer.state, self.engine, calling, self.model)
+        self.bindings.bind_all(self.optimizer.param_groups, self.optimizer.state, self.optimizer, calling, self.model)
+        self.host = self.bindings.members.host
         assert self.bindings.ranks is not None
         self.ranks = self.bindings.ranks
 
     def others(self) -> list[untrained.Untrained]:
         """What the model has beside trained parameters; without a model, what stands in the groups and is frozen."""
-        groups, locations = self.optimizer.param_groups, self.bindings.locations
+        groups = self.optimizer.param_groups
         if self.model is None:
             return self.bindings.frozen(groups)
         held = self.bindings.everything(groups)
         trained = [tensor for entry, _, _ in held for tensor in (entry.parameter, entry.holder)]
         given = [parameter for _, parameter, _ in self.bindings.members.given() if parameter is not None]
         trained += [parameter for parameter in given if parameter.requires_grad]
-        return untrained.find(self.model, trained, locations)
+        return untrained.find(self.model, trained, self.host)
 
     def saved_others(self) -> list[untrained.Untrained]:
         """What of those is saved."""
@@ -261,13 +261,16 @@ _BACKGROUNDS: weakref.WeakKeyDictionary[Shampoo4, _Background] = weakref.WeakKey
 
 
 def _unwrap(optimizer: Any) -> tuple[Shampoo4, Any]:
-    """The Shampoo4 in whatever wrappers, and DeepSpeed's engine if there is one."""
-    engine = None
+    """The Shampoo4 in whatever wrappers, and the framework's engine if there is one; the Shampoo4 is told of it."""
+    host: Host | None = None
     for _ in range(8):
         if isinstance(optimizer, Shampoo4):
-            return optimizer, engine or optimizer._members.engine
-        if hasattr(optimizer, "basic_optimizer"):
-            engine, optimizer = optimizer, optimizer.basic_optimizer
+            if host is not None and optimizer._members.host.engine is None:
+                optimizer.use_host(host)
+            return optimizer, optimizer._members.host.engine
+        found = of_engine(optimizer)
+        if found is not None:
+            host, optimizer = found
         else:
             optimizer = getattr(optimizer, "optimizer", None)
     raise TypeError("checkpoints need a Shampoo4 optimizer, a wrapper around one, or a DeepSpeed engine that has one")
@@ -297,8 +300,9 @@ def _collect(subject: _Subject, folder: Path) -> _Job:
         others = subject.saved_others()
     manifest, tensors = stored.collect(subject.optimizer, subject.bindings, ranks, others)
     manifest["frozen"] = subject.frozen
-    if subject.engine is not None:
-        manifest["engine"] = zero.progress(subject.engine)
+    progress = subject.host.progress()
+    if progress is not None:
+        manifest["engine"] = progress
     return _Job(folder, data, manifest, tensors)
 
 

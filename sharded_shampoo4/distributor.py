@@ -15,8 +15,8 @@ from torch import Tensor
 
 from .exchange import Exchange
 from .grafting import Grafting
-from .integrations.fsdp import local_tensor
 from .packing import PackedPieces
+from .placement import local_tensor
 from .plan import Owned, Plan, PlannedMatrix, Shard, Work
 from .preconditioner import Matrix, Preconditioner, fresh_block
 from .ranks import OWN_MODELS, Company, Ranks

@@ -78,4 +78,4 @@ class Refusal(JoinHook):  # type: ignore[misc,unused-ignore]
             "Join([model, optimizer], throw_on_early_termination=True), which ends the epoch on all ranks, or a loader "
             "with drop_last=True"
         )
-        optimizer._bindings.bind(optimizer.param_groups, optimizer.state, None, error)
+        optimizer._bindings.bind(optimizer.param_groups, optimizer.state, optimizer, error)

@@ -10,16 +10,19 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from .advice import Given
-from .integrations import fsdp, zero
+from .hosts import FlatTensor, Host, find_host
 from .layout import matrix_shape
+from .names import match_names, names_in, plain_name, plain_names
 from .options import PreconditionerOptions
+from .placement import Location, check_shared
 from .preconditioner import Matrix
 from .schedule import Phases, stagger
 
@@ -40,8 +43,8 @@ class Entry:
         flat: whether the holder is a flat tensor with parts of several parameters.
         trained: whether it takes part in the training.
         group: number of the group that it was given in.
+        host: that knows where it lies.
         key: equal for all parameters that ``step()`` is given together, and on every rank.
-        computes: where its gradient is preconditioned, if that is not where it is.
     """
 
     name: str
@@ -52,16 +55,13 @@ class Entry:
     flat: bool
     trained: bool
     group: int
+    host: Host = field(compare=False, repr=False)
     key: Hashable = None
-    computes: torch.device | None = None
 
     @property
     def device(self) -> torch.device:
         """Where its gradient is preconditioned."""
-        if self.computes is not None:
-            return self.computes
-        device: torch.device = zero.compute_device(self.holder) if self.flat else fsdp.compute_device(self.holder)
-        return device
+        return self.host.compute_device(self.holder)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -81,12 +81,9 @@ class Entry:
         phases = schedule.get((self.group, self.name), _TOGETHER)
         return Matrix(self.name, shape, self.options, self.device, self.dtype, phases=phases)
 
-    def locate(self, bound: Mapping[Tensor, fsdp.Location], engine: Any) -> tuple[fsdp.Location, int]:
+    def locate(self) -> tuple[Location, int]:
         """The interval that this rank holds, and where it begins in the flattened holder."""
-        if self.flat:
-            location, offset = zero.locate(self.name, self.parameter, self.holder, engine)
-            return location, offset
-        return fsdp.locate(self.name, self.parameter, bound), 0
+        return self.host.locate(self.name, self.parameter, self.holder)
 
 
 @dataclass(eq=False)
@@ -115,13 +112,9 @@ class _Given:
         """Those that were given and are still there."""
         return [parameter for parameter in (member.given() for member in self.members) if parameter is not None]
 
-    def trained_shapes(self, bound: Mapping[Tensor, fsdp.Location]) -> Iterator[tuple[str, torch.Size]]:
+    def trained_shapes(self) -> Iterator[tuple[str, torch.Size]]:
         """Names and whole shapes of those that were to be trained when they were given."""
-        for member in self.members:
-            parameter = member.given()
-            if member.trained:
-                located = parameter is not None and parameter in bound
-                yield member.label, bound[parameter].shape if located else member.shape  # type: ignore[index]
+        return ((member.label, member.shape) for member in self.members if member.trained)
 
     def is_in_place(self, params: Sequence[Tensor]) -> bool:
         """Whether ``params`` are the ones that were given or, if they were replaced, those seen last."""
@@ -135,7 +128,7 @@ class Members:
 
     def __init__(self) -> None:
         self._given: list[_Given] = []
-        self._engine: weakref.ReferenceType[Any] | None = None  # DeepSpeed's, if there is one
+        self._host: Host | None = None  # once it is known for good
         self._described: list[tuple[int, str, torch.Size, PreconditionerOptions]] = []
         self._schedule: Mapping[tuple[int, str], Phases] = {}  # of what is described
         self.changes = 0  # how often other parameters than before were found in the groups
@@ -146,10 +139,10 @@ class Members:
         params, index = group["params"], len(self._given)
         named = "param_names" in group
         names = group.get("param_names") or [f"parameter {place} of group {index}" for place in range(len(params))]
-        members = []
+        host, members = self._host or find_host(None, params), []
         for name, parameter in zip(names, params, strict=True):
-            reference, shape = weakref.ref(parameter), zero.whole_shape(parameter)
-            members.append(_Member(fsdp.plain_name(name), named, reference, reference, shape, parameter.requires_grad))
+            reference, shape = weakref.ref(parameter), host.shape(parameter)
+            members.append(_Member(plain_name(name), named, reference, reference, shape, parameter.requires_grad))
         self._given.append(_Given(group, members, _lasting(group)))
         self._relabel()
 
@@ -238,30 +231,46 @@ class Members:
                 given.group.pop("param_names", None)
 
     @property
-    def partitioned(self) -> bool:
-        """Whether ZeRO 1, 2 or 3 has put flat tensors into the groups."""
-        return any(
-            zero.is_partitioned(given.parameters()) and not given.is_in_place(given.group["params"])
-            for given in self._given
-        )
+    def host(self) -> Host:
+        """Who arranges the parameters: found anew until the first step, since it may come after the optimizer."""
+        return self._host or find_host(None, self._tensors())
 
-    def meet(self, engine: Any) -> None:
-        """Take from DeepSpeed's ``engine`` the names of parameters that were given without; it may be None."""
-        self._engine = None if engine is None else weakref.ref(engine)
-        names: Mapping[Tensor, str] = getattr(engine, "param_names", {})
+    def use_host(self, host: Host) -> None:
+        """Take ``host`` from now on, and from it whole shapes, and names of parameters that were given without."""
+        self._host = host
+        names = host.names()
         for given in self._given:
             for member in given.members:
                 parameter = member.given()
-                if not member.named and parameter in names:
-                    member.name = fsdp.plain_name(names[parameter])  # type: ignore[index]
+                if parameter is not None:
+                    member.shape = host.shape(parameter)
+                    if not member.named and parameter in names:
+                        member.name = plain_name(names[parameter])
         self._relabel()
+
+    def find_host(self, optimizer: Optimizer) -> None:
+        """Look for the host at the first step, when it is known which framework calls ``optimizer``, if any."""
+        if self._host is None:
+            self.use_host(find_host(optimizer, self._tensors()))
+
+    def _tensors(self) -> list[Tensor]:
+        return [parameter for given in self._given for parameter in given.parameters()]
+
+    @property
+    def partitioned(self) -> bool:
+        """Whether flat tensors stand in the groups, as under ZeRO 1, 2 and 3."""
+        host = self.host
+        return any(
+            host.has_flat_tensors(given.parameters()) and not given.is_in_place(given.group["params"])
+            for given in self._given
+        )
 
     def name_by(self, model: Any, anew: bool = False) -> None:
         """Take from ``model``, wrapped as it is, which parts of names are wrappers', and names that are missing.
 
         ``anew``: names that were given are replaced too.
         """
-        names = fsdp.names_in(model)
+        names = names_in(model)
         for given in self._given:
             for member in given.members:
                 plain = next((names[p] for p in (member.held(), member.given()) if p is not None and p in names), None)
@@ -269,35 +278,19 @@ class Members:
                     continue
                 if anew or not member.named:
                     member.name = plain
-                if member.name == plain or fsdp.match_names([member.name], [plain]):
+                if member.name == plain or match_names([member.name], [plain]):
                     member.plain = plain
         self._relabel()
 
-    @property
-    def engine(self) -> Any:
-        """DeepSpeed's engine, or None."""
-        return None if self._engine is None else self._engine()
+    def check(self, entries: Sequence[Entry], chosen: Any) -> None:
+        """Raise ValueError if the host runs with what was not tested, or has parameters that cannot be trained.
 
-    def refuse_untested(self) -> None:
-        """Raise ValueError if DeepSpeed runs with a feature that was not tested."""
-        if self.engine is not None:
-            zero.refuse_untested(self.engine)
-        elif self.partitioned:
-            raise ValueError(
-                "ZeRO has partitioned the parameters, but the optimizer is not called by a DeepSpeed engine: use "
-                "engine.step(), and one engine for one optimizer"
-            )
-
-    def check_shared(self, entries: Sequence[Entry], chosen: Any) -> None:
-        """Raise ValueError unless the ``chosen`` ranks (an optimizer's ``process_group``) share the parameters."""
-        if chosen is not None and (self.engine is not None or self.partitioned):
-            shown = repr(chosen) if isinstance(chosen, str) else "a group"
-            raise ValueError(
-                f"process_group is {shown}, but DeepSpeed shares {entries[0].name if entries else 'the parameters'} "
-                "among all ranks: leave process_group out"
-            )
+        ``chosen`` is the optimizer's ``process_group``, whose ranks must share the parameters.
+        """
+        self.host.check(chosen, entries[0].name if entries else "the parameters")
         for entry in entries:
-            fsdp.check_shared(entry.name, entry.parameter, chosen)
+            self.host.check_parameter(entry.name, entry.parameter, entry.options.precondition)
+            check_shared(entry.name, entry.parameter, chosen)
 
     def check_own_options(self) -> None:
         """Raise ValueError if a group that had options of its own has those of the first group now.
@@ -317,8 +310,9 @@ class Members:
 
     def has_matrix(self) -> bool:
         """Whether there is anything to precondition at all."""
+        host = self.host
         return any(
-            options.precondition and parameter is not None and matrix_shape(zero.whole_shape(parameter)) is not None
+            options.precondition and parameter is not None and matrix_shape(host.shape(parameter)) is not None
             for _, parameter, options in self.given()
         )
 
@@ -330,17 +324,17 @@ class Members:
             for member in given.members
         ]
 
-    def trained(self, bound: Mapping[Tensor, fsdp.Location]) -> list[Given]:
+    def trained(self) -> list[Given]:
         """Every parameter that was to be trained when it was given."""
         found = []
         for given in self._given:
             options = PreconditionerOptions.of_group(given.group)
             alive = [p for p in given.parameters() if p.requires_grad]
             itemsize = alive[0].itemsize if alive else 4
-            found += [Given(name, shape, itemsize, options) for name, shape in given.trained_shapes(bound)]
+            found += [Given(name, shape, itemsize, options) for name, shape in given.trained_shapes()]
         return found
 
-    def schedule(self, bound: Mapping[Tensor, fsdp.Location]) -> Mapping[tuple[int, str], Phases]:
+    def schedule(self) -> Mapping[tuple[int, str], Phases]:
         """The phases of every parameter's factors, by group and name; the same object as long as nothing has changed.
 
         They follow from all that was given, whatever part of it a step is about.
@@ -351,7 +345,7 @@ class Members:
         described = [
             (number, name, shape, options)
             for number, (given, options) in enumerate(zip(self._given, by_group, strict=True))
-            for name, shape in given.trained_shapes(bound)
+            for name, shape in given.trained_shapes()
         ]
         if described != self._described:
             views = {(number, name): (matrix_shape(shape), options) for number, name, shape, options in described}
@@ -360,29 +354,27 @@ class Members:
             self._schedule = dict(zip(matrices, stagger(list(matrices.values())), strict=True))
         return self._schedule
 
-    def entries(self, groups: Sequence[dict[str, Any]], bound: Mapping[Tensor, fsdp.Location]) -> list[Entry]:
+    def entries(self, groups: Sequence[dict[str, Any]]) -> list[Entry]:
         """What ``groups``, all of the optimizer's or some, hold now.
-
-        ``bound`` tells the whole shapes of parameters that do not themselves.
 
         Raises:
             ValueError: parameters cannot be recognised in what stands there.
         """
         self.follow(groups)
-        return [entry for group in groups for entry in self._entries(group, bound)]
+        return [entry for group in groups for entry in self._entries(group)]
 
-    def calls(self, groups: Sequence[dict[str, Any]], bound: Mapping[Tensor, fsdp.Location]) -> list[list[Entry]]:
+    def calls(self, groups: Sequence[dict[str, Any]]) -> list[list[Entry]]:
         """What each of the calls of ``step()`` that make one optimizer step is about, in their order."""
         if not self.partitioned:
-            return [self.entries(groups, bound)]
+            return [self.entries(groups)]
+        host = self.host
         by_key: dict[Hashable, list[Entry]] = {}
         for number, given in enumerate(self._given):
             options = PreconditionerOptions.of_group(given.group)
-            for flat in zero.flats(given.group["params"], given.parameters()):
-                for entry in self._flat_entries([flat], number, options):
-                    by_key.setdefault(entry.key, []).append(entry)
+            for flat in host.flat_tensors(number, given.group["params"], given.parameters()):
+                by_key.setdefault(flat.call, []).extend(self._entries_in(flat, number, options))
         calls = [by_key[key] for key in sorted(by_key, key=_number)]
-        return [[entry for call in calls for entry in call]] if zero.steps_once(self.engine) else calls
+        return [[entry for call in calls for entry in call]] if host.steps_once else calls
 
     def group(self, number: int) -> dict[str, Any]:
         """A group, by its number."""
@@ -403,12 +395,12 @@ class Members:
         """
         members = [member for given in self._given for member in given.members]
         for member in members:
-            if not member.named and member.plain is None and self.engine is None:
+            if not member.named and member.plain is None and self.host.engine is None:
                 raise ValueError(
                     f"a portable checkpoint needs names, but {member.name} was given without: make the optimizer of "
                     "model.named_parameters() (in groups: {'params': [(name, parameter), ...]}), or give model="
                 )
-        read = dict(zip((m.label for m in members), fsdp.plain_names([m.name for m in members]), strict=True))
+        read = dict(zip((m.label for m in members), plain_names([m.name for m in members]), strict=True))
         names = {member.label: member.plain or read[member.label] for member in members}
         taken: set[str] = set()
         for name in names.values():
@@ -423,41 +415,39 @@ class Members:
             return None
         return [[member.name for member in given.members] for given in self._given]
 
-    def _entries(self, group: dict[str, Any], bound: Mapping[Tensor, fsdp.Location]) -> Iterator[Entry]:
+    def _entries(self, group: dict[str, Any]) -> Iterator[Entry]:
         params: list[Tensor] = group["params"]
         if not params:
             return
         number = next((index for index, given in enumerate(self._given) if given.group is group), None)
         if number is None:
             raise ValueError("a param group is none of those that Shampoo4 was given: use add_param_group()")
-        given = self._given[number]
+        given, host = self._given[number], self.host
         options = PreconditionerOptions.of_group(group)
-        if not given.is_in_place(params):
-            yield from self._flat_entries(params, number, options)
+        if given.is_in_place(params):
+            for member, parameter in zip(given.members, params, strict=True):
+                trained = parameter.requires_grad or parameter.grad is not None
+                shape = host.shape(parameter)
+                yield Entry(member.label, parameter, options, shape, parameter, False, trained, number, host)
             return
-        for member, parameter in zip(given.members, params, strict=True):
-            if zero.is_initialised_partitioned(parameter):
+        flats = {id(flat.tensor): flat for flat in host.flat_tensors(number, params, given.parameters())}
+        for parameter in params:
+            if id(parameter) not in flats:
                 raise ValueError(
-                    f"{member.label} is partitioned by deepspeed.zero.Init, but the optimizer was not given to "
-                    "deepspeed.initialize at stage 3"
+                    f"param group {number} has a tensor of shape {tuple(parameter.shape)} that is none of its "
+                    "parameters and, for all that is known, holds none of them"
                 )
-            trained = parameter.requires_grad or parameter.grad is not None
-            told = bound.get(parameter)
-            shape, computes = (told.shape, told.device) if told is not None else (parameter.shape, None)
-            yield Entry(member.label, parameter, options, shape, parameter, False, trained, number, computes=computes)
+            yield from self._entries_in(flats[id(parameter)], number, options)
 
-    def _flat_entries(self, flats: list[Tensor], number: int, options: PreconditionerOptions) -> Iterator[Entry]:
-        """The parameters in ZeRO's flat tensors."""
-        given = self._given[number]
-        names = {member.given(): member.label for member in given.members}
-        for flat in flats:
-            key, parameters = zero.members(flat, number, given.parameters())
-            for parameter in parameters:
-                if parameter not in names:
-                    raise ValueError(f"ZeRO keeps a parameter of shape {zero.whole_shape(parameter)} in another group")
-                yield Entry(
-                    names[parameter], parameter, options, zero.whole_shape(parameter), flat, True, True, number, key
-                )
+    def _entries_in(self, flat: FlatTensor, number: int, options: PreconditionerOptions) -> Iterator[Entry]:
+        """The parameters in a flat tensor."""
+        host = self.host
+        names = {member.given(): member.label for member in self._given[number].members}
+        for parameter in flat.parameters:
+            shape = host.shape(parameter)
+            if parameter not in names:
+                raise ValueError(f"a flat tensor of param group {number} has a parameter of another group: {shape}")
+            yield Entry(names[parameter], parameter, options, shape, flat.tensor, True, True, number, host, flat.call)
 
 
 def _recognize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -21,11 +21,11 @@ from .bindings import Bindings, Unbound
 from .context import own_arithmetic
 from .distributor import Distributor
 from .factors import HEALTH
-from .integrations import fsdp as hosts
-from .integrations import zero
+from .hosts import Host, find_host
 from .joining import Joinable, SteppingTogether, notify
 from .members import Members
 from .memory import describe_parameter, format_bytes, table
+from .names import match_names
 from .options import (
     OPTION_NAMES,
     PRESETS,
@@ -44,6 +44,7 @@ from .options import (
     Split,
     takes_preset,
 )
+from .placement import check_process_group, is_dtensor, local_tensor
 from .schedule import chosen_intervals, first_root
 from .state_dicts import arranged, held_back, without_marks
 from .tensors import tensor_bytes
@@ -176,7 +177,7 @@ class Shampoo4(SteppingTogether):
         intervals = chosen_intervals(statistics_interval, root_interval, total_steps)
         own["statistics_interval"], own["root_interval"] = intervals
         options = PreconditionerOptions(**own)
-        hosts.check_chosen(process_group)
+        check_process_group(process_group)
         self._process_group = process_group
         Joinable.__init__(self)
         self.base = Base(base, lr, weight_decay, base_options)
@@ -225,7 +226,7 @@ class Shampoo4(SteppingTogether):
 
     def _advise(self, stacklevel: int = 3) -> None:
         if self._advice is not None:
-            self._advice.give(self._members.trained(self._bindings.locations), stacklevel)
+            self._advice.give(self._members.trained(), stacklevel)
 
     def warn_if_short(self, total_steps: int) -> None:
         """Warn if a training of ``total_steps`` is so short that most of it would be the base optimizer's alone."""
@@ -249,10 +250,10 @@ class Shampoo4(SteppingTogether):
             with torch.enable_grad():
                 loss = closure()
         with own_arithmetic():
-            binding = self._bindings.bind(self.param_groups, self.state, self._engine())
+            binding = self._bindings.bind(self.param_groups, self.state, self)
             self._consolidated = {}
             if self._is_dry_step(binding):
-                self._refuse_states_of_fsdp1()
+                self._members.host.check_state_dict()
                 self.base.make_states(self.param_groups, self.state)
             else:
                 binding.precondition()
@@ -271,16 +272,12 @@ class Shampoo4(SteppingTogether):
             yield
         binding.has_stepped = True
 
-    def _engine(self) -> Any:
-        """DeepSpeed's engine, where one is calling; looked for in the first step only."""
-        return zero.find_engine(self) if self._bindings.ranks is None else None
-
     def _is_dry_step(self, binding: Distributor) -> bool:
         """Whether this is a framework's step with zero gradients, made so that the optimizer creates its states."""
         if not binding.matrices or any(matrix.step for matrix in binding.matrices) or self._members.partitioned:
             return False
         with binding.ranks.together():
-            gradients = [hosts.local_tensor(p.grad) for p in self._current() if p.grad is not None]
+            gradients = [local_tensor(p.grad) for p in self._current() if p.grad is not None]
             in_earnest = any(self.state.values()) or any(bool(gradient.any()) for gradient in gradients)
         return not binding.ranks.any([in_earnest])[0]
 
@@ -288,9 +285,15 @@ class Shampoo4(SteppingTogether):
         """What stands in the groups, in their order."""
         return [parameter for group in self.param_groups for parameter in group["params"]]
 
-    def _bind_locations(self, locations: Mapping[Tensor, hosts.Location]) -> None:
-        """Be told where parameters live that cannot tell it themselves (FSDP1)."""
-        self._bindings.locate(locations)
+    @property
+    def process_group(self) -> dist.ProcessGroup | Literal["alone"] | None:
+        """The ranks that were given to the constructor."""
+        chosen: dist.ProcessGroup | Literal["alone"] | None = self._process_group
+        return chosen
+
+    def use_host(self, host: Host) -> None:
+        """Be told by a framework's adapter where parameters lie that cannot tell it themselves (FSDP1)."""
+        self._bindings.use_host(host)
         self._advise()
 
     def _take_names(self, model: torch.nn.Module, anew: bool) -> None:
@@ -329,7 +332,7 @@ class Shampoo4(SteppingTogether):
                 raise RuntimeError("ZeRO 3 takes its tensors out of the optimizer between steps: use save_checkpoint()")
             return {**super().state_dict(), packing.PIECES_KEY: self._bindings.pieces()}
         self._bindings.let_go(self.param_groups, self.state)
-        packed = self._packed(everywhere=zero.find_engine(self) is not None)
+        packed = self._packed(everywhere=find_host(self, self._current()).engine is not None)
         return packing.join(super().state_dict(), [packed.get(parameter) for parameter in self._current()])
 
     @own_arithmetic()
@@ -349,19 +352,14 @@ class Shampoo4(SteppingTogether):
 
         ``everywhere``: this is called on all ranks also where ranks hold whole parameters.
         """
-        self._refuse_states_of_fsdp1()
+        self._members.host.check_state_dict()
         cleared = self._bindings.cleared(self.state)
         packed = self._consolidated or self._packed_as_kept(everywhere)
         return {parameter: data for parameter, data in packed.items() if parameter not in cleared}
 
-    def _refuse_states_of_fsdp1(self) -> None:
-        """Raise RuntimeError if FSDP1 is about to give or take states in a form of its own."""
-        if self._bindings.locations:
-            hosts.refuse_own_states()
-
     def _packed_as_kept(self, everywhere: bool) -> dict[Tensor, Tensor]:
         bound = [parameter for binding in self._bindings.all() for parameter in binding.parameters]
-        if self._bindings.spread and bound and not everywhere and not any(map(hosts.is_dtensor, bound)):
+        if self._bindings.spread and bound and not everywhere and not any(map(is_dtensor, bound)):
             fresh = self._bindings.fresh()
             if fresh is not None:
                 return fresh
@@ -385,7 +383,7 @@ class Shampoo4(SteppingTogether):
             ValueError: it was not written by this optimizer, or with options or shapes that store other bytes; nothing
                 has been changed then.
         """
-        self._refuse_states_of_fsdp1()
+        self._members.host.check_state_dict()
         before, after = self._optimizer_load_state_dict_pre_hooks, self._optimizer_load_state_dict_post_hooks
         state_dict = dict(state_dict)
         for change in list(before.values()):
@@ -402,10 +400,10 @@ class Shampoo4(SteppingTogether):
             whole, parts = "a state_dict with whole parameters", "one rank's part of a state_dict under ZeRO 1, 2 or 3"
             found, wanted = (whole, parts) if pieces is None else (parts, whole)
             raise ValueError(f"this is {found}, where {wanted} is needed")
-        known = {entry.parameter: entry for entry in self._members.entries(self.param_groups, self._bindings.locations)}
+        known = {entry.parameter: entry for entry in self._members.entries(self.param_groups)}
         names = None if self._members.partitioned else self._members.names()
         if names is not None:
-            state_dict = arranged(state_dict, names, hosts.match_names)
+            state_dict = arranged(state_dict, names, match_names)
         shapes = [(known[p].name, known[p].shape) if p in known else ("", p.shape) for p in self._current()]
         packing.check_loadable(state_dict, self.param_groups, shapes)
         plain, packed = packing.separate(state_dict)
@@ -520,9 +518,10 @@ class Shampoo4(SteppingTogether):
     def _described(self) -> list[tuple[str, Tensor, torch.Size, bool, PreconditionerOptions]]:
         """Name, tensor, whole shape, whether it is trained, and options of every parameter."""
         if not self._members.partitioned:
-            entries = self._members.entries(self.param_groups, self._bindings.locations)
+            entries = self._members.entries(self.param_groups)
             return [(e.name, e.parameter, e.shape, e.trained, e.options) for e in entries]
+        host = self._members.host
         given = [
             (name, parameter, options) for name, parameter, options in self._members.given() if parameter is not None
         ]
-        return [(name, p, zero.whole_shape(p), p.requires_grad, options) for name, p, options in given]
+        return [(name, p, host.shape(p), p.requires_grad, options) for name, p, options in given]

@@ -16,11 +16,12 @@ from .base import State
 from .bindings import Bindings
 from .distributor import Distributor
 from .fit import VALUES, Fit, fit
-from .integrations.fsdp import Location, is_dtensor, local_tensor, match_names, plain_names
 from .members import Entry
+from .names import match_names, plain_names
 from .optimizer import Shampoo4
 from .options import PreconditionerOptions
 from .packing import VERSION_KEY, refuse_former_levels, shaping_difference
+from .placement import Location, is_dtensor, local_tensor
 from .plan import Owned
 from .preconditioner import Matrix, fresh_block
 from .ranks import Ranks

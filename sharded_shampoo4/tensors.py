@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .integrations.fsdp import local_tensor
+from .placement import local_tensor
 
 
 def plain_tensors(values: Iterable[Any]) -> Iterator[Tensor]:

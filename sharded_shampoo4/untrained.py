@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from .integrations import fsdp, zero
+from .hosts import Host
+from .names import names_in, unwrapped
+from .placement import Location, local_tensor, locate
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Untrained:
 
     name: str
     held: Tensor
-    location: fsdp.Location
+    location: Location
     frozen: bool = False
 
     def describe(self) -> dict[str, Any]:
@@ -33,33 +35,27 @@ class Untrained:
         return {"shape": list(self.location.shape), "dtype": dtype, "frozen": self.frozen}
 
 
-def find(model: nn.Module, trained: Iterable[Tensor], bound: Mapping[Tensor, fsdp.Location]) -> list[Untrained]:
-    """All that ``model``, wrapped or not, has beside ``trained``; ``bound`` locates parameters of FSDP1.
+def find(model: nn.Module, trained: Iterable[Tensor], host: Host) -> list[Untrained]:
+    """All that ``model``, wrapped or not, has beside ``trained``; ``host`` knows where they lie.
 
     Raises:
         ValueError: a frozen parameter's elements on this rank are not one interval of it, or two have one name.
     """
-    known, names = set(map(id, trained)), fsdp.names_in(model)
-    model = fsdp.unwrapped(model)
+    known, names = set(map(id, trained)), names_in(model)
+    model = unwrapped(model)
     frozen = [parameter for parameter in model.parameters() if id(parameter) not in known]
-    found = [of_parameter(names[parameter], parameter, bound) for parameter in frozen]
+    found = [of_parameter(names[parameter], parameter, host) for parameter in frozen]
     for buffer in _persistent_buffers(model):
-        found.append(Untrained(names[buffer], _local(buffer), fsdp.locate(names[buffer], buffer, {})))
+        found.append(Untrained(names[buffer], local_tensor(buffer).detach(), locate(names[buffer], buffer)))
     return found
 
 
-def of_parameter(name: str, parameter: Tensor, bound: Mapping[Tensor, fsdp.Location]) -> Untrained:
+def of_parameter(name: str, parameter: Tensor, host: Host) -> Untrained:
     """The elements on this rank of a parameter that is not trained."""
-    partition = zero.partition(parameter)
-    held, location = partition or (_local(parameter), fsdp.locate(name, parameter, bound))
+    held, location = host.frozen_part(name, parameter)
     return Untrained(name, held, location, not parameter.requires_grad)
 
 
 def _persistent_buffers(model: nn.Module) -> Iterator[Tensor]:
     passing = {id(module._buffers[name]) for module in model.modules() for name in module._non_persistent_buffers_set}
     return (buffer for buffer in model.buffers() if id(buffer) not in passing)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    held: Tensor = fsdp.local_tensor(tensor).detach()
-    return held

@@ -18,7 +18,9 @@ from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, f
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
 
+from sharded_shampoo4.hosts import Host
 from sharded_shampoo4.integrations import fsdp
+from sharded_shampoo4.placement import Location, local_tensor, locate, process_group
 
 # World size: variant: how many copies there are of every parameter.
 VARIANTS = {
@@ -47,10 +49,10 @@ class Recorder:
     """Stands for the optimizer to which bind gives the locations."""
 
     def __init__(self) -> None:
-        self.locations: dict[Tensor, fsdp.Location] = {}
+        self.host = Host()
 
-    def _bind_locations(self, locations: dict[Tensor, fsdp.Location]) -> None:
-        self.locations = locations
+    def use_host(self, host: Host) -> None:
+        self.host = host
 
 
 class Wrapper:
@@ -88,11 +90,11 @@ def train(model: nn.Module, host: str, kind: str) -> dict[str, Any]:
         hosts.set_gradients(model, host, replayed(kind, step))
         optimizer.step()
     after_replay = hosts.full_parameters(model, host)
-    local = {name: fsdp.local_tensor(parameter).detach().clone() for name, parameter in parameters.items()}
+    local = {name: local_tensor(parameter).detach().clone() for name, parameter in parameters.items()}
     optimizer.zero_grad()
     loss = hosts.train_step(model, hosts.make_batch(kind))
     same_objects = all(new is parameters[name] for name, new in hosts.named(model, host).items())
-    gradients = {name: None if p.grad is None else fsdp.local_tensor(p.grad).shape for name, p in parameters.items()}
+    gradients = {name: None if p.grad is None else local_tensor(p.grad).shape for name, p in parameters.items()}
     torch.optim.SGD(parameters.values(), lr=0.1).step()
     return {
         "replayed": after_replay,
@@ -117,11 +119,11 @@ def host_cases(rank: int) -> dict[tuple[str, str], dict[str, Any]]:
             if host == "fsdp1":
                 fsdp.bind(Wrapper(recorder), model)
             parameters = hosts.named(model, host)
-            located = {name: fsdp.locate(name, p, recorder.locations) for name, p in parameters.items()}
-            group = fsdp.process_group(parameters.values())
+            located = {name: recorder.host.locate(name, p, p)[0] for name, p in parameters.items()}
+            group = process_group(parameters.values())
             results[variant, kind] = {"located": located, "ranks": dist.get_world_size(group)}
             results[variant, kind].update(train(model, host, kind))
-            again = {name: fsdp.locate(name, p, recorder.locations) for name, p in parameters.items()}
+            again = {name: recorder.host.locate(name, p, p)[0] for name, p in parameters.items()}
             assert again == located
     return results
 
@@ -152,7 +154,8 @@ def refusals(rank: int) -> dict[str, str]:
     moved = Recorder()
     fsdp.bind(moved, wrapped)
     held = next(iter(hosts.named(wrapped, "fsdp1").values()))
-    bound = {held: fsdp.Location(torch.Size((44, 20)), 0, 3, 0)}
+    elsewhere = fsdp.FSDP1Host({held: Location(torch.Size((44, 20)), 0, 3, 0)})
+    unbound = fsdp.FSDP1Host({})
     alone = FullyShardedDataParallel(
         hosts.make_model("mlp"),
         process_group=dist.new_subgroups(1)[0],
@@ -160,12 +163,12 @@ def refusals(rank: int) -> dict[str, str]:
         device_id=torch.device("cpu"),
     )
     return {
-        "shard 1": refusal(fsdp.locate, "w", placed((4, 6), (2,), Shard(1)), {}),
-        "partial": refusal(fsdp.locate, "w", partial, {}),
-        "strided": refusal(fsdp.locate, "w", strided, {}),
-        "unbound": refusal(fsdp.locate, "w", held, {}),
-        "moved": refusal(fsdp.locate, "w", held, bound),
-        "flat": refusal(fsdp.locate, "w", next(flat.parameters()), {}),
+        "shard 1": refusal(locate, "w", placed((4, 6), (2,), Shard(1))),
+        "partial": refusal(locate, "w", partial),
+        "strided": refusal(locate, "w", strided),
+        "unbound": refusal(unbound.locate, "w", held, held),
+        "moved": refusal(elsewhere.locate, "w", held, held),
+        "flat": refusal(unbound.locate, "w", next(flat.parameters()), next(flat.parameters())),
         "bind flat": refusal(fsdp.bind, Recorder(), flat),
         "bind plain": refusal(fsdp.bind, Recorder(), hosts.make_model("mlp")),
         "bind order": refusal(fsdp.bind, Recorder(), hosts.wrap(transposed, "fsdp1")),
@@ -188,11 +191,11 @@ def meshes(rank: int) -> dict[str, Any]:
     fully_shard(tensor_parallel.head, mesh=square["data"])
 
     def group_size(*modules: nn.Module) -> int:
-        group = fsdp.process_group(p for module in modules for p in module.parameters())
+        group = process_group(p for module in modules for p in module.parameters())
         return 1 if group is None else dist.get_world_size(group)
 
-    def interval(parameter: DTensor) -> tuple[fsdp.Location, Tensor]:
-        return fsdp.locate("w", parameter, {}), parameter.to_local()
+    def interval(parameter: DTensor) -> tuple[Location, Tensor]:
+        return locate("w", parameter), parameter.to_local()
 
     two = {"replicate": plane["replicate"], "shard": plane["shard"]}
     return {
@@ -202,8 +205,8 @@ def meshes(rank: int) -> dict[str, Any]:
         "plain": group_size(hosts.make_model("mlp")),
         "mixed": refusal(group_size, inner, world),
         "both": group_size(fully_shard(hosts.make_model("mlp"), mesh=two["shard"])),
-        "tensor parallel": refusal(fsdp.locate, "w", tensor_parallel.head.weight, {}),
-        "columns": refusal(fsdp.locate, "w", placed((4, 6), (2, 2), Shard(0), Shard(1)), {}),
+        "tensor parallel": refusal(locate, "w", tensor_parallel.head.weight),
+        "columns": refusal(locate, "w", placed((4, 6), (2, 2), Shard(0), Shard(1))),
         "rows": interval(placed((7, 3), (2, 2), Shard(0), Shard(0))),
         "long": interval(placed((1, 7, 3), (4,), Shard(1))),
         "copies": interval(placed((5, 3), (2, 2), Shard(0), Replicate())),
@@ -339,10 +342,10 @@ def test_meshes_of_several_dimensions() -> None:
 
 def test_one_process_holds_everything() -> None:
     parameter = nn.Parameter(torch.zeros(3, 4))
-    assert fsdp.locate("w", parameter, {}) == fsdp.Location(torch.Size((3, 4)), 0, 12, 0)
-    assert fsdp.locate("w", nn.Parameter(torch.zeros(0, 4)), {}) == fsdp.Location(torch.Size((0, 4)), 0, 0, 0)
-    assert fsdp.local_tensor(parameter) is parameter
-    assert fsdp.process_group([parameter]) is None
+    assert locate("w", parameter) == Location(torch.Size((3, 4)), 0, 12, 0)
+    assert locate("w", nn.Parameter(torch.zeros(0, 4))) == Location(torch.Size((0, 4)), 0, 0, 0)
+    assert local_tensor(parameter) is parameter
+    assert process_group([parameter]) is None
     assert doctest.testmod(fsdp).failed == 0
 
 

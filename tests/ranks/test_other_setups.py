@@ -40,8 +40,7 @@ class Setup(Training):
     def steps(self) -> dict[str, int]:
         """How many each factor has taken."""
         bindings = self.optimizer._bindings
-        engine = self.optimizer._members.engine
-        bindings.bind_all(self.optimizer.param_groups, self.optimizer.state, engine, "state_dict()")
+        bindings.bind_all(self.optimizer.param_groups, self.optimizer.state, self.optimizer, "state_dict()")
         return {matrix.name: matrix.step for binding in bindings.all() for matrix in binding.matrices}
 
 

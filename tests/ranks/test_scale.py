@@ -138,7 +138,7 @@ def test_a_step_keeps_to_its_scratch_memory(options: dict[str, Any]) -> None:
     for step in range(1, 10):
         for parameter in parameters:
             parameter.grad = torch.randn_like(parameter)
-        binding = optimizer._bindings.bind(optimizer.param_groups, optimizer.state, None)
+        binding = optimizer._bindings.bind(optimizer.param_groups, optimizer.state, optimizer)
         alive = MostAlive()
         with alive, torch.no_grad():
             binding.precondition()

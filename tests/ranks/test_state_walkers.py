@@ -94,11 +94,13 @@ def fresh_states(rank: int, host: str) -> tuple[bool, str]:
     training = Training(host)
     hosts.set_gradients(training.model, host, {})
     training.optimizer._bindings.bind_all(
-        training.optimizer.param_groups, training.optimizer.state, None, "state_dict()"
+        training.optimizer.param_groups, training.optimizer.state, training.optimizer, "state_dict()"
     )
     found = training.optimizer.state_dict()
     alone = Training("none")
-    alone.optimizer._bindings.bind_all(alone.optimizer.param_groups, alone.optimizer.state, None, "state_dict()")
+    alone.optimizer._bindings.bind_all(
+        alone.optimizer.param_groups, alone.optimizer.state, alone.optimizer, "state_dict()"
+    )
     packed = [entry["preconditioner"] for entry in found["state"].values() if "preconditioner" in entry]
     expected = [data.clone() for data in alone.optimizer._bindings.packed().values()]
     same = len(packed) == 3 and all(torch.equal(a, b) for a, b in zip(packed, expected, strict=True))

@@ -92,7 +92,7 @@ def stored_codes(factor: object) -> dict[str, Tensor]:
 def phases(fast: Directions) -> dict[tuple[int, int, int, str], tuple[int, int]]:
     """When the factors are due, as the reference takes it."""
     optimizer = fast.optimizer
-    schedule = optimizer._members.schedule({})
+    schedule = optimizer._members.schedule()
     assert schedule, "all groups are staggered"
     return {
         (int(name.split()[1]), block.row, block.column, side): tuple(phase)

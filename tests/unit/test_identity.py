@@ -206,10 +206,10 @@ def test_replaced_parameters_are_known_by_their_order() -> None:
     group = own.param_groups[0]
     new = {name: nn.Parameter(parameter.detach().clone()) for name, parameter in held.items()}
     group["params"] = [new["a"], held["b"], new["c"], new["d"]]
-    names = [entry.name for entry in own._members.entries(own.param_groups, {})]
+    names = [entry.name for entry in own._members.entries(own.param_groups)]
     assert names == list(NAMES)
     group["params"] = [new["d"], new["a"]]  # known by now, in whatever order
-    assert [entry.name for entry in own._members.entries(own.param_groups, {})] == ["d", "a"]
+    assert [entry.name for entry in own._members.entries(own.param_groups)] == ["d", "a"]
 
     other = optimizer_of(held)
     other.param_groups[0]["params"] = [new["a"], held["c"], held["b"], new["d"]]

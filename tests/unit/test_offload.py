@@ -11,8 +11,9 @@ from support.meta_steps import FakeRanks, count_step
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from sharded_shampoo4 import Shampoo4
+from sharded_shampoo4 import Shampoo4, placement
 from sharded_shampoo4.integrations import fsdp
+from sharded_shampoo4.placement import Location, compute_device
 from sharded_shampoo4.ranks import Ranks
 
 SHAPES = {"wide": (64, 64), "narrow": (32, 16)}
@@ -37,7 +38,7 @@ def offloaded(ranks: FakeRanks) -> dict[str, nn.Parameter]:
 
 def test_fsdp2_with_cpu_offload_computes_on_the_accelerator_of_the_mesh(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
-    monkeypatch.setattr(fsdp, "_current_device", lambda kind: asked.append(kind) or META)
+    monkeypatch.setattr(placement, "_current_device", lambda kind: asked.append(kind) or META)
     with FakeRanks(1, 4, SHAPES) as ranks:
         parameters = offloaded(ranks)
         assert all(parameter.device.type == "cpu" for parameter in parameters.values())
@@ -57,8 +58,8 @@ def test_fsdp2_with_cpu_offload_computes_on_the_accelerator_of_the_mesh(monkeypa
 def test_what_is_not_offloaded_stays_where_it_is() -> None:
     with FakeRanks(1, 4, SHAPES) as ranks:
         for parameter in ranks.parameters().values():  # on the meta device, of a mesh of the host
-            assert fsdp.compute_device(parameter) == META
-    assert fsdp.compute_device(torch.zeros(2)) == torch.device("cpu")
+            assert compute_device(parameter) == META
+    assert compute_device(torch.zeros(2)) == torch.device("cpu")
 
 
 def test_fsdp1_with_cpu_offload_computes_where_fsdp1_does() -> None:
@@ -79,9 +80,10 @@ def test_fsdp1_with_cpu_offload_computes_where_fsdp1_does() -> None:
     )
     with FakeRanks(1, 4, SHAPES):
         ((parameter, location),) = fsdp._unit_locations(unit, None)
-        assert location == fsdp.Location(torch.Size((6, 10)), 0, 30, 0, META)
+        assert location == Location(torch.Size((6, 10)), 0, 30, 0, META)
         optimizer = Shampoo4([("w", parameter)])
-        (entry,) = optimizer._members.entries(optimizer.param_groups, {parameter: location})
+        optimizer.use_host(fsdp.FSDP1Host({parameter: location}))
+        (entry,) = optimizer._members.entries(optimizer.param_groups)
         matrix = entry.matrix({})
         assert matrix is not None and matrix.device == META and entry.holder.device.type == "cpu"
 
