@@ -60,7 +60,7 @@ class FSDP1Host(Host):
         location = self.locations.get(parameter)
         return parameter.shape if location is None else location.shape
 
-    def check_parameter(self, name: str, parameter: Tensor, preconditioned: bool) -> None:
+    def check_parameter(self, name: str, parameter: Tensor, holder: Tensor, preconditioned: bool) -> None:
         """Raise ValueError for parameters that :func:`bind` has not told about: they look like vectors."""
         if preconditioned and parameter not in self.locations:
             _refuse_unbound(name, parameter)

@@ -113,9 +113,9 @@ class ZeroHost(Host):
         """Return the shape of the whole parameter, also while stage 3 keeps only a part of it."""
         return _whole_shape(parameter)
 
-    def check_parameter(self, name: str, parameter: Tensor, preconditioned: bool) -> None:
+    def check_parameter(self, name: str, parameter: Tensor, holder: Tensor, preconditioned: bool) -> None:
         """Raise ValueError for a parameter at stage 3 that stands in a group itself."""
-        if _is_initialized_partitioned(parameter):
+        if holder is parameter and _is_initialized_partitioned(parameter):
             raise ValueError(
                 f"{name} is partitioned by deepspeed.zero.Init, but the optimizer was not given to "
                 "deepspeed.initialize at stage 3"

@@ -79,8 +79,8 @@ class Host:
         """Return the shape of the whole parameter."""
         return parameter.shape
 
-    def check_parameter(self, name: str, parameter: Tensor, preconditioned: bool) -> None:
-        """Raise ValueError if ``parameter``, as it stands in a group, cannot be trained, and say what to do."""
+    def check_parameter(self, name: str, parameter: Tensor, holder: Tensor, preconditioned: bool) -> None:
+        """Raise ValueError if ``parameter``, of which ``holder`` stands in a group, cannot be trained; say what to do."""
 
     def locate(self, name: str, parameter: Tensor, holder: Tensor) -> tuple[Location, int]:
         """Return the interval of ``parameter`` on this rank, and where it begins in the flattened ``holder``.

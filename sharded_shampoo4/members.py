@@ -289,7 +289,7 @@ class Members:
         """
         self.host.check(chosen, entries[0].name if entries else "the parameters")
         for entry in entries:
-            self.host.check_parameter(entry.name, entry.parameter, entry.options.precondition)
+            self.host.check_parameter(entry.name, entry.parameter, entry.holder, entry.options.precondition)
             check_shared(entry.name, entry.parameter, chosen)
 
     def check_own_options(self) -> None:
