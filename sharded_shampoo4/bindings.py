@@ -11,7 +11,7 @@ import contextlib
 import warnings
 from collections.abc import Hashable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from .distributor import Candidate, Distributor
 from .groups import leave_word
 from .hosts import Host
 from .layout import matrix_shape
-from .members import Entry, Members
+from .members import Entry, Members, Signature
 from .options import PreconditionerOptions
 from .placement import Location, process_group, shard_vector
 from .plan import Shard, Work
@@ -33,6 +33,14 @@ from .state_dicts import MARK, is_marked
 from .untrained import Untrained, of_parameter
 
 Unbound = packing.PackedState | packing.PackedPieces
+
+
+class _Seen(NamedTuple):
+    """What a step found. As long as the signature stays the same, it need not be looked for again."""
+
+    signature: Signature
+    entries: list[Entry]
+    binding: Distributor
 
 
 class Bindings:
@@ -50,6 +58,7 @@ class Bindings:
         self.last: Distributor | None = None  # that of the last step
         self._has_left_word = False
         self._by_key: dict[tuple[Hashable, ...], Distributor] = {}
+        self._seen: dict[int, _Seen] = {}  # by the first tensor in a call, what was found in its last step
         self._changes = 0  # of the members, that were seen
         self._marked: set[Tensor] = set()  # parameters whose factors the optimizer's states have told of
 
@@ -65,11 +74,11 @@ class Bindings:
     def use_host(self, host: Host) -> None:
         """Be told who arranges the parameters."""
         self.members.use_host(host)
-        self.ranks = None
+        self.ranks, self._seen = None, {}
 
     def load(self, unbound: dict[Tensor, Unbound]) -> None:
         """Forget all factors, and take these instead."""
-        self.unbound, self.last, self._by_key = unbound, None, {}
+        self.unbound, self.last, self._by_key, self._seen = unbound, None, {}, {}
         self._marked = set()
         self.members.replaced.clear()
 
@@ -88,16 +97,30 @@ class Bindings:
         raised on every rank.
         """
         ranks = self._meet(groups, optimizer, "step()")
-        entries: list[Entry] = []
+        signature, seen, entries = None, None, []
         try:
-            entries = self.members.entries(groups)
-            self.let_go(groups, state)
-            for entry in entries:
-                _check_numbers(entry, entry.holder.grad)
+            signature = self.members.signature(groups)
+            seen = self._seen.get(signature.first)
+            if seen is None or seen.signature != signature:
+                seen, entries = None, self._check_entries(groups, state)
         except Exception as found:
             error = error or found
-        self.last = self._bind_entries(ranks, entries, state, error, stepping=True)
+        if seen is not None:
+            self.last = self._agree(ranks, seen.entries, seen.binding, False, state, error, stepping=True)
+        else:
+            self.last = self._bind_entries(ranks, entries, state, error, stepping=True)
+            if signature is not None:
+                now = {first: seen for first, seen in self._seen.items() if seen.signature.version == signature.version}
+                self._seen = {**now, signature.first: _Seen(signature, entries, self.last)}
         return self.last
+
+    def _check_entries(self, groups: Sequence[dict[str, Any]], state: MutableMapping[Tensor, Any]) -> list[Entry]:
+        """What ``groups`` hold now, with gradients that can be preconditioned."""
+        entries = self.members.entries(groups)
+        self.let_go(groups, state)
+        for entry in entries:
+            _check_numbers(entry, entry.holder.grad)
+        return entries
 
     def mark(self, parameters: Iterable[Tensor], state: MutableMapping[Tensor, Any]) -> None:
         """Have ``state`` tell of the factors of these parameters, where it has states of the base."""
@@ -253,16 +276,35 @@ class Bindings:
         error: Exception | None,
         stepping: bool = False,
     ) -> Distributor:
-        chosen: list[Entry] = []
-        matrices: list[Matrix] = []
+        """Give the binding of ``entries``, made anew if they are not what they were; collective."""
         binding = self._by_key.get(_key(entries))
-        stale = changed = False
-        cleared: set[Tensor] = set()
+        stale = False
         try:
             chosen, matrices = _matrices(entries, self.members.schedule())
             stale = binding is None or not binding.fits(
                 [entry.parameter for entry in chosen], [entry.holder for entry in chosen], matrices
             )
+            if binding is not None and not stale:
+                for known, matrix in zip(binding.matrices, matrices, strict=True):
+                    known.name = matrix.name
+        except Exception as found:
+            error = error or found
+        return self._agree(ranks, entries, binding, stale, state, error, stepping)
+
+    def _agree(
+        self,
+        ranks: Ranks,
+        entries: list[Entry],
+        binding: Distributor | None,
+        stale: bool,
+        state: Mapping[Tensor, Any],
+        error: Exception | None,
+        stepping: bool,
+    ) -> Distributor:
+        """Ask all ranks whether ``binding`` is right for this call, and mend or replace it if not; collective."""
+        changed = False
+        cleared: set[Tensor] = set()
+        try:
             changed = binding is not None and not stale and binding.presence_changed()
             cleared = self.cleared(state)
         except Exception as found:
@@ -278,10 +320,8 @@ class Bindings:
         if any_cleared:
             self._reset(ranks, entries, state, cleared)
         if any_stale:
-            binding = self._rebind(ranks, entries, chosen, matrices, state)
+            binding = self._rebind(ranks, entries, state)
         assert binding is not None
-        for known, matrix in zip(binding.matrices, matrices, strict=True):
-            known.name = matrix.name
         if any_stale or any_changed:
             binding.agree_on_presence()
             binding.check_replicas()
@@ -291,8 +331,6 @@ class Bindings:
         self,
         ranks: Ranks,
         entries: list[Entry],
-        chosen: list[Entry],
-        matrices: list[Matrix],
         state: Mapping[Tensor, Any],
     ) -> Distributor:
         """Bind parameters that have changed, and carry their factors over."""
@@ -300,7 +338,9 @@ class Bindings:
         old = self._by_key.get(key)
         places = {parameter: index for index, parameter in enumerate(old.parameters)} if old else {}
         candidates: list[Candidate] = []
+        self._seen = {}
         with ranks.together():
+            chosen, matrices = _matrices(entries, self.members.schedule())
             self.members.check(entries, self.chosen)
             self._check_that_something_is_left(entries, matrices)
             for entry, matrix in zip(chosen, matrices, strict=True):

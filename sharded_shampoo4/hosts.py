@@ -80,7 +80,7 @@ class Host:
         return parameter.shape
 
     def check_parameter(self, name: str, parameter: Tensor, holder: Tensor, preconditioned: bool) -> None:
-        """Raise ValueError if ``parameter``, of which ``holder`` stands in a group, cannot be trained; say what to do."""
+        """Raise ValueError, saying what to do, if a parameter cannot be trained; ``holder`` stands in its group."""
 
     def locate(self, name: str, parameter: Tensor, holder: Tensor) -> tuple[Location, int]:
         """Return the interval of ``parameter`` on this rank, and where it begins in the flattened ``holder``.

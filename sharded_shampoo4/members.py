@@ -11,7 +11,7 @@ import weakref
 from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from .advice import Given
 from .hosts import FlatTensor, Host, find_host
 from .layout import matrix_shape
 from .names import match_names, names_in, plain_name, plain_names
-from .options import PreconditionerOptions
+from .options import OPTION_NAMES, PreconditionerOptions
 from .placement import Location, check_shared
 from .preconditioner import Matrix
 from .schedule import Phases, stagger
@@ -86,6 +86,22 @@ class Entry:
         return self.host.locate(self.name, self.parameter, self.holder)
 
 
+class Signature(NamedTuple):
+    """What a step depends on: two steps with equal signatures are about the same tensors, options and gradients' types.
+
+    Attributes:
+        first: id of the first tensor.
+        tensors: all that is asked of each tensor in the groups.
+        options: of all groups of the optimizer.
+        version: of what is known of the parameters.
+    """
+
+    first: int
+    tensors: list[tuple[Any, ...]]
+    options: list[list[Any]]
+    version: int
+
+
 @dataclass(eq=False)
 class _Member:
     """A parameter as it was given. The references are weak: hosts that replace parameters want the old ones freed."""
@@ -131,6 +147,7 @@ class Members:
         self._host: Host | None = None  # once it is known for good
         self._described: list[tuple[int, str, torch.Size, PreconditionerOptions]] = []
         self._schedule: Mapping[tuple[int, str], Phases] = {}  # of what is described
+        self._version = 0  # of names, groups and host
         self.changes = 0  # how often other parameters than before were found in the groups
         self.replaced: list[tuple[weakref.ReferenceType[Tensor], _Member]] = []  # since they were last looked at
 
@@ -189,6 +206,7 @@ class Members:
         kept = [given for given in self._given if given.members]  # DeepSpeed drops empty groups
         for given, group in zip(self._given if len(groups) == len(self._given) else kept, groups, strict=True):
             given.group, given.options = group, _lasting(group)
+        self._version += 1
         self._write_names()
 
     def _by_tensor(self) -> dict[Tensor, _Member]:
@@ -210,6 +228,7 @@ class Members:
         return self._given[number] if count == len(self._given) else None
 
     def _relabel(self) -> None:
+        self._version += 1
         members = [member for given in self._given for member in given.members]
         counts = Counter(member.name for member in members)
         seen: Counter[str] = Counter()
@@ -376,6 +395,13 @@ class Members:
         calls = [by_key[key] for key in sorted(by_key, key=_number)]
         return [[entry for call in calls for entry in call]] if host.steps_once else calls
 
+    def signature(self, groups: Sequence[dict[str, Any]]) -> Signature:
+        """All that decides what :meth:`entries` gives, and how these are preconditioned, as cheaply as possible."""
+        tensors = [_describe(parameter) for group in groups for parameter in group["params"]]
+        options = [[given.group.get(name) for name in OPTION_NAMES] for given in self._given]
+        first = tensors[0][0] if tensors else 0
+        return Signature(first, tensors, options, self._version)
+
     def group(self, number: int) -> dict[str, Any]:
         """A group, by its number."""
         return self._given[number].group
@@ -480,6 +506,13 @@ def _recognize(
         f"{_few([member.shape for member in before.members])} and now has {len(params)} of shapes "
         f"{_few([parameter.shape for parameter in params])}: no telling which is which"
     )
+
+
+def _describe(tensor: Tensor) -> tuple[Any, ...]:
+    """What of a tensor and its gradient a step depends on."""
+    gradient = tensor.grad
+    kind = None if gradient is None else (gradient.dtype, gradient.layout)
+    return id(tensor), tensor.requires_grad, tensor.dtype, tensor.device, tensor.shape, kind
 
 
 def _is_trained(member: _Member) -> bool:
