@@ -130,7 +130,6 @@ OURS = {
     "shampoo4": Choice("Shampoo4, 4 bits", _ours(dict)),
     "shampoo4-naive": Choice("Shampoo4, naive", _ours(lambda: {"quantize": "preconditioner"})),
     "shampoo4-staggered": Choice("Shampoo4, staggered", _ours(lambda: {"refresh": "staggered"})),
-    "shampoo4-triangle": Choice("Shampoo4, triangle roots", _ours(lambda: {"root": "triangle"})),
     "shampoo4-implicit": Choice("Shampoo4, implicit roots", _ours(lambda: {"root": "implicit"})),
     "shampoo4-compact": Choice("Shampoo4, compact", _ours(lambda: Shampoo4.compact_settings())),
     "shampoo4-compiled": Choice("Shampoo4, compiled", _ours(lambda: {"compile": True}), compiles=True),

@@ -26,7 +26,7 @@ statistics nor roots are due; of the staggered mode, where some are due at every
 | meta-shampoo | blocks of 1024, precondition_frequency = interval, Adam grafting, betas (0.9, 0.999) |
 | bitsandbytes-adamw8bit; torchao-adamw8bit, -adamw4bit | fewer than 4096 elements stay in float32 |
 | shampoo4, -32bit, -naive | statistics_interval = root_interval = interval; bits=32; quantize="preconditioner" |
-| shampoo4-staggered, -triangle, -implicit | with refresh="staggered", root="triangle", root="implicit" |
+| shampoo4-staggered, -implicit | with refresh="staggered", root="implicit" |
 | shampoo4-compact, -compiled | with compact_settings(); compile=True |
 
 Other preconditioners than ours absorb statistics at every step. Muon multiplies in bfloat16, which takes seconds on a

@@ -52,7 +52,6 @@ ABLATION = {
     **{f"{name}-{bits}": (*flags, "--bits", str(bits)) for bits in (4, 3) for name, flags in _VARIANTS.items()},
 }
 _MODES: dict[str, tuple[str, ...]] = {
-    "triangle": ("--root", "triangle"),
     "implicit": ("--root", "implicit"),
     "scales": ("--scale_dtype", "bfloat16"),
     "normal": ("--codebook", "normal"),

@@ -42,7 +42,6 @@ WAYS = [
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "stored roots": {},
-    "triangle roots": {"root": "triangle"},
     "implicit roots": {"root": "implicit"},
     "bfloat16 scales": {"scale_dtype": "bfloat16"},
     "normal levels": {"codebook": "normal"},

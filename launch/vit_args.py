@@ -197,7 +197,7 @@ def _add_shampoo(parser: argparse.ArgumentParser) -> None:
     add("--scale_dtype", choices=("float32", "bfloat16"), help="of the scales (default: float32; compact: bfloat16)")
     add(
         "--root",
-        choices=("stored", "triangle", "implicit"),
+        choices=("stored", "implicit"),
         help="how inverse roots are kept (default: stored; compact: implicit)",
     )
     add("--quant_block_size", type=_positive, default=64, help="elements that share a scale")

@@ -33,17 +33,15 @@ def factor_layout(order: int, options: PreconditionerOptions) -> dict[str, tuple
     """Name, shape and type of every tensor that one factor keeps: the one place that decides what is stored.
 
     ``eigenvalues`` and ``basis`` (rows are eigenvectors), or the matrix itself, as ``statistics`` in float32 or as a
-    float32 diagonal and low-precision off-diagonal; the same for the inverse ``root``, whose off-diagonal may be there
-    once, folded, or not at all; ``failures`` counts statistics and root steps that failed in a row.
+    float32 diagonal and low-precision off-diagonal; the same for the inverse ``root``, unless roots are implicit;
+    ``failures`` counts statistics and root steps that failed in a row.
     """
 
-    def packed(name: str, rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    def packed(name: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        scales = (order, quantization.block_count(order, options.quant_block_size))
         return {
-            f"{name}.codes": ((rows, quantization.packed_width(columns, options.bits)), torch.uint8),
-            f"{name}.scales": (
-                (rows, quantization.block_count(columns, options.quant_block_size)),
-                getattr(torch, options.scale_dtype),
-            ),
+            f"{name}.codes": ((order, quantization.packed_width(order, options.bits)), torch.uint8),
+            f"{name}.scales": (scales, getattr(torch, options.scale_dtype)),
         }
 
     vector = ((order,), torch.float32)
@@ -52,12 +50,11 @@ def factor_layout(order: int, options: PreconditionerOptions) -> dict[str, tuple
     if not options.is_quantized(order):
         return {"statistics": matrix, "root": matrix, "failures": failures}
     if options.quantize == "eigenbasis":
-        layout = {"eigenvalues": vector, **packed("basis", order, order)}
+        layout = {"eigenvalues": vector, **packed("basis")}
     else:
-        layout = {"statistics.diagonal": vector, **packed("statistics", order, order)}
+        layout = {"statistics.diagonal": vector, **packed("statistics")}
     if options.root != "implicit":
-        size = quantization.folded_shape(order) if options.root == "triangle" else (order, order)
-        layout.update({"root.diagonal": vector, **packed("root", *size)})
+        layout.update({"root.diagonal": vector, **packed("root")})
     return {**layout, "failures": failures}
 
 
@@ -130,8 +127,6 @@ class FactorPool:
             diagonal = matrices.diagonal(dim1=-2, dim2=-1)
             encoded[f"{name}.diagonal"] = diagonal.clone()
             diagonal.zero_()
-            if self._folded(name):
-                matrices = quantization.fold(matrices)
         encoded[f"{name}.codes"], encoded[f"{name}.scales"] = quantization.quantize(
             matrices,
             codebook=self.options.codebook,
@@ -141,9 +136,6 @@ class FactorPool:
         )
         return encoded
 
-    def _folded(self, name: str) -> bool:
-        return name == "root" and self.options.root == "triangle"
-
     def _decode(self, name: str, where: Index) -> Tensor:
         """The matrices (k, n, n), float32, that were encoded under ``name``."""
         if name in self.tensors:
@@ -152,14 +144,12 @@ class FactorPool:
         matrices = dequantize(
             self.tensors[f"{name}.codes"][where],
             self.tensors[f"{name}.scales"][where],
-            quantization.folded_shape(self.order)[1] if self._folded(name) else self.order,
+            self.order,
             codebook=self.options.codebook,
             bits=self.options.bits,
             block=self.options.quant_block_size,
         )
         if f"{name}.diagonal" in self.tensors:
-            if self._folded(name):
-                matrices = quantization.unfold(matrices, self.order)
             matrices.diagonal(dim1=-2, dim2=-1).copy_(self.tensors[f"{name}.diagonal"][where])
         return matrices
 

@@ -85,7 +85,7 @@ class Shampoo4(SteppingTogether):
         quant_block_size: Elements that share one scale. (default: 64)
         scale_dtype: Type of the stored scales. One of "float32", "bfloat16". (default: "float32")
         root: Whether inverse roots are stored; "implicit" computes directions from the rectified eigenbases in every
-            step. One of "stored", "triangle", "implicit". (default: "stored")
+            step. One of "stored", "implicit". (default: "stored")
         min_quant_numel: Least elements of a factor that is quantized; smaller ones stay in float32. (default: 4096)
         shampoo_beta: Decay of the statistics' running average, in [0, 1), per statistics update. (default: 0.95)
         matrix_eps: Initial statistics, and ridge of the inverse roots relative to the largest eigenvalue. (default:

@@ -21,7 +21,7 @@ CodeBook = Literal["linear2", "dynamic_tree", "normal"]
 RefreshDtype = Literal["float64", "float32"]
 Refresh = Literal["together", "staggered"]
 RefreshIterations = Literal[1, 2]
-Root = Literal["stored", "triangle", "implicit"]
+Root = Literal["stored", "implicit"]
 ScaleDtype = Literal["float32", "bfloat16"]
 LowDtype = Literal["float32", "bfloat16"]
 Split = Literal["even", "remainder"]
@@ -162,6 +162,7 @@ DEFAULTS: dict[str, Any] = {option.name: option.default for option in fields(Pre
 HELP: dict[str, str] = {option.name: option.metadata["help"] for option in fields(PreconditionerOptions)}
 OPTION_NAMES = tuple(DEFAULTS)
 _LOWEST: dict[str, int | None] = {option.name: option.metadata["lowest"] for option in fields(PreconditionerOptions)}
+_DROPPED = ", which is no longer there, nor are its states read: use 'implicit', which stores less with less error"
 _BEFORE: dict[str, Any] = {"interval_warmup": False}  # what versions did that did not know the option
 _CONVERTERS: dict[type, Any] = {bool: to_boolean, int: to_integer, float: to_number, str: to_word, tuple: to_tuple}
 _cached = functools.lru_cache(maxsize=256, typed=True)(PreconditionerOptions)
@@ -201,7 +202,8 @@ def _is_number(value: Any) -> bool:
 def choose(name: str, value: Any, choices: tuple[Any, ...]) -> None:
     """Raise ValueError unless ``value`` is one of the ``choices``."""
     if isinstance(value, bool) or value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+        hint = _DROPPED if (name, value) == ("root", "triangle") else ""
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}{hint}")
 
 
 def check_integer(name: str, value: Any, lowest: int) -> None:

@@ -53,7 +53,7 @@ CASES: dict[str, tuple[dict[str, Any], Tolerance]] = {
     "3 bits": ({"bits": 3}, CODES),
     "8 bits": ({"bits": 8}, CODES),
     "naive": ({"quantize": "preconditioner"}, CODES),
-    "triangles": ({"root": "triangle"}, CODES),
+    "implicit roots": ({"root": "implicit"}, CODES),
     "compact": (COMPACT, CODES),
     "staggered": ({"refresh": "staggered"}, CODES),
     "products in bfloat16": ({"matmul_dtype": "bfloat16"}, BFLOAT16),

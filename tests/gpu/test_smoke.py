@@ -25,12 +25,11 @@ CHOICES: dict[str, dict[str, Any]] = {
     "32 bits": {"bits": 32},
     "small factors in float32": {"min_quant_numel": 1600},
     "naive": {"quantize": "preconditioner"},
-    "naive, 3 bits, triangles": {"quantize": "preconditioner", "bits": 3, "root": "triangle"},
+    "naive, 3 bits": {"quantize": "preconditioner", "bits": 3},
     "dynamic tree": {"codebook": "dynamic_tree"},
     "normal code book": {"codebook": "normal"},
     "blocks of 48": {"quant_block_size": 48},
     "bfloat16 scales": {"scale_dtype": "bfloat16"},
-    "triangles": {"root": "triangle"},
     "implicit roots": {"root": "implicit"},
     "remainder split": {"split": "remainder"},
     "staggered": {"refresh": "staggered"},
@@ -48,7 +47,7 @@ CHOICES: dict[str, dict[str, Any]] = {
 }
 # Compiled too: each of these has its own code for dequantization.
 COMPILED = (
-    "default", "compact", "3 bits", "8 bits", "naive, 3 bits, triangles", "dynamic tree", "blocks of 48", "triangles",
+    "default", "compact", "3 bits", "8 bits", "naive, 3 bits", "dynamic tree", "blocks of 48", "implicit roots",
     "products in bfloat16",
 )  # fmt: skip
 INTERVALS = {"statistics_interval": 2, "root_interval": 4}

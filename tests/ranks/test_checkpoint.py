@@ -16,6 +16,7 @@ from support.training import ALL, FIRST, KIND, OPTIONS, THEN, Training
 from torch import Tensor, nn
 
 from sharded_shampoo4 import Shampoo4, checkpoint
+from sharded_shampoo4.options import PreconditionerOptions
 
 
 def save_all(rank: int, folder: str) -> None:
@@ -157,7 +158,7 @@ MISMATCHES: dict[str, tuple[dict[str, Any], str]] = {
     "split": ({"split": "remainder"}, r"split='even' where .* split='remainder'"),
     "what is quantised": ({"quantize": "preconditioner"}, r"quantize='eigenbasis' where .* quantize='preconditioner'"),
     "threshold": ({"min_quant_numel": 600}, r"min_quant_numel=0 where .* min_quant_numel=600"),
-    "roots": ({"root": "triangle"}, r"root='stored' where .* root='triangle'"),
+    "roots": ({"root": "implicit"}, r"root='stored' where .* root='implicit'"),
     "types of scales": ({"scale_dtype": "bfloat16"}, r"scale_dtype='float32' where .* scale_dtype='bfloat16'"),
     "base": ({"base": "sgd", "momentum": 0.9}, r"base optimizer AdamW, this one has SGD"),
 }
@@ -173,6 +174,16 @@ def test_options_that_shape_bytes_must_agree(name: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         checkpoint.load(other.optimizer, tmp_path)
     assert snapshot(other.optimizer) == before
+
+
+def test_a_checkpoint_with_roots_that_are_no_longer_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = PreconditionerOptions.shaping_bytes
+    with monkeypatch.context() as patch:
+        patch.setattr(PreconditionerOptions, "shaping_bytes", lambda options: {**now(options), "root": "triangle"})
+        trained(tmp_path)
+    other = Training("none")
+    with pytest.raises(ValueError, match="got 'triangle', which is no longer there, nor are its states read"):
+        checkpoint.load(other.optimizer, tmp_path)
 
 
 def test_names_and_shapes_must_agree(tmp_path: Path) -> None:

@@ -123,7 +123,7 @@ def most_in_flight(host: str, depth: int, batch_elements: int, monkeypatch: pyte
     [
         {},
         pytest.param({"bits": 32}, marks=pytest.mark.slow),
-        pytest.param({"root": "triangle", "codebook": "normal"}, marks=pytest.mark.slow),
+        pytest.param({"root": "implicit", "codebook": "normal"}, marks=pytest.mark.slow),
         Shampoo4.compact_settings(),
         {"min_quant_numel": 10**6},
     ],

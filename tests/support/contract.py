@@ -44,8 +44,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "mlp",
         {"max_preconditioner_dim": 30, "min_quant_numel": 0, "exchange_dtype": "bfloat16", "matmul_dtype": "bfloat16"},
     ),
-    "tied, triangles, staggered": (
-        "tied", {"max_preconditioner_dim": 25, "min_quant_numel": 0, "refresh": "staggered", "root": "triangle"}
+    "tied, implicit roots, staggered": (
+        "tied", {"max_preconditioner_dim": 25, "min_quant_numel": 0, "refresh": "staggered", "root": "implicit"}
     ),
     "mlp, 32 bits": ("mlp", {"bits": 32, "max_preconditioner_dim": 25, "grafting": "none"}),
 }  # fmt: skip

@@ -128,31 +128,16 @@ def chunks(size: int, largest: int, split: str) -> list[tuple[int, int]]:
 
 
 class Off:
-    """A square matrix as a float32 diagonal and quantised off-diagonal rows (the paper's (a, Q(A - Diag(a)))).
+    """A square matrix as a float32 diagonal and quantised off-diagonal rows (the paper's (a, Q(A - Diag(a))))."""
 
-    With `triangle` what is below the diagonal: the lower half of the rows, row i followed by row n - 1 - i backwards.
-    """
-
-    def __init__(self, matrix: Tensor, codebook: Tensor, block: int, triangle: bool = False, **way: Any) -> None:
-        self.codebook, self.block, self.triangle = codebook, block, triangle
+    def __init__(self, matrix: Tensor, codebook: Tensor, block: int, **way: Any) -> None:
+        self.codebook, self.block = codebook, block
         self.diagonal = matrix.diagonal().float().clone()
         off = matrix.float() - torch.diag(self.diagonal)
-        if triangle:
-            n = len(off)
-            pairs = [(off[i, :i], off[n - 1 - i, : n - 1 - i].flip(0)) for i in range(n // 2, n)]
-            off = torch.stack([torch.cat(pair) for pair in pairs])
         self.codes, self.scales = quantise(off, codebook, block, **way)
 
     def dense(self) -> Tensor:
         off = dequantise(self.codes, self.scales, self.codebook, self.block)
-        if self.triangle:
-            n = len(self.diagonal)
-            folded, off = off, torch.zeros(n, n)
-            for row, i in zip(folded, range(n // 2, n), strict=True):
-                off[i, :i] = row[:i]
-                if i != n - 1 - i:
-                    off[n - 1 - i, : n - 1 - i] = row[i:].flip(0)
-            off = off + off.T
         off.fill_diagonal_(0)  # not every code book has a level 0
         return off + torch.diag(self.diagonal)
 
@@ -169,7 +154,7 @@ class Factor:
     def __init__(self, order: int, kind: str, codebook: Tensor, block: int, beta: float, matrix_eps: float,
                  rectify_steps: tuple[int, int], dtype: torch.dtype, root: str = "stored", iterations: int = 1,
                  **way: Any) -> None:  # fmt: skip
-        self.implicit, self.triangle = root == "implicit" and kind == "eigenbasis", root == "triangle"
+        self.implicit = root == "implicit" and kind == "eigenbasis"
         self.iterations, self.way = iterations, way
         self.order, self.kind, self.codebook, self.block = order, kind, codebook, block
         self.beta, self.matrix_eps, self.rectify_steps, self.dtype = beta, matrix_eps, rectify_steps, dtype
@@ -187,7 +172,7 @@ class Factor:
         if self.kind == "plain":
             self.root_matrix = root.float()
         elif not self.implicit:
-            self.root_off = Off(root, self.codebook, self.block, self.triangle, **self.way)
+            self.root_off = Off(root, self.codebook, self.block, **self.way)
 
     def vectors(self) -> Tensor:
         """Dequantised V, eigenvectors as columns, before rectification."""
@@ -261,7 +246,7 @@ class Reference:
         codebook: Literal["linear2", "dynamic_tree"] | Tensor = "linear2",
         quant_block_size: int = 64,
         scale_dtype: Literal["float32", "bfloat16"] = "float32",
-        root: Literal["stored", "triangle", "implicit"] = "stored",
+        root: Literal["stored", "implicit"] = "stored",
         min_quant_numel: int = 4096,
         shampoo_beta: float = 0.95,
         matrix_eps: float = 1e-6,

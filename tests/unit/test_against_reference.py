@@ -27,9 +27,8 @@ OPTIONS = {
     "no grafting, other constants": {
         "grafting": "none", "shampoo_beta": 0.8, "matrix_eps": 1e-4, "rectify_steps": (0, 2)
     },
-    "triangles": {"root": "triangle"},
-    "triangles, everything quantised": {"root": "triangle", "min_quant_numel": 0, "bits": 8},
     "implicit roots": {"root": "implicit"},
+    "implicit roots, everything quantised": {"root": "implicit", "min_quant_numel": 0, "bits": 8},
     "normal code book, bfloat16 scales": {"codebook": "normal", "scale_dtype": "bfloat16"},
     "linear square, bfloat16 scales": {"scale_dtype": "bfloat16"},
     "two QR steps": {"refresh_iterations": 2},

@@ -22,7 +22,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 WAYS = {
     "4 bits": {},
     "32 bits": {"bits": 32},
-    "triangles": {"root": "triangle"},
+    "implicit roots": {"root": "implicit"},
     "compact": Shampoo4.compact_settings(),
     "products in bfloat16": {"matmul_dtype": "bfloat16"},
 }
@@ -30,7 +30,9 @@ WAYS = {
 
 SHAPES = [(2, 3), (10, 64), (48, 48), (64, 65), (96, 130), (65, 200), (147, 64), (384, 96)]
 FEW = [(48, 48), (65, 200), (384, 96)]
-CASES = [(shape, way) for way in WAYS for shape in (FEW if way in ("triangles", "products in bfloat16") else SHAPES)]
+CASES = [
+    (shape, way) for way in WAYS for shape in (FEW if way in ("implicit roots", "products in bfloat16") else SHAPES)
+]
 THREADS = [
     pytest.param(1, *case, marks=() if case[0] in FEW else pytest.mark.slow, id=f"1 thread-{case}") for case in CASES
 ] + [

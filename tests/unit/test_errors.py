@@ -23,7 +23,8 @@ IMPOSSIBLE: list[tuple[dict[str, Any], str]] = [
     ({"quantize": "eigen"}, "quantize must be one of 'eigenbasis', 'preconditioner', got 'eigen'"),
     ({"codebook": "linear"}, "codebook must be one of 'linear2', 'dynamic_tree', 'normal'"),
     ({"codebook": "normal", "quant_block_size": 1}, "codebook='normal' needs a quant_block_size of at least 2"),
-    ({"root": "triangle", "bits": 32}, "root='triangle' is about low precision"),
+    ({"root": "implicit", "bits": 32}, "root='implicit' is about low precision"),
+    ({"root": "triangle"}, "root must be one of 'stored', 'implicit', got 'triangle', which is no longer there"),
     ({"root": "implicit", "quantize": "preconditioner"}, "root='implicit' needs quantize='eigenbasis'"),
     ({"refresh_iterations": 3}, "refresh_iterations must be one of 1, 2, got 3"),
     ({"quant_block_size": 0}, "quant_block_size must be an integer of at least 1, got 0"),
@@ -165,6 +166,12 @@ def test_checkpoints_that_do_not_fit() -> None:
     cast["state"][0]["preconditioner"] = cast["state"][0]["preconditioner"].float()
     with pytest.raises(ValueError, match=r"elements of torch.float32"):
         Shampoo4([parameter]).load_state_dict(cast)
+    dropped = copy.deepcopy(saved)
+    dropped["param_groups"][0]["root"] = "triangle"
+    before = copy.deepcopy((optimizer := Shampoo4([parameter])).state_dict())
+    with pytest.raises(ValueError, match="got 'triangle', which is no longer there, nor are its states read"):
+        optimizer.load_state_dict(dropped)
+    assert optimizer.state_dict() == before
     newer = copy.deepcopy(saved)
     newer["param_groups"][0]["preconditioner_format"] = 99
     with pytest.raises(ValueError, match="has format 99, this version of Shampoo4 reads up to 2"):

@@ -137,14 +137,3 @@ def test_each_refinement_lessens_the_error() -> None:
     tree, square, normal = (error(codebook=book) for book in ("dynamic_tree", "linear2", "normal"))
     assert normal < 0.81 * square < 0.81 * tree
     assert error(codebook="normal", scale_dtype=torch.bfloat16) < 1.005 * normal
-
-
-@pytest.mark.parametrize("order", [1, 2, 3, 8, 9, 65])
-def test_triangles_fold_into_rectangles(order: int) -> None:
-    matrices = torch.randn(2, order, order)
-    matrices = matrices + matrices.mT
-    matrices.diagonal(dim1=-2, dim2=-1).zero_()
-    folded = quantization.fold(matrices)
-    assert folded.shape[1:] == quantization.folded_shape(order)
-    assert torch.equal(quantization.unfold(folded, order), matrices)
-    assert folded[0].numel() <= order * (order - 1) / 2 + order / 2 or order == 1

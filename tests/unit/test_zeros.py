@@ -26,7 +26,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "compact": Shampoo4.compact_settings(),
     "compact, 3 bits": {**Shampoo4.compact_settings(), "bits": 3},
     "compact, 8 bits": {**Shampoo4.compact_settings(), "bits": 8},
-    "triangles": {"root": "triangle"},
+    "implicit roots": {"root": "implicit"},
     "staggered": {"refresh": "staggered"},
     "blocks": {"max_preconditioner_dim": 100},
     "block grafting": {"grafting": "block", "max_preconditioner_dim": 100},
