@@ -22,6 +22,7 @@ LAUNCHERS = {
 }
 OWN = {  # a launch's own, and those of the agent that forked workers do without
     *("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_ERROR_FILE"),
+    "TORCHELASTIC_SIGNALS_TO_HANDLE",  # which the agent takes from its caller; torch 2.9.0 does not pass it on
 }
 
 
