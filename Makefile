@@ -2,6 +2,7 @@
 # make test        every promise of the README once: about 5 minutes on two cores
 # make test-all    all tests: every host, rank count and configuration
 # make test-gpu    the tests that need a CUDA device
+# make test-versions  `make test` with the least versions that setup.cfg allows, then with the newest: tests/versions
 # make test-peers  the tests that need other optimizers' packages, which it installs
 # make golden      record anew the bits that tests/golden holds, after a change that means to change numbers
 # make lint        ruff and mypy
@@ -10,6 +11,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 PIP_FLAGS ?=
+CONSTRAINTS ?= constraints.txt
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 
@@ -22,7 +24,7 @@ export TOKENIZERS_PARALLELISM = false
 # DeepSpeed compiles nothing when it is installed.
 export DS_BUILD_OPS = 0
 
-.PHONY: train test test-all test-gpu test-peers golden lint soak bench clean
+.PHONY: train test test-all test-gpu test-versions test-minimum test-newest test-peers golden lint soak bench clean
 
 train: $(READY)
 	$(BIN)/accelerate launch --config_file launch/configs/fsdp2.yaml --num_processes 2 --main_process_port 0 \
@@ -37,12 +39,18 @@ test-all: $(READY)
 test-gpu: $(READY)
 	$(BIN)/python -m pytest tests/gpu
 
+# Each in a virtual environment of its own: 8 GB where pip's torch comes with CUDA.
+test-versions: test-minimum test-newest
+
+test-minimum test-newest: test-%:
+	$(MAKE) test VENV=.venv-$* CONSTRAINTS=tests/versions/$*.txt
+
 golden: $(READY)
 	$(BIN)/python tests/golden/digests.py --write
 
 # With the packages of `make bench`, in a venv that has them.
 test-peers: $(READY)
-	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt -e '.[launch,test,bench]'
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c $(CONSTRAINTS) -e '.[launch,test,bench]'
 	$(BIN)/python -m pytest tests/ranks/test_low_bit_bases.py tests/launch/test_benchmark.py
 
 lint: $(READY)
@@ -54,13 +62,13 @@ soak: $(READY)
 	$(BIN)/python tests/soak.py --minutes 30
 
 bench: $(READY)
-	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt -e '.[launch,bench]'
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c $(CONSTRAINTS) -e '.[launch,bench]'
 	$(BIN)/python launch/benchmark.py
 
-$(READY): setup.cfg constraints.txt
+$(READY): setup.cfg $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt -e '.[launch,test]'
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c $(CONSTRAINTS) -e '.[launch,test]'
 	@touch $@
 
 clean:
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) .venv-minimum .venv-newest runs build *.egg-info

@@ -1,8 +1,9 @@
-"""What `pip install .` brings: both packages, and torch as the only requirement."""
+"""What `pip install .` brings: both packages, and torch as the only requirement; and what is said of versions."""
 
 from __future__ import annotations
 
 import ast
+import configparser
 import shutil
 import subprocess
 import sys
@@ -11,9 +12,18 @@ from collections.abc import Iterator
 from email.parser import Parser
 from pathlib import Path
 
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
 import sharded_shampoo4
 
 ROOT = Path(__file__).parents[2]
+CONSTRAINTS = {
+    "minimum": ROOT / "tests" / "versions" / "minimum.txt",
+    "pinned": ROOT / "constraints.txt",
+    "newest": ROOT / "tests" / "versions" / "newest.txt",
+}
 
 
 def test_the_wheel(tmp_path: Path) -> None:
@@ -39,6 +49,33 @@ def test_the_wheel(tmp_path: Path) -> None:
     expected = {f"sharded_shampoo4/{path.name}" for path in (ROOT / "sharded_shampoo4").glob("*.py")}
     expected |= {f"sharded_shampoo4/integrations/{path.name}" for path in (ROOT / "integrations").glob("*.py")}
     assert modules == expected and "sharded_shampoo4/py.typed" in names
+
+
+def declared() -> dict[str, SpecifierSet]:
+    """What setup.cfg allows, by package: its requirements and those of every extra."""
+    config = configparser.ConfigParser(interpolation=None)
+    config.read(ROOT / "setup.cfg")
+    lines = [config["options"]["install_requires"], *config["options.extras_require"].values()]
+    ranges: dict[str, SpecifierSet] = {}
+    for requirement in (Requirement(line) for line in "\n".join(lines).splitlines() if line):
+        same = ranges.setdefault(requirement.name, requirement.specifier)
+        assert same == requirement.specifier, f"two ranges of {requirement.name}"
+    return ranges
+
+
+def pins(path: Path) -> dict[str, Version]:
+    """The versions in a file of constraints, which must be exact."""
+    lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
+    return {name: Version(version) for name, version in (line.split("==") for line in lines)}
+
+
+def test_the_versions_that_are_declared_are_those_that_are_tested() -> None:
+    ranges, versions = declared(), {column: pins(path) for column, path in CONSTRAINTS.items()}
+    least = {name: Version(str(specifier).removeprefix(">=")) for name, specifier in ranges.items()}
+    assert versions["minimum"] == least
+    for name in ranges:
+        ascending = [versions[column][name] for column in CONSTRAINTS]
+        assert ascending == sorted(ascending), name
 
 
 def imported(path: Path) -> Iterator[str]:
