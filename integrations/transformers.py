@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -54,13 +55,17 @@ def shampoo4(args: TrainingArguments | None = None, **options: Any) -> tuple[typ
     Args:
         args: the Trainer's arguments. Learning rate, weight decay and, where the base optimizer has ``betas``, these
             and ``eps`` (``adam_beta1``, ``adam_beta2``, ``adam_epsilon``) are taken from them unless ``options`` give
-            them; ``total_steps`` from ``max_steps``, if it is set.
-        **options: of :class:`Shampoo4`. ``weight_decay`` acts on the parameters that the Trainer itself would decay.
+            them; ``total_steps`` from ``max_steps``, if it is set; any option from ``optim_args``, such as
+            ``"preset=compact, rectify_steps=(1, 2)"``.
+        **options: of :class:`Shampoo4`. They win over ``args``. ``weight_decay`` acts on the parameters that the
+            Trainer itself would decay.
 
     Raises:
         TypeError: neither ``args`` nor ``lr`` is given. The Trainer does not pass its learning rate on.
+        ValueError: ``args.optim_args`` is not of the form above.
     """
     if args is not None:
+        options = {**_optim_args(args.optim_args), **options}
         options = {
             "lr": args.learning_rate,
             "weight_decay": args.weight_decay,
@@ -71,6 +76,16 @@ def shampoo4(args: TrainingArguments | None = None, **options: Any) -> tuple[typ
     if "lr" not in options:
         raise TypeError("shampoo4() needs TrainingArguments or lr: the Trainer does not pass its learning rate on")
     return Shampoo4Factory, options
+
+
+def _optim_args(text: str | None) -> dict[str, str]:
+    """The options in TrainingArguments' ``optim_args``; values may have commas in parentheses or brackets."""
+    parts = [part.strip() for part in re.split(r",(?=\s*\w+\s*=)", text or "") if part.strip()]
+    found = [part.partition("=") for part in parts]
+    for name, equals, value in found:
+        if not (name.strip().isidentifier() and equals and value.strip()):
+            raise ValueError(f"optim_args must be options such as 'preset=compact, bits=8', got {text!r}")
+    return {name.strip(): value.strip() for name, _, value in found}
 
 
 def _adam_options(args: TrainingArguments, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from torch.optim import Optimizer
 
 from sharded_shampoo4.hosts import FlatTensor, Host
 from sharded_shampoo4.placement import Location, interval
+from sharded_shampoo4.values import to_integer
 
 
 class Fragment(NamedTuple):
@@ -202,6 +203,12 @@ class ZeroHost(Host):
             raise ValueError(
                 f"process_group is {shown}, but DeepSpeed shares {first} among all ranks: leave process_group out"
             )
+
+    @property
+    def total_steps(self) -> int | None:
+        """Return ``total_num_steps`` of the configuration's scheduler, if it has one."""
+        steps = to_integer((self.engine.scheduler_params() or {}).get("total_num_steps")) if self.engine else None
+        return steps if isinstance(steps, int) else None
 
     def progress(self) -> dict[str, Any] | None:
         """Return the engine's counters, loss scale and scheduler."""

@@ -127,6 +127,11 @@ class Host:
             first: name of a parameter, for messages.
         """
 
+    @property
+    def total_steps(self) -> int | None:
+        """The length of the training in steps, if the engine's configuration has it."""
+        return None
+
     def check_state_dict(self) -> None:
         """Raise RuntimeError if the framework is asking for states in a form that cannot hold the factors."""
 

@@ -264,13 +264,22 @@ class Shampoo4(SteppingTogether):
 
     @contextlib.contextmanager
     def _together_at_first(self, binding: Distributor) -> Iterator[None]:
-        """Raise on every rank what a first base step raises on one: it takes the memory for the base's states."""
+        """Raise on every rank what a first base step raises on one: it takes the memory for the base's states.
+
+        What is to be said of the training's length is said here too: warnings may be errors.
+        """
         if binding.has_stepped:
             yield
             return
         with binding.ranks.together():
+            self._take_length_of_host()
             yield
         binding.has_stepped = True
+
+    def _take_length_of_host(self) -> None:
+        total_steps = self._members.host.total_steps
+        if total_steps is not None and self._advice is not None and self._advice.total_steps is None:
+            self.warn_if_short(total_steps)
 
     def _is_dry_step(self, binding: Distributor) -> bool:
         """Whether this is a framework's step with zero gradients, made so that the optimizer creates its states."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from support.worlds import said
 from torch import Tensor
 
 from sharded_shampoo4 import Shampoo4
+from sharded_shampoo4.options import DEFAULTS, PRESETS
 
 OPTIONS = {
     "lr": 1e-2,
@@ -34,6 +36,7 @@ WRITTEN = {
     "max_preconditioner_dim": 30.0,
 }
 STAGES = ("zero0", "zero1", "zero3")
+SHORT = {"type": "WarmupDecayLR", "params": {"total_num_steps": 300, "warmup_num_steps": 10}}
 
 
 def train(host: str, name: str, params: dict[str, Any]) -> dict[str, Tensor]:
@@ -47,11 +50,36 @@ def train(host: str, name: str, params: dict[str, Any]) -> dict[str, Tensor]:
     return parameters
 
 
+def preset(host: str, **params: Any) -> dict[str, Any]:
+    """The options that a configuration with a preset means."""
+    config = zero.configuration(host, optimizer={"type": "Shampoo4", "params": {"lr": 1e-2, **params}})
+    engine = zero.start(zero.Replay(hosts.make_model("mlp")), config)
+    zero.step(engine, hosts.make_gradients("mlp", 0))
+    group = {name: engine.basic_optimizer.param_groups[0][name] for name in DEFAULTS}
+    engine.destroy()
+    return group
+
+
+def warned(host: str, **params: Any) -> list[str]:
+    """What is said of a run whose length stands in the configuration's scheduler."""
+    config = zero.configuration(host, scheduler=SHORT, optimizer={"type": "Shampoo4", "params": {"lr": 1e-2, **params}})
+    engine = zero.start(zero.Replay(hosts.make_model("mlp")), config)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(2):
+            zero.step(engine, hosts.make_gradients("mlp", step))
+    engine.destroy()
+    return [str(warning.message) for warning in caught if "this run has" in str(warning.message)]
+
+
 def configured(rank: int) -> dict[str, Any]:
     zero.prepare()
     found: dict[str, Any] = {
         host: (train(host, "Shampoo4", OPTIONS), train(host, "shampoo4", WRITTEN)) for host in STAGES
     }
+    found["preset"] = {host: preset(host, preset="compact", codebook="linear2") for host in STAGES}
+    found["long enough"] = {host: warned(host) for host in STAGES}
+    found["too short"] = {host: warned(host, root_interval=200, interval_warmup="false") for host in STAGES}
     found["auto"] = said(lambda: train("zero1", "shampoo4", {**WRITTEN, "lr": "auto"}))
     found["other name"] = said(lambda: train("zero1", "shampoo4", {**WRITTEN, "precondition_frequency": 10}))
     return found
@@ -63,6 +91,20 @@ def test_a_configuration_in_lower_case_with_strings_trains_the_same(host: str) -
         plain, written = found[host]
         assert plain.keys() == written.keys()
         assert all(torch.equal(plain[name], written[name]) for name in plain)
+
+
+@pytest.mark.parametrize("host", STAGES)
+def test_a_configuration_may_name_a_preset(host: str) -> None:
+    for found in hosts.run_ranks_once(2, configured):
+        assert found["preset"][host] == {**DEFAULTS, **PRESETS["compact"], "codebook": "linear2"}
+
+
+@pytest.mark.parametrize("host", STAGES)
+def test_a_run_that_its_scheduler_knows_to_be_short_is_warned_about_once(host: str) -> None:
+    for found in hosts.run_ranks_once(2, configured):
+        assert found["long enough"][host] == []
+        (said,) = found["too short"][host]
+        assert "this run has 300 steps" in said and "only from step 200 on" in said
 
 
 def test_what_nobody_has_filled_in_is_refused() -> None:

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from sharded_shampoo4.integrations.transformers import shampoo4
+from sharded_shampoo4.options import PRESETS
 
 ADAM = {"adam_beta1": 0.8, "adam_beta2": 0.95, "adam_epsilon": 1e-6}
 
@@ -30,6 +31,29 @@ def test_options_of_adam_are_those_of_the_trainer_s_own(tmp_path: Path) -> None:
         for name in ("lr", "betas", "eps"):
             assert group[name] == theirs[group["weight_decay"]][name]
     assert group["betas"] == (0.8, 0.95) and group["eps"] == 1e-6
+
+
+def test_options_in_the_trainer_s_optim_args(tmp_path: Path) -> None:
+    """Options that are given win over them, as they do over a preset."""
+    args = arguments(tmp_path)
+    args.optim_args = "preset=compact, base=sgd,rectify_steps=(2, 3) , momentum=0.5,bits = 8"
+    factory, options = shampoo4(args, momentum=0.9)
+    group = factory()(nn.Linear(8, 6), **options).param_groups[0]
+    expected = {**PRESETS["compact"], "rectify_steps": (2, 3), "momentum": 0.9, "bits": 8, "lr": 2e-3}
+    assert {name: group[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("written", ["preset", "preset=", "=compact", "preset=compact, bits"])
+def test_optim_args_that_are_no_options(tmp_path: Path, written: str) -> None:
+    args = arguments(tmp_path)
+    args.optim_args = written
+    if written.endswith("bits"):  # a part of the value before it
+        with pytest.raises(ValueError, match=r"preset must be one of .* got 'compact, bits'"):
+            factory, options = shampoo4(args)
+            factory()(nn.Linear(8, 6), **options)
+    else:
+        with pytest.raises(ValueError, match="optim_args must be options such as"):
+            shampoo4(args)
 
 
 @pytest.mark.parametrize("base", ["adamw", "AdamW", torch.optim.NAdam])
