@@ -119,7 +119,7 @@ class Bindings:
         entries = self.members.entries(groups)
         self.let_go(groups, state)
         for entry in entries:
-            _check_numbers(entry, entry.holder.grad)
+            _check_entry(entry, entry.holder.grad)
         return entries
 
     def mark(self, parameters: Iterable[Tensor], state: MutableMapping[Tensor, Any]) -> None:
@@ -169,7 +169,7 @@ class Bindings:
                 self.members.name_by(model)
             calls = self.members.calls(groups)
             for entry in (entry for call in calls for entry in call):
-                _check_numbers(entry, None)
+                _check_entry(entry, None)
             self.let_go(groups, state)
         for entries in calls:
             self._bind_entries(ranks, entries, state, None)
@@ -559,8 +559,12 @@ def _steps(state: Mapping[Tensor, Any], holder: Tensor) -> float:
     return float(steps)
 
 
-def _check_numbers(entry: Entry, gradient: Tensor | None) -> None:
-    """Raise TypeError unless what is to be preconditioned is dense and real. All else is for the base to judge."""
+def _check_entry(entry: Entry, gradient: Tensor | None) -> None:
+    """Raise ValueError if the host cannot train a parameter, TypeError if its matrix is sparse or complex.
+
+    All else is for the base to judge.
+    """
+    entry.host.check_parameter(entry.name, entry.parameter, entry.holder, entry.options.precondition)
     if entry.view is None:
         return
     name = entry.name

@@ -302,13 +302,12 @@ class Members:
         self._relabel()
 
     def check(self, entries: Sequence[Entry], chosen: Any) -> None:
-        """Raise ValueError if the host runs with what was not tested, or has parameters that cannot be trained.
+        """Raise ValueError if the host runs with what was not tested, or other ranks than ``chosen`` share parameters.
 
-        ``chosen`` is the optimizer's ``process_group``, whose ranks must share the parameters.
+        ``chosen`` is the optimizer's ``process_group``.
         """
         self.host.check(chosen, entries[0].name if entries else "the parameters")
         for entry in entries:
-            self.host.check_parameter(entry.name, entry.parameter, entry.holder, entry.options.precondition)
             check_shared(entry.name, entry.parameter, chosen)
 
     def check_own_options(self) -> None:
