@@ -20,9 +20,10 @@ from torch.optim import Optimizer
 from . import placement
 from .placement import Location
 
-ADAPTERS = [
-    ("sharded_shampoo4.integrations.zero", "ZeroHost"),
-    ("sharded_shampoo4.integrations.fsdp", "FSDP1Host"),
+# Subclasses of Host, or where they are: "module:class".
+ADAPTERS: list[str | type[Host]] = [
+    "sharded_shampoo4.integrations.zero:ZeroHost",
+    "sharded_shampoo4.integrations.fsdp:FSDP1Host",
 ]
 
 
@@ -147,20 +148,22 @@ class Host:
 
 
 @functools.cache
-def _adapters(names: tuple[tuple[str, str], ...]) -> list[type[Host]]:
+def _load(place: str) -> type[Host]:
+    module, _, name = place.partition(":")
     try:
-        return [getattr(importlib.import_module(module), name) for module, name in names]
+        adapter: type[Host] = getattr(importlib.import_module(module), name)
     except ModuleNotFoundError as error:
         if error.name == "sharded_shampoo4.integrations":
             raise ImportError(
                 "sharded_shampoo4 is imported from a checkout in which it is not installed: run pip install -e ."
             ) from error
         raise
+    return adapter
 
 
 def adapters() -> list[type[Host]]:
     """Return the classes that ``ADAPTERS`` names."""
-    return _adapters(tuple(ADAPTERS))
+    return [_load(adapter) if isinstance(adapter, str) else adapter for adapter in ADAPTERS]
 
 
 def find_host(optimizer: Optimizer | None, parameters: Sequence[Tensor]) -> Host:
