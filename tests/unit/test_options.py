@@ -7,6 +7,7 @@ import inspect
 import json
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
@@ -18,6 +19,7 @@ from sharded_shampoo4 import Shampoo4, estimate_memory
 from sharded_shampoo4.arguments import Shampoo4Arguments
 from sharded_shampoo4.options import DEFAULTS, HELP, PRESETS, TYPES, PreconditionerOptions
 
+ROOT = Path(__file__).parents[2]
 CHANGED: dict[str, Any] = {  # another value for every option
     "precondition": False,
     "bits": 8,
@@ -79,7 +81,9 @@ def test_the_signature_has_every_option_with_its_type_and_default() -> None:
 
 
 def written(value: Any) -> str:
-    return f'"{value}"' if isinstance(value, str) else repr(value).replace("e-0", "e-")
+    if isinstance(value, float) and 0 < value < 0.01:
+        return f"{value:.0e}".replace("e-0", "e-")
+    return f'"{value}"' if isinstance(value, str) else repr(value)
 
 
 @pytest.mark.parametrize("name", DEFAULTS)
@@ -94,6 +98,51 @@ def test_the_docstring_says_of_every_option_what_its_help_says(name: str) -> Non
 def test_help_is_made_of_sentences_that_argparse_can_print(name: str) -> None:
     assert HELP[name][0].isupper() or HELP[name].startswith("QR")
     assert HELP[name].endswith(".") and "%" not in HELP[name]
+
+
+# -- pages -------------------------------------------------------------------------------------------------------------
+
+EVERYDAY = (
+    "lr", "weight_decay", "base", "preset", "bits", "statistics_interval", "root_interval", "total_steps", "refresh",
+    "max_preconditioner_dim", "precondition",
+)  # fmt: skip
+
+
+def rows_of(page: str) -> dict[str, tuple[str, str]]:
+    """Of each option in a page's tables of options its default and the row, by name."""
+    tables = re.findall(r"^\| option.*\n\|[-|]+\n((?:\|.*\n)+)", (ROOT / page).read_text(), re.MULTILINE)
+    found: dict[str, tuple[str, str]] = {}
+    for row in "".join(tables).splitlines():
+        first, second = (cell.strip() for cell in row.split("|")[1:3])
+        names = re.findall(r"`(\w+)`", first)
+        inside = re.findall(r"`\w+` \((.*?)\)(?:,|$)", first)
+        for name, default in zip(names, inside or second.split(", "), strict=True):
+            assert name not in found, f"{name} stands in {page} twice"
+            found[name] = default, row
+    return found
+
+
+def default_of(name: str) -> Any:
+    return DEFAULTS.get(name, inspect.signature(Shampoo4).parameters[name].default)
+
+
+@pytest.mark.parametrize(
+    ("page", "names"),
+    [
+        ("README.md", EVERYDAY),
+        (
+            "launch/hyperparameters.md",
+            ("lr", "weight_decay", "base", "preset", "total_steps", "process_group", *DEFAULTS),
+        ),
+    ],
+)
+def test_pages_tell_every_option_its_default_and_its_choices(page: str, names: tuple[str, ...]) -> None:
+    rows = rows_of(page)
+    assert set(rows) == set(names)
+    for name, (default, row) in rows.items():
+        assert default.strip("`") == written(default_of(name)), name
+        if page != "README.md" and get_origin(TYPES.get(name)) is Literal:
+            assert all(written(choice) in row for choice in get_args(TYPES[name])), name
 
 
 # -- presets -----------------------------------------------------------------------------------------------------------
