@@ -1,6 +1,6 @@
 """The mathematics of a preconditioner kept as eigenvalues and an eigenbasis (Wang et al., NeurIPS 2024, section 3).
 
-Pure functions on batches of matrices, shape (B, n, n); eigenvectors are columns. A matrix whose factorisation fails
+Pure functions on batches of matrices, shape (B, n, n); eigenvectors are columns. A matrix whose factorization fails
 comes back as NaN and the others are unharmed; nothing here raises on bad numbers.
 """
 

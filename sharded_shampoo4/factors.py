@@ -16,7 +16,7 @@ from torch import Tensor
 from . import eigenbasis, linalg, quantization
 from .options import PreconditionerOptions
 
-Index = slice | Tensor  # which factors of a pool: a run of neighbours (a view, no copy) or their positions
+Index = slice | Tensor  # which factors of a pool: a run of neighbors (a view, no copy) or their positions
 
 # Elements of the (factors, n, n) matrices that one statistics or root step has in hand, for each MiB of scratch memory:
 # some fourteen times over, in float64.
@@ -104,21 +104,21 @@ class FactorPool:
         self.implicit = "root" not in self.tensors and "root.diagonal" not in self.tensors
         identity = torch.eye(order, dtype=torch.float32, device=device).unsqueeze(0)
         if not self.implicit:
-            self._initialise("root", identity)
+            self._initialize("root", identity)
         if "eigenvalues" in self.tensors:
             self.tensors["eigenvalues"].fill_(options.matrix_eps)
-            self._initialise("basis", identity)
+            self._initialize("basis", identity)
         else:
-            self._initialise("statistics", options.matrix_eps * identity)
+            self._initialize("statistics", options.matrix_eps * identity)
 
-    def _initialise(self, name: str, matrix: Tensor) -> None:
+    def _initialize(self, name: str, matrix: Tensor) -> None:
         for key, value in self._encode(name, matrix).items():
             self.tensors[key].copy_(value.expand_as(self.tensors[key]))
 
     # -- what is stored ------------------------------------------------------------------------------------------------
 
     def _encode(self, name: str, matrices: Tensor) -> dict[str, Tensor]:
-        """The stored form of ``matrices`` (k, n, n): rows as they are, or a diagonal and quantised rows, or rows."""
+        """The stored form of ``matrices`` (k, n, n): rows as they are, or a diagonal and quantized rows, or rows."""
         if name in self.tensors:
             return {name: matrices.to(torch.float32)}
         encoded = {}

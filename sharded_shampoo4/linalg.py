@@ -1,4 +1,4 @@
-"""Products and factorisations of batches of matrices whose numbers do not depend on the batch.
+"""Products and factorizations of batches of matrices whose numbers do not depend on the batch.
 
 A block must get the same numbers whether it is computed alone or beside others, or ranks that share the work
 differently would train different models. Libraries do not promise that. MKL chooses its kernels by memory alignment,
@@ -35,16 +35,16 @@ def matmul(left: Tensor, right: Tensor) -> Tensor:
 
 def qr(matrices: Tensor) -> Tensor:
     """The orthogonal factors of (B, n, n) matrices; NaN where LAPACK fails."""
-    return _factorise(lambda batch: (torch.linalg.qr(batch)[0],), matrices)[0]
+    return _factorize(lambda batch: (torch.linalg.qr(batch)[0],), matrices)[0]
 
 
 def eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues (B, n) and eigenvectors (B, n, n) of symmetric matrices; NaN where LAPACK fails."""
-    vectors, values = _factorise(lambda batch: torch.linalg.eigh(batch)[::-1], matrices)
+    vectors, values = _factorize(lambda batch: torch.linalg.eigh(batch)[::-1], matrices)
     return values, vectors
 
 
-def _factorise(method: Callable[[Tensor], tuple[Tensor, ...]], matrices: Tensor) -> tuple[Tensor, ...]:
+def _factorize(method: Callable[[Tensor], tuple[Tensor, ...]], matrices: Tensor) -> tuple[Tensor, ...]:
     """``method`` on a batch, or on one matrix after another, where a batch is not neutral or fails."""
     if matrices.device.type == "cpu":
         neutral = _fills_cache_lines(matrices.shape[1:], matrices.dtype)
@@ -58,7 +58,7 @@ def _factorise(method: Callable[[Tensor], tuple[Tensor, ...]], matrices: Tensor)
                 raise
             if len(matrices) == 1:
                 return matrices * torch.nan, matrices[:, 0] * torch.nan
-    singly = [_factorise(method, matrix) for matrix in matrices.split(1)]
+    singly = [_factorize(method, matrix) for matrix in matrices.split(1)]
     return tuple(torch.cat(parts) for parts in zip(*singly, strict=False))  # a failed QR brings a part too many
 
 

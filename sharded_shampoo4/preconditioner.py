@@ -189,7 +189,7 @@ def _sides(which: Callable[[int], list[int]]) -> Sides:
 
 
 class BlockBatch:
-    """Equal-shaped blocks whose left factors are neighbours in one pool and right factors in another (or the same)."""
+    """Equal-shaped blocks whose left factors are neighbors in one pool and right factors in another (or the same)."""
 
     def __init__(
         self, members: list[Owned], left: FactorPool, left_start: int, right: FactorPool, right_start: int

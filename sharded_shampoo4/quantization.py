@@ -1,4 +1,4 @@
-"""Block-wise quantisation of matrices to 3, 4 or 8 bits, packed.
+"""Block-wise quantization of matrices to 3, 4 or 8 bits, packed.
 
 Values are scaled by the largest magnitude of their block, a run of ``block`` elements along the last dimension that
 never crosses a row, and stored as the index of the nearest level of a code book (Wang et al., NeurIPS 2024,
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-# Dequantising looks up whole words, not single codes: bytes, or for 3 bits half of three bytes; on a CPU, whose cache
+# Dequantizing looks up whole words, not single codes: bytes, or for 3 bits half of three bytes; on a CPU, whose cache
 # keeps a table of 1 MiB, two bytes where that can be.
 _WORD_BITS = {3: 12, 4: 8, 8: 8}
 _TYPES = {1: torch.float32, 2: torch.int64, 4: torch.complex128}  # as large as so many float32 values
@@ -26,7 +26,7 @@ _TYPES = {1: torch.float32, 2: torch.int64, 4: torch.complex128}  # as large as 
 def linear2(bits: int) -> Tensor:
     """The signed squares of ``2**bits`` equidistant points in [-1, 1], the lower middle one replaced by 0.
 
-    Source: the paper's "linear square" quantisation (section 3.3). Returns float32 levels in ascending order.
+    Source: the paper's "linear square" quantization (section 3.3). Returns float32 levels in ascending order.
     """
     points = torch.linspace(-1.0, 1.0, 2**bits, dtype=torch.float64, device="cpu")
     points[2 ** (bits - 1) - 1] = 0.0
@@ -42,8 +42,8 @@ def dynamic_tree(bits: int) -> Tensor:
     for exponent in range(bits - 1):
         count = 2 ** (bits - 2 - exponent)
         edges = torch.linspace(0.1, 1.0, count + 1, dtype=torch.float64, device="cpu")
-        centres = (edges[:-1] + edges[1:]) / 2 * 10.0**-exponent
-        levels += [*centres.tolist(), *(-centres).tolist()]
+        centers = (edges[:-1] + edges[1:]) / 2 * 10.0**-exponent
+        levels += [*centers.tolist(), *(-centers).tolist()]
     return torch.tensor(sorted(levels), dtype=torch.float64, device="cpu").to(torch.float32)
 
 
@@ -165,7 +165,7 @@ def _words(packed: Tensor, bits: int) -> Tensor:
 def quantize(
     values: Tensor, *, codebook: str, bits: int, block: int, scale_dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
-    """Quantise each row of ``values`` (..., n), of any floating type, in blocks of ``block`` elements.
+    """Quantize each row of ``values`` (..., n), of any floating type, in blocks of ``block`` elements.
 
     Returns packed codes, uint8 (..., packed_width(n, bits)), and scales, ``scale_dtype`` (..., block_count(n, block)):
     the largest magnitude of each block, or, with the code book "normal", the scale of the least squared error among

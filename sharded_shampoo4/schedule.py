@@ -120,7 +120,7 @@ def stagger(matrices: Sequence[tuple[tuple[int, int], PreconditionerOptions]]) -
 def _work(order: int, options: PreconditionerOptions) -> tuple[int, int]:
     """What the statistics and the root of a factor cost.
 
-    Cubes are for products and factorisations; squares for quantisation, which takes as long as products with 128
+    Cubes are for products and factorizations; squares for quantization, which takes as long as products with 128
     columns do (measured on CPUs).
     """
     if not options.is_quantized(order) or options.quantize != "eigenbasis":

@@ -17,7 +17,7 @@ from torch import Tensor
 TINY = torch.finfo(torch.float32).tiny  # the smallest normal float32
 
 
-# ---------------------------------------------------------------------------------------------------- quantisation
+# ---------------------------------------------------------------------------------------------------- quantization
 
 
 def linear2(bits: int) -> Tensor:
@@ -45,12 +45,12 @@ def dynamic_tree(bits: int) -> Tensor:
 CODEBOOKS = {"linear2": linear2, "dynamic_tree": dynamic_tree}
 
 
-def quantise(
+def quantize(
     matrix: Tensor, codebook: Tensor, block: int = 64, scale_dtype: torch.dtype = torch.float32, search: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Block-wise quantisation along each row (Sec. 2.2, 3.3): integer codes (rows, n), scales (rows, blocks).
+    """Block-wise quantization along each row (Sec. 2.2, 3.3): integer codes (rows, n), scales (rows, blocks).
 
-    A block is `block` neighbours of one row (the row's last block may be shorter); its scale is the largest magnitude.
+    A block is `block` neighbors of one row (the row's last block may be shorter); its scale is the largest magnitude.
     The code is the index of the value nearest to x / scale (a float32 quotient), the lower index at a tie. Distances
     are taken in float64, where the difference of two float32 numbers of like size is exact. A block of zeros has
     scale 0 and the code of 0. With `search`, codes by 0.88, 0.96 and 1.04 of the largest magnitude
@@ -81,7 +81,7 @@ def quantise(
     return torch.from_numpy(codes), torch.from_numpy(scales).to(scale_dtype)
 
 
-def dequantise(codes: Tensor, scales: Tensor, codebook: Tensor, block: int = 64) -> Tensor:
+def dequantize(codes: Tensor, scales: Tensor, codebook: Tensor, block: int = 64) -> Tensor:
     """R(code) * scale in float32."""
     out = codebook.float()[codes]
     for j in range(out.shape[1]):
@@ -93,7 +93,7 @@ def dequantise(codes: Tensor, scales: Tensor, codebook: Tensor, block: int = 64)
 
 
 def rectify(vectors: Tensor, steps: int) -> Tensor:
-    """Bjorck orthonormalisation (Sec. 3.4): V <- 1.5 V - 0.5 V V^T V, `steps` times."""
+    """Bjorck orthonormalization (Sec. 3.4): V <- 1.5 V - 0.5 V V^T V, `steps` times."""
     for _ in range(steps):
         vectors = 1.5 * vectors - 0.5 * vectors @ vectors.T @ vectors
     return vectors
@@ -128,16 +128,16 @@ def chunks(size: int, largest: int, split: str) -> list[tuple[int, int]]:
 
 
 class Off:
-    """A square matrix as a float32 diagonal and quantised off-diagonal rows (the paper's (a, Q(A - Diag(a))))."""
+    """A square matrix as a float32 diagonal and quantized off-diagonal rows (the paper's (a, Q(A - Diag(a))))."""
 
     def __init__(self, matrix: Tensor, codebook: Tensor, block: int, **way: Any) -> None:
         self.codebook, self.block = codebook, block
         self.diagonal = matrix.diagonal().float().clone()
         off = matrix.float() - torch.diag(self.diagonal)
-        self.codes, self.scales = quantise(off, codebook, block, **way)
+        self.codes, self.scales = quantize(off, codebook, block, **way)
 
     def dense(self) -> Tensor:
-        off = dequantise(self.codes, self.scales, self.codebook, self.block)
+        off = dequantize(self.codes, self.scales, self.codebook, self.block)
         off.fill_diagonal_(0)  # not every code book has a level 0
         return off + torch.diag(self.diagonal)
 
@@ -161,7 +161,7 @@ class Factor:
         identity = torch.eye(order)
         if kind == "eigenbasis":
             self.eigenvalues = torch.full((order,), matrix_eps)
-            self.codes, self.scales = quantise(identity, codebook, block, **way)
+            self.codes, self.scales = quantize(identity, codebook, block, **way)
         elif kind == "preconditioner":
             self.off = Off(matrix_eps * identity, codebook, block, **way)
         else:
@@ -175,8 +175,8 @@ class Factor:
             self.root_off = Off(root, self.codebook, self.block, **self.way)
 
     def vectors(self) -> Tensor:
-        """Dequantised V, eigenvectors as columns, before rectification."""
-        return dequantise(self.codes, self.scales, self.codebook, self.block).T
+        """Dequantized V, eigenvectors as columns, before rectification."""
+        return dequantize(self.codes, self.scales, self.codebook, self.block).T
 
     def preconditioner(self, steps: int = 0) -> Tensor:
         """The stored preconditioner as a dense matrix in the refresh dtype; `steps` rectify the eigenbasis."""
@@ -209,7 +209,7 @@ class Factor:
             eigenvalues = (p.T @ a @ p).diagonal().float()
             if p.isfinite().all() and eigenvalues.isfinite().all():
                 self.eigenvalues = eigenvalues.clone()
-                self.codes, self.scales = quantise(p.T, self.codebook, self.block, **self.way)
+                self.codes, self.scales = quantize(p.T, self.codebook, self.block, **self.way)
 
     def invert(self) -> None:
         """Alg. 2 (eigenbasis), or the root by eigh; a result that is not finite is dropped."""
@@ -353,11 +353,11 @@ def inverse_root_errors(
 ) -> dict[str, float]:
     """Normwise relative errors of the damped inverse fourth root f (Table 1); A = U Lambda U^T with random U.
 
-    naive             f(D(A)): the matrix itself quantised, its diagonal in float32
+    naive             f(D(A)): the matrix itself quantized, its diagonal in float32
     eigenbasis        f(V Lambda V^T), V = D(Q(U)): the paper's measure of a basis that is not rectified
     unrectified       V f(Lambda) V^T: what Alg. 2 computes with t2 = 0, larger because V is not orthogonal
     rectified         V f(Lambda) V^T of the rectified V (there the two measures agree)
-    rectified_stored  and that root stored with a float32 diagonal and a quantised off-diagonal part, as Alg. 2 does
+    rectified_stored  and that root stored with a float32 diagonal and a quantized off-diagonal part, as Alg. 2 does
     Float64 apart from what is stored. At order 1200, "two_valued", 4-bit linear2 the paper has .0942 and .0669 for the
     basis without and with rectification, on a random matrix of its own.
     """
@@ -367,7 +367,7 @@ def inverse_root_errors(
     powers = torch.diag(damped_root(eigenvalues, matrix_eps))
     exact = u @ powers @ u.T
     naive = Off(u @ torch.diag(eigenvalues) @ u.T, codebook, block).dense().double()
-    v = dequantise(*quantise(u.T, codebook, block), codebook, block).double().T
+    v = dequantize(*quantize(u.T, codebook, block), codebook, block).double().T
     w = rectify(v, rectify_steps)
     roots = {
         "naive": root_by_eigh(naive, matrix_eps),

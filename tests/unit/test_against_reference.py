@@ -22,13 +22,13 @@ OPTIONS = {
     "8 bits, blocks of 48": {"bits": 8, "quant_block_size": 48},
     "naive": {"quantize": "preconditioner"},
     "32 bits": {"bits": 32},
-    "everything quantised": {"min_quant_numel": 0},
+    "everything quantized": {"min_quant_numel": 0},
     "block grafting": {"grafting": "block"},
     "no grafting, other constants": {
         "grafting": "none", "shampoo_beta": 0.8, "matrix_eps": 1e-4, "rectify_steps": (0, 2)
     },
     "implicit roots": {"root": "implicit"},
-    "implicit roots, everything quantised": {"root": "implicit", "min_quant_numel": 0, "bits": 8},
+    "implicit roots, everything quantized": {"root": "implicit", "min_quant_numel": 0, "bits": 8},
     "normal code book, bfloat16 scales": {"codebook": "normal", "scale_dtype": "bfloat16"},
     "linear square, bfloat16 scales": {"scale_dtype": "bfloat16"},
     "two QR steps": {"refresh_iterations": 2},

@@ -28,7 +28,7 @@ SPECTRA: dict[str, Callable[[], Tensor]] = {
 
 @pytest.mark.parametrize("spectrum", SPECTRA)
 def test_error_of_the_inverse_root(spectrum: str) -> None:
-    """Table 1 of the paper: quantising the eigenbasis beats quantising the matrix, and rectifying beats that."""
+    """Table 1 of the paper: quantizing the eigenbasis beats quantizing the matrix, and rectifying beats that."""
     values, basis = SPECTRA[spectrum]()[None], random_basis(ORDER)[None]
     options = {"codebook": "linear2", "bits": 4, "block": 64}
 

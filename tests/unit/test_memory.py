@@ -67,7 +67,7 @@ def test_estimate_is_exact(options: dict[str, Any], dtype: torch.dtype) -> None:
 
 
 def test_small_factors_stay_exact() -> None:
-    """Order 63 is kept in float32, exactly 64 is quantised: decided by the factor, not by the parameter."""
+    """Order 63 is kept in float32, exactly 64 is quantized: decided by the factor, not by the parameter."""
     at_63, at_64 = (estimate_memory({"w": (order, order)}).preconditioner[0] for order in (63, 64))
     assert at_63 == 2 * (2 * 63 * 63 * 4 + 8)
     assert at_64 == 2 * (2 * (64 * 32 + 64 * 4 + 64 * 4) + 8)

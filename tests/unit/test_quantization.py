@@ -1,4 +1,4 @@
-"""Packing and block-wise quantisation, against the reference and over random shapes."""
+"""Packing and block-wise quantization, against the reference and over random shapes."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_packing_is_reversible_and_tight(data: st.DataObject) -> None:
 
 @settings(max_examples=150, deadline=None)
 @given(st.data())
-def test_quantises_as_the_reference(data: st.DataObject) -> None:
+def test_quantizes_as_the_reference(data: st.DataObject) -> None:
     bits, book = data.draw(st.sampled_from(BITS)), data.draw(st.sampled_from(BOOKS))
     block = data.draw(st.sampled_from([1, 5, 16, 64, 100]))
     dtype = data.draw(st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]))
@@ -63,10 +63,10 @@ def test_quantises_as_the_reference(data: st.DataObject) -> None:
     restored = quantization.dequantize(codes, scales, length, codebook=book, bits=bits, block=block)
     levels = reference.CODEBOOKS[book](bits)
     for index in range(batch):
-        expected_codes, expected_scales = reference.quantise(values[index], levels, block)
+        expected_codes, expected_scales = reference.quantize(values[index], levels, block)
         assert torch.equal(quantization.unpack(codes[index], bits, length), expected_codes.to(torch.uint8))
         assert torch.equal(scales[index], expected_scales)
-        assert torch.equal(restored[index], reference.dequantise(expected_codes, expected_scales, levels, block))
+        assert torch.equal(restored[index], reference.dequantize(expected_codes, expected_scales, levels, block))
 
 
 def test_ties_take_the_smaller_level() -> None:
@@ -118,11 +118,11 @@ def test_scales_of_least_squared_error_as_the_reference(data: st.DataObject) -> 
     values[torch.rand(values.shape, generator=generator) < data.draw(st.sampled_from([0.0, 0.5, 1.0]))] = 0.0
     codes, scales = quantization.quantize(values, codebook="normal", bits=bits, block=block, scale_dtype=scale_dtype)
     levels = quantization.normal(bits, block)
-    expected_codes, expected_scales = reference.quantise(values, levels, block, scale_dtype, search=True)
+    expected_codes, expected_scales = reference.quantize(values, levels, block, scale_dtype, search=True)
     assert scales.dtype == scale_dtype and torch.equal(scales, expected_scales)
     assert torch.equal(quantization.unpack(codes, bits, length), expected_codes.to(torch.uint8))
     restored = quantization.dequantize(codes, scales, length, codebook="normal", bits=bits, block=block)
-    assert torch.equal(restored, reference.dequantise(expected_codes, expected_scales, levels, block))
+    assert torch.equal(restored, reference.dequantize(expected_codes, expected_scales, levels, block))
 
 
 def test_each_refinement_lessens_the_error() -> None:

@@ -11,11 +11,11 @@ from support.reference import (
     CODEBOOKS,
     Reference,
     chunks,
-    dequantise,
+    dequantize,
     dynamic_tree,
     inverse_root_errors,
     linear2,
-    quantise,
+    quantize,
     rectify,
 )
 from torch import Tensor
@@ -51,13 +51,13 @@ def test_code_books_ascend_and_hold_zero_and_one(name: str, bits: int) -> None:
     assert math.copysign(1.0, float(book[book == 0])) == 1.0
 
 
-def test_quantise_rows_by_hand() -> None:
+def test_quantize_rows_by_hand() -> None:
     rows = torch.tensor([[2.0, -1.0, 0.0, 0.01, -4.0], [0.0, 0.0, 0.0, 0.0, 0.5], [1.0, -0.004, 0.0, 0.02, -1e-30]])
-    codes, scales = quantise(rows, linear2(4), block=4)  # blocks of 4 and 1 in each row
+    codes, scales = quantize(rows, linear2(4), block=4)  # blocks of 4 and 1 in each row
     assert scales.tolist() == [[2.0, 4.0], [0.0, 0.5], [1.0, torch.tensor(1e-30).item()]]
     # -0.5 is nearest -0.5378; 0.005 nearest 1/225; -4 / 4 = -1. -0.004: 0 wins over -0.04. 0.02: 1/225 wins over 0.04.
     assert codes.tolist() == [[15, 2, 7, 8, 0], [7, 7, 7, 7, 15], [15, 7, 7, 8, 0]]
-    values = dequantise(codes, scales, linear2(4), block=4)
+    values = dequantize(codes, scales, linear2(4), block=4)
     assert values.dtype == torch.float32
     assert values[0].tolist() == pytest.approx([2.0, -2 * 121 / 225, 0.0, 2 / 225, -4.0])
     assert values[1].tolist() == [0.0, 0.0, 0.0, 0.0, 0.5]
@@ -65,35 +65,35 @@ def test_quantise_rows_by_hand() -> None:
 
 def test_ties_take_the_lower_index_and_a_block_with_no_plus_one_is_symmetric() -> None:
     book = torch.tensor([-1.0, -0.5, 0.0, 0.25, 0.5, 0.75, 0.875, 1.0])
-    codes, _ = quantise(torch.tensor([[1.0, -0.75, -0.25, 0.125, 0.375, 0.9375]]), book)
+    codes, _ = quantize(torch.tensor([[1.0, -0.75, -0.25, 0.125, 0.375, 0.9375]]), book)
     assert codes.tolist() == [[7, 0, 1, 2, 3, 6]]
-    codes, scales = quantise(torch.tensor([[-3.0, 0.0]]), dynamic_tree(4))  # dynamic tree has no -1
+    codes, scales = quantize(torch.tensor([[-3.0, 0.0]]), dynamic_tree(4))  # dynamic tree has no -1
     assert codes.tolist() == [[0, 7]] and scales.tolist() == [[3.0]]
 
 
 @pytest.mark.parametrize("name", CODEBOOKS)
 @pytest.mark.parametrize("bits", [3, 4, 8])
-def test_quantise_takes_the_nearest_value_and_code_book_values_come_back(name: str, bits: int) -> None:
+def test_quantize_takes_the_nearest_value_and_code_book_values_come_back(name: str, bits: int) -> None:
     book, x = CODEBOOKS[name](bits), normal(7, 133)
-    codes, scales = quantise(x, book, 64)
+    codes, scales = quantize(x, book, 64)
     assert scales.shape == (7, 3)
     widest = float(book.diff().max()) / 2 if name == "linear2" else float(max(book.diff().max() / 2, 1 + book[0]))
-    steps = (dequantise(codes, scales, book, 64) - x).abs() / scales.repeat_interleave(64, 1)[:, :133]
+    steps = (dequantize(codes, scales, book, 64) - x).abs() / scales.repeat_interleave(64, 1)[:, :133]
     assert steps.max() <= widest + 1e-6
-    again, _ = quantise(book[None], book, 2**bits)
+    again, _ = quantize(book[None], book, 2**bits)
     assert again.tolist() == [list(range(2**bits))]
 
 
 def test_an_identity_is_stored_exactly() -> None:
     for make in CODEBOOKS.values():
         for bits in (3, 4, 8):
-            codes, scales = quantise(torch.eye(67), make(bits))
-            assert torch.equal(dequantise(codes, scales, make(bits)), torch.eye(67))
+            codes, scales = quantize(torch.eye(67), make(bits))
+            assert torch.equal(dequantize(codes, scales, make(bits)), torch.eye(67))
 
 
-def test_rectify_makes_a_quantised_basis_orthogonal() -> None:
+def test_rectify_makes_a_quantized_basis_orthogonal() -> None:
     u = torch.linalg.qr(normal(128, 128).double()).Q
-    v = dequantise(*quantise(u.T, linear2(4)), linear2(4)).double().T
+    v = dequantize(*quantize(u.T, linear2(4)), linear2(4)).double().T
     eye = torch.eye(128, dtype=torch.float64)
     defects = [float((w.T @ w - eye).norm()) for w in (v, rectify(v, 1), rectify(v, 4))]
     assert defects[1] < 0.3 * defects[0] and defects[2] < 1e-3
@@ -190,7 +190,7 @@ def test_eigenbasis_updates_are_those_of_algorithms_1_and_2() -> None:
         p = np.linalg.qr(a @ v).Q
         lam = np.diag(p.T @ a @ p)
         np.testing.assert_allclose(factor.eigenvalues.numpy(), lam, rtol=1e-5)
-        stored = dequantise(factor.codes, factor.scales, linear2(8)).double().numpy()  # each row an eigenvector
+        stored = dequantize(factor.codes, factor.scales, linear2(8)).double().numpy()  # each row an eigenvector
         assert 0 < np.linalg.norm(stored.T - p) / np.linalg.norm(p) < 0.01
         assert (np.abs(stored).max(axis=1) == np.float32(np.abs(p).max(axis=0))).all()
         v, lam = stored.T, factor.eigenvalues.double().numpy()
