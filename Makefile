@@ -63,7 +63,7 @@ soak: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c $(CONSTRAINTS) -e '.[launch,bench]'
-	$(BIN)/python launch/benchmark.py
+	$(BIN)/python launch/benchmark.py modes
 
 $(READY): setup.cfg $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)

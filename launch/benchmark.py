@@ -1,14 +1,17 @@
-"""Step times, state bytes and transient memory of Shampoo4 in each of its modes and of other optimizers, in one run.
+"""Step times, state bytes and transient memory of Shampoo4 and of other optimizers.
 
-python launch/benchmark.py                          one process: a table, runs/benchmark/benchmark.json and .png
-python launch/benchmark.py --num_hidden_layers 6    the larger model
-python launch/benchmark.py --device cuda            elapsed times on an accelerator
-python launch/benchmark.py --ranks 2 --host fsdp2   processes: step times, bytes sent, the exchange's share, balance
+    python launch/benchmark.py modes                            each mode of ours, and other optimizers, in one process
+    python launch/benchmark.py modes --num_hidden_layers 6      the larger model
+    python launch/benchmark.py ranks --ranks 2 --host fsdp2     processes: step times, bytes sent, the exchange's share
+    torchrun --nproc_per_node 8 launch/benchmark.py ranks       the same on processes that torchrun starts, on any nodes
+    python launch/benchmark.py growth                           step times and states as parameters or blocks grow
 
-The model is a vision transformer on 32 x 32 images in patches of 4. Its gradients for a few batches of random images
-are computed once and replayed, so that only optimizers are timed. All of them get the same parameters and take turns at
-each step, each on its own copy, so that whatever else loads the machine slows all alike. "CPU" is the processor time of
-this process, "wall" elapsed time. A refresh is a step in which statistics and roots, or an eigenbasis, are due.
+Each writes a table, a JSON file and, but for ranks, a picture to --output_dir.
+
+modes: the model is a vision transformer on 32 x 32 images in patches of 4. Its gradients for a few batches of random
+images are computed once and replayed, so that only optimizers are timed. All of them get the same parameters and take
+turns at each step, each on its own copy, so that whatever else loads the machine slows all alike. "CPU" is processor
+time, "wall" elapsed time. A refresh is a step in which statistics and roots, or an eigenbasis, are due.
 
 State: all tensors that an optimizer keeps, beside parameters and gradients. Transient: the most that a step has
 allocated at any moment beyond its start; median and largest of one interval. The floor of an ordinary step of ours is
@@ -27,18 +30,27 @@ statistics nor roots are due; of the staggered mode, where some are due at every
 | bitsandbytes-adamw8bit; torchao-adamw8bit, -adamw4bit | fewer than 4096 elements stay in float32 |
 | shampoo4, -32bit, -naive | statistics_interval = root_interval = interval; bits=32; quantize="preconditioner" |
 | shampoo4-staggered, -implicit | with refresh="staggered", root="implicit" |
-| shampoo4-compact, -compiled | with compact_settings(); compile=True |
+| shampoo4-compact, -compiled | with preset="compact"; compile=True |
 
 Other preconditioners than ours absorb statistics at every step. Muon multiplies in bfloat16, which takes seconds on a
 CPU that has no instructions for it. heavyball, torchao and shampoo4-compiled use torch.compile; on a CPU heavyball runs
 eagerly unless --compile_all is given, since compiling takes it many minutes. The column "graph" tells. A peer that is
 not installed is named with the reason and the command that installs it; one that raises, with its error.
+
+ranks: AdamW and the modes of Shampoo4 train a copy of the same model each, in turns. A step takes as long as on its
+slowest rank. What its parts take comes from torch's profiler in an interval of further steps, by the labels that the
+library sets: gather (gradients to the owners of blocks), statistics, roots, precondition, graft, send_back (directions
+to the holders) and base. The exchange is gather and send_back: packing, waiting and unpacking, and so also waiting for
+a rank that computes longer; what travels while something is computed costs nothing. --trace keeps the profiles, for
+chrome://tracing or Perfetto. On accelerators the parts are the host's times.
+
+growth: stacks of matrices like a ViT's, random gradients, a refresh in every other step. GFLOP/s is what the products
+of all blocks (launch/bench/blocks.py counts them) take of a step's time: constant where nothing else counts.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 from collections.abc import Sequence
@@ -49,117 +61,114 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # before torch is imported: its
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import torch
-from bench_optimizers import CHOICES, HEADS, OURS, Choice, Products, block_shapes
-from bench_runs import (
-    Contender,
-    Job,
-    Row,
-    gradients_of_a_vit,
-    is_ordinary,
-    on_ranks,
-    rank_row,
-    take_turns,
-    threads,
-)
+from bench.blocks import blocks_of
+from bench.growth import draw_growth, growth_table, measure_growth
+from bench.measure import Row, gradients_of_a_vit, measure, threads
+from bench.optimizers import CHOICES, HEADS, OURS, PRODUCTS, is_ordinary
+from bench.ranks import PROFILED, Job, measure_ranks
+from plots import BLUE, RED, picture, write_json
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-PRODUCTS = Choice("products L G R alone", lambda parameters, _: Products(parameters), refreshes=False)
-_COLORS = {"own": "#c8452d", "peer": "#2a6fbb"}
+CONSOLE_WIDTH = 150
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     flags = parse(arguments)
     flags.output_dir.mkdir(parents=True, exist_ok=True)
-    console = Console(width=150)
-    if flags.ranks:
-        compare_ranks(flags, console)
-    else:
-        with threads(flags.threads):
-            compare(flags, console)
+    with threads(flags.threads):
+        flags.run(flags, Console(width=CONSOLE_WIDTH))
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden_size", type=int, default=384, help=f"of the ViT, a multiple of {HEADS} (384)")
-    parser.add_argument("--num_hidden_layers", type=int, default=2, help="of the ViT (2)")
-    parser.add_argument("--steps", type=int, default=30, help="timed steps of each optimizer (30)")
-    parser.add_argument("--interval", type=int, default=10, help="steps from one refresh to the next (10)")
-    parser.add_argument("--threads", type=int, default=1, help="of torch's CPU operations (1)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(cpu)")
-    parser.add_argument(
-        "--only", nargs="+", choices=tuple(CHOICES), metavar="NAME",
-        help=f"some of {', '.join(CHOICES)} (all); adamw is always among them",
-    )  # fmt: skip
-    compiling = parser.add_mutually_exclusive_group()
-    compiling.add_argument("--eager", action="store_true", help="compile nothing (some, see above)")
-    compiling.add_argument("--compile_all", action="store_true", help="compile on a CPU whatever uses it (some)")
-    parser.add_argument("--ranks", type=int, default=0, help="processes, one thread each, on gloo (0: this one only)")
-    parser.add_argument("--host", choices=("ddp", "fsdp2"), default="ddp", help="what wraps the model on ranks (ddp)")
-    parser.add_argument(
-        "--output_dir", type=Path, default=Path("runs/benchmark"), help="for JSON and PNG (runs/benchmark)"
-    )
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name: str, run: Any, about: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=about, description=about)
+        made.set_defaults(run=run)
+        made.add_argument("--threads", type=int, default=1, help="of torch's CPU operations (1)")
+        made.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="what computes (cpu)")
+        made.add_argument("--output_dir", type=Path, default=Path(f"runs/{name}"), help=f"for files (runs/{name})")
+        return made
+
+    modes = command("modes", compare_modes, "Shampoo4's modes and other optimizers in one process.")
+    ranks = command("ranks", compare_ranks, "AdamW and Shampoo4's modes on several processes.")
+    for each, names in ((modes, tuple(CHOICES)), (ranks, ("adamw", *OURS))):
+        each.add_argument("--hidden_size", type=int, default=384, help=f"of the ViT, a multiple of {HEADS} (384)")
+        each.add_argument("--num_hidden_layers", type=int, default=2, help="of the ViT (2)")
+        each.add_argument("--steps", type=int, default=30, help="timed steps of each optimizer (30)")
+        each.add_argument("--interval", type=int, default=10, help="steps from one refresh to the next (10)")
+        each.add_argument(
+            "--only", nargs="+", choices=names, default=list(names), metavar="NAME",
+            help=f"some of {', '.join(names)} (all); adamw is always among them",
+        )  # fmt: skip
+        compiling = each.add_mutually_exclusive_group()
+        compiling.add_argument("--eager", action="store_true", help="compile nothing (some, see above)")
+        if each is modes:
+            compiling.add_argument("--compile_all", action="store_true", help="compile whatever can be (some)")
+    ranks.add_argument("--ranks", type=int, default=2, help="processes, unless torchrun has started them (2)")
+    ranks.add_argument("--host", choices=("ddp", "fsdp2", "hsdp"), default="ddp", help="what wraps the model (ddp)")
+    ranks.add_argument("--trace", type=Path, metavar="DIR", help="for Chrome traces of every optimizer and rank (none)")
+
+    growth = command("growth", compare_sizes, "Step times and states of Shampoo4 as parameters or blocks grow.")
+    growth.set_defaults(eager=True, compile_all=False, interval=2)
+    sizes = [1e6, 3e6, 1e7, 3e7]
+    growth.add_argument("--parameters", type=float, nargs="+", default=sizes, help="how many (1e6 3e6 1e7 3e7)")
+    growth.add_argument("--block_sizes", type=int, nargs="+", default=[1024], help="max_preconditioner_dim (1024)")
+    growth.add_argument("--steps", type=int, default=6, help="timed steps, each second one a refresh (6)")
+
     flags = parser.parse_args(arguments)
-    if min(flags.num_hidden_layers, flags.steps, flags.interval, flags.threads) < 1 or flags.ranks < 0:
-        parser.error("--num_hidden_layers, --steps, --interval and --threads take positive integers, --ranks also 0")
-    if flags.hidden_size < HEADS or flags.hidden_size % HEADS:
+    for name in ("num_hidden_layers", "steps", "interval", "threads", "ranks", "parameters", "block_sizes"):
+        values = getattr(flags, name, 1)
+        if min(values if isinstance(values, list) else [values]) < 1:
+            parser.error(f"--{name} must be at least 1, got {values}")
+    if flags.command == "growth" and flags.steps < 2:
+        parser.error(f"--steps must be at least 2, got {flags.steps}")
+    if getattr(flags, "hidden_size", HEADS) < HEADS or getattr(flags, "hidden_size", 0) % HEADS:
         parser.error(f"--hidden_size takes multiples of {HEADS}, got {flags.hidden_size}")
-    if flags.ranks and flags.device != "cpu":
-        parser.error("--ranks runs on CPUs")
-    if peers := [name for name in flags.only or () if flags.ranks and name not in ("adamw", *OURS)]:
-        parser.error(f"--ranks compares AdamW and Shampoo4 only, not {', '.join(peers)}")
     flags.device = torch.device(flags.device)
     return flags
 
 
-# -- one process -------------------------------------------------------------------------------------------------------
-
-
-def compare(flags: argparse.Namespace, console: Console) -> None:
-    """Measure all optimizers that were asked for, print the table, write the files."""
-    names = [name for name in CHOICES if name == "adamw" or name in (flags.only or CHOICES)]
-    absent = {name: reason for name in names if (reason := CHOICES[name].why_missing())}
-    replayed = gradients_of_a_vit(flags)
-    load = os.getloadavg()[0]
-    contenders = {"products": Contender(PRODUCTS, replayed[0], flags)}
-    contenders |= {name: Contender(CHOICES[name], replayed[0], flags) for name in names if name not in absent}
-    for contender in contenders.values():
-        console.print(f"warming up: {contender.choice.label}", highlight=False)
-        with contender.surviving():
-            if not contender.error:
-                contender.warm_up(replayed)
-    take_turns(list(contenders.values()), replayed, flags.steps)
-
-    found = {name: contender.row(name) for name, contender in contenders.items()}
-    found |= {name: missing_row(name, reason) for name, reason in absent.items()}
-    rows = [found[name] for name in ("products", *names)]
-    clock = "cpu_ms" if flags.device.type == "cpu" else "wall_ms"
-    floor = add_floors(rows, clock, flags.interval)
-    about = {
-        "parameters": sum(gradient.numel() for gradient in replayed[0]),
-        "blocks": block_shapes(replayed[0]).total(),
-        "hidden_size": flags.hidden_size,
-        "num_hidden_layers": flags.num_hidden_layers,
-        "steps": flags.steps,
-        "interval": flags.interval,
-        "threads": torch.get_num_threads(),
+def setting(flags: argparse.Namespace) -> dict[str, Any]:
+    """What every JSON file tells of the run."""
+    return {
+        **{name: value for name, value in vars(flags).items() if isinstance(value, (int, str)) and value is not True},
         "device": torch.cuda.get_device_name(flags.device) if flags.device.type == "cuda" else "cpu",
         "torch": torch.__version__,
-        "load_before": load,
-        "clock": clock,
-        "floor_ms": floor,
+        "load_before": os.getloadavg()[0],
     }
-    console.print(table(rows, about))
+
+
+# -- modes -------------------------------------------------------------------------------------------------------------
+
+
+def compare_modes(flags: argparse.Namespace, console: Console) -> None:
+    """Measure all optimizers that were asked for, print the table, write the files."""
+    about = setting(flags)
+    names = [name for name in CHOICES if name == "adamw" or name in flags.only]
+    absent = {name: reason for name in names if (reason := CHOICES[name].why_missing())}
+    replayed = gradients_of_a_vit(flags)
+    choices = {"products": PRODUCTS, **{name: CHOICES[name] for name in names if name not in absent}}
+    found = {row["name"]: row for row in measure(choices, replayed, flags)}
+    for name, reason in absent.items():
+        choice = CHOICES[name]
+        found[name] = {"name": name, "label": choice.label, "missing": reason, "install": choice.install}
+    rows = [found[name] for name in ("products", *names)]
+    clock = "cpu_ms" if flags.device.type == "cpu" else "wall_ms"
+    about |= {
+        "parameters": sum(gradient.numel() for gradient in replayed[0]),
+        "blocks": blocks_of(gradient.shape for gradient in replayed[0]).total(),
+        "clock": clock,
+        "floor_ms": add_floors(rows, clock, flags.interval),
+    }
+    console.print(modes_table(rows, about))
     tell(rows, about, console)
-    write(flags.output_dir / "benchmark.json", {**about, "optimizers": rows})
+    write_json(flags.output_dir / "benchmark.json", {**about, "optimizers": rows})
     draw(rows, about, flags.output_dir / "benchmark.png")
     print(f"wrote {flags.output_dir / 'benchmark.png'}")
-
-
-def missing_row(name: str, reason: str) -> Row:
-    choice = CHOICES[name]
-    return {"name": name, "label": choice.label, "missing": reason, "install": choice.install}
 
 
 def add_floors(rows: list[Row], clock: str, interval: int) -> float:
@@ -174,9 +183,6 @@ def add_floors(rows: list[Row], clock: str, interval: int) -> float:
     return floor
 
 
-# -- report ------------------------------------------------------------------------------------------------------------
-
-
 def _empty_table(title: str, name_width: int | None, columns: Sequence[str]) -> Table:
     """With a column of names, at least so many characters wide, and columns of numbers."""
     found = Table(title=title, title_justify="left")
@@ -186,7 +192,7 @@ def _empty_table(title: str, name_width: int | None, columns: Sequence[str]) -> 
     return found
 
 
-def table(rows: list[Row], about: dict[str, Any]) -> Table:
+def modes_table(rows: list[Row], about: dict[str, Any]) -> Table:
     """A line for each optimizer; those without numbers say why."""
     title = (
         f"ViT, hidden {about['hidden_size']}, {about['num_hidden_layers']} layers, {about['parameters']:,} "
@@ -223,24 +229,12 @@ def tell(rows: list[Row], about: dict[str, Any], console: Console) -> None:
             console.print(f"Missing: {row['name']}. {escape(row['missing'])}. {escape(row['install'])}", soft_wrap=True)
 
 
-def write(path: Path, content: Any) -> None:
-    """A JSON file, and where it is."""
-    path.write_text(json.dumps(content, indent=1) + "\n")
-    print(f"wrote {path}")
-
-
 def draw(rows: list[Row], about: dict[str, Any], path: Path) -> None:
     """State bytes against the median step, a whisker to the worst; names in a column at the right."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     shown = [row for row in rows if "cpu_ms" in row and row["name"] != "products"]
-    style: dict[Any, Any] = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
-    with plt.rc_context(style):
-        figure, axes = plt.subplots(figsize=(11, 6.5), layout="constrained")
+    with picture(path, size=(11, 6.5)) as (_, axes):
         axes.set(xscale="log", yscale="log")
         for row in shown:
             times, kept, color = row[about["clock"]], row["state_bytes_per_parameter"], _color(row)
@@ -256,12 +250,10 @@ def draw(rows: list[Row], about: dict[str, Any], path: Path) -> None:
         axes.set_title(f"{about['parameters'] / 1e6:.2f} M parameters, refresh every {about['interval']} steps")
         axes.autoscale_view()
         _name_points(axes, shown, about["clock"])
-        figure.savefig(path, dpi=120)
-        plt.close(figure)
 
 
 def _color(row: Row) -> str:
-    return _COLORS["own" if row["name"] in OURS else "peer"]
+    return RED if row["name"] in OURS else BLUE
 
 
 def _name_points(axes: Any, rows: list[Row], clock: str) -> None:
@@ -294,25 +286,33 @@ def spread(heights: Sequence[float], gap: float) -> list[float]:
     return placed
 
 
-# -- on ranks ----------------------------------------------------------------------------------------------------------
+# -- ranks -------------------------------------------------------------------------------------------------------------
 
 
 def compare_ranks(flags: argparse.Namespace, console: Console) -> None:
-    """Train with AdamW and ours on ranks, print the table, write ranks.json."""
-    names = tuple(name for name in ("adamw", *OURS) if name == "adamw" or name in (flags.only or OURS))
-    job = Job(names, flags.hidden_size, flags.num_hidden_layers, flags.host, flags.interval, flags.steps, flags.eager)
-    load = os.getloadavg()[0]
-    rows = [rank_row(name, ranks, flags.interval) for name, ranks in on_ranks(job, flags.ranks).items()]
-    about = {**job._asdict(), "ranks": flags.ranks, "torch": torch.__version__, "load_before": load}
+    """Train with AdamW and ours on ranks, print the tables, write ranks.json."""
+    about = setting(flags)
+    names = tuple(name for name in ("adamw", *OURS) if name == "adamw" or name in flags.only)
+    if flags.trace:
+        flags.trace.mkdir(parents=True, exist_ok=True)
+    job = Job(
+        names, flags.hidden_size, flags.num_hidden_layers, flags.host, flags.device.type, flags.interval, flags.steps,
+        flags.eager, flags.trace,
+    )  # fmt: skip
+    rows = measure_ranks(job, flags.ranks)
+    if int(os.environ.get("RANK", 0)):
+        return
+    about["ranks"] = len(rows[0]["state_bytes"])
     console.print(rank_table(rows, about))
-    write(flags.output_dir / "ranks.json", {**about, "optimizers": rows})
+    console.print(parts_table(rows))
+    write_json(flags.output_dir / "ranks.json", {**about, "optimizers": rows})
 
 
 def rank_table(rows: list[Row], about: dict[str, Any]) -> Table:
     """A line for each optimizer."""
     title = (
-        f"ViT, hidden {about['hidden_size']}, {about['layers']} layers; {about['host']} on {about['ranks']} "
-        f"ranks, one thread each; refresh every {about['interval']} steps, {about['steps']} steps; "
+        f"ViT, hidden {about['hidden_size']}, {about['num_hidden_layers']} layers; {about['host']} on {about['ranks']} "
+        f"ranks; refresh every {about['interval']} steps, {about['steps']} steps; "
         f"load before {about['load_before']:.1f}"
     )
     found = _empty_table(title, None, (
@@ -328,6 +328,31 @@ def rank_table(rows: list[Row], about: dict[str, Any]) -> Table:
             exchange = [f"{row['exchange_share']:.1%}", f"{most / 1e6:.2f}", f"{mean / 1e6:.2f}"]
         found.add_row(row["label"], *times, *exchange, f"{max(row['state_bytes']) / 1e6:.2f}", f"{row['balance']:.3f}")
     return found
+
+
+def parts_table(rows: list[Row]) -> Table:
+    """Milliseconds of the parts of our ordinary steps, and of those with a refresh, on the slowest rank."""
+    found = _empty_table("milliseconds of profiled steps, on the slowest rank", None, PROFILED)
+    for row in rows:
+        for kind, spent in row["parts_ms"].items():
+            if row["name"] in OURS:
+                found.add_row(f"{row['label']}, {kind}", *(f"{spent[part]:.1f}" for part in PROFILED))
+    return found
+
+
+# -- growth ------------------------------------------------------------------------------------------------------------
+
+
+def compare_sizes(flags: argparse.Namespace, console: Console) -> None:
+    """Measure every size, print the table, write growth.json and growth.png."""
+    about = setting(flags)
+    rows = measure_growth(flags)
+    clock = "processor" if flags.device.type == "cpu" else "elapsed"
+    title = f"Shampoo4 on stacks like a ViT's; {about['device']}, {clock} time, load before {about['load_before']:.1f}"
+    console.print(growth_table(rows, title))
+    write_json(flags.output_dir / "growth.json", {**about, "sizes": rows})
+    draw_growth(rows, flags.output_dir / "growth.png")
+    print(f"wrote {flags.output_dir / 'growth.png'}")
 
 
 if __name__ == "__main__":

@@ -13,14 +13,17 @@ from typing import Any
 
 import pytest
 import torch
-from support.launching import LAUNCH
+from support.launching import LAUNCH, run_really
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 # isort: split
-import bench_runs
-import benchmark
-from bench_optimizers import CHOICES, Choice, Products, block_shapes, state_bytes, vit
-from bench_runs import Contender, Measured, most_allocated, rank_row, watched  # found through launching
+import benchmark  # found through launching
+from bench.blocks import blocks_of, step_flops
+from bench.growth import stack_shapes
+from bench.measure import Contender, most_allocated, state_bytes, threads, watched
+from bench.optimizers import CHOICES, Choice, Products, is_ordinary, vit
+from bench.ranks import PROFILED, parts_of, rank_row
 
 from sharded_shampoo4 import Shampoo4, estimate_memory
 
@@ -69,7 +72,7 @@ def test_a_run_writes_a_table_figures_and_a_picture(
     offer(monkeypatch, "breaks-early", lambda *_: Breaks(3), module="json")
     offer(monkeypatch, "breaks-late", lambda *_: Breaks(8), module="json")
     names = ["adamw", "shampoo4-32bit", "shampoo4", "muon", "heavyball-soap", "breaks-early", "breaks-late"]
-    benchmark.main([*TINY, "--steps", "4", "--only", *names[1:], "--output_dir", str(tmp_path)])
+    benchmark.main(["modes", *TINY, "--steps", "4", "--only", *names[1:], "--output_dir", str(tmp_path)])
     assert gc.isenabled()
 
     text = capsys.readouterr().out
@@ -110,22 +113,22 @@ def test_a_run_writes_a_table_figures_and_a_picture(
 def test_an_error_of_ours_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     offer(monkeypatch, "shampoo4", lambda parameters, _: Shampoo4(parameters, no_such_option=1))
     with pytest.raises(TypeError, match="no_such_option"):
-        benchmark.main([*TINY, "--only", "shampoo4", "--output_dir", str(tmp_path)])
+        benchmark.main(["modes", *TINY, "--only", "shampoo4", "--output_dir", str(tmp_path)])
     offer(monkeypatch, "shampoo4", lambda *_: Breaks(3))
     with pytest.raises(RuntimeError, match="no more steps"):
-        benchmark.main([*TINY, "--only", "shampoo4", "--output_dir", str(tmp_path)])
+        benchmark.main(["modes", *TINY, "--only", "shampoo4", "--output_dir", str(tmp_path)])
 
 
 def test_threads_are_those_asked_for_within() -> None:
     before = torch.get_num_threads()
-    with pytest.raises(KeyError), bench_runs.threads(before + 1):
+    with pytest.raises(KeyError), threads(before + 1):
         assert torch.get_num_threads() == before + 1
         raise KeyError
     assert torch.get_num_threads() == before
 
 
 def test_steps_without_a_refresh_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    benchmark.main([*TINY, "--steps", "1", "--only", "adamw", "--output_dir", str(tmp_path)])
+    benchmark.main(["modes", *TINY, "--steps", "1", "--only", "adamw", "--output_dir", str(tmp_path)])
     assert "less than an interval" in capsys.readouterr().out
 
 
@@ -148,7 +151,7 @@ def test_eager_compiles_nothing(eager: bool, monkeypatch: pytest.MonkeyPatch) ->
                 parameter.copy_(self.update(parameter))
 
     choice = offer(monkeypatch, "compiles", lambda parameters, _: Compiles(parameters), compiles=True)
-    flags = benchmark.parse(["--interval", "1", *(["--eager"] if eager else [])])
+    flags = benchmark.parse(["modes", "--interval", "1", *(["--eager"] if eager else [])])
     contender = Contender(choice, [torch.zeros(3)], flags)
     contender.warm_up([[torch.zeros(3)]])
     contender.timed_step([[torch.zeros(3)]])
@@ -160,18 +163,20 @@ def test_eager_compiles_nothing(eager: bool, monkeypatch: pytest.MonkeyPatch) ->
 def test_what_compiles_slowly_is_eager_on_a_cpu() -> None:
     choice = Choice("slow", lambda *_: Breaks(0), compiles=True, slow_to_compile=True)
     for flags, eager in (([], True), (["--compile_all"], False), (["--device", "cuda"], False), (["--eager"], True)):
-        assert Contender(choice, [], benchmark.parse(flags)).eager == eager
+        assert Contender(choice, [], benchmark.parse(["modes", *flags])).eager == eager
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--hidden_size", "100"], "multiples of 6, got 100"),
-        (["--steps", "0"], "take positive integers"),
-        (["--only", "sgd"], "invalid choice: 'sgd'"),
-        (["--eager", "--compile_all"], "not allowed with"),
-        (["--ranks", "2", "--only", "shampoo4", "muon"], "AdamW and Shampoo4 only, not muon"),
-        (["--ranks", "2", "--device", "cuda"], "--ranks runs on CPUs"),
+        ([], "arguments are required: command"),
+        (["modes", "--hidden_size", "100"], "multiples of 6, got 100"),
+        (["modes", "--steps", "0"], "--steps must be at least 1, got 0"),
+        (["modes", "--only", "sgd"], "invalid choice: 'sgd'"),
+        (["modes", "--eager", "--compile_all"], "not allowed with"),
+        (["ranks", "--only", "shampoo4", "muon"], "invalid choice: 'muon'"),
+        (["growth", "--parameters", "1e6", "0"], "--parameters must be at least 1"),
+        (["growth", "--steps", "1"], "--steps must be at least 2, got 1"),
     ],
 )
 def test_wrong_flags(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -222,7 +227,7 @@ def test_every_missing_peer_has_a_reason_and_a_remedy(monkeypatch: pytest.Monkey
 def test_an_installed_peer_takes_steps(name: str) -> None:
     pytest.importorskip(CHOICES[name].module)
     gradients = [[torch.randn(72, 64), torch.randn(64)]]
-    contender = Contender(CHOICES[name], gradients[0], benchmark.parse(["--eager", "--interval", "1"]))
+    contender = Contender(CHOICES[name], gradients[0], benchmark.parse(["modes", "--eager", "--interval", "1"]))
     contender.warm_up(gradients)
     contender.timed_step(gradients)
     row = contender.row(name)
@@ -352,7 +357,9 @@ class Refreshes:
 
 
 def test_a_refresh_allocates_no_more_than_it_holds_at_once() -> None:
-    contender = Contender(Choice("refreshes", lambda *_: Refreshes()), [], benchmark.parse(["--interval", "2"]))
+    contender = Contender(
+        Choice("refreshes", lambda *_: Refreshes()), [], benchmark.parse(["modes", "--interval", "2"])
+    )
     contender.warm_up([[]])
     assert contender.transient == [0, 40_000]
 
@@ -363,7 +370,7 @@ def test_a_refresh_allocates_no_more_than_it_holds_at_once() -> None:
 def test_the_floor_is_every_blocks_product(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = ((2048, 30), (1024, 30), (6, 4, 5), (6, 20), (7,), (1, 9))
     parameters = [torch.zeros(shape) for shape in shapes]
-    assert block_shapes(parameters) == {(1024, 30): 3, (6, 20): 2}
+    assert blocks_of(p.shape for p in parameters) == {(1024, 30): 3, (6, 20): 2}
     products = Products(parameters)
     bmm, made = torch.bmm, []
 
@@ -384,17 +391,22 @@ def test_the_floor_has_the_blocks_that_ours_preconditions() -> None:
     model = vit(48, 2)
     optimizer = Shampoo4(model.parameters())
     blocks = [int(count) for count in re.findall(r"(\d+) of \d+ x \d+", optimizer.describe())]
-    assert block_shapes(list(model.parameters())).total() == sum(blocks) == 15
+    assert blocks_of(p.shape for p in model.parameters()).total() == sum(blocks) == 15
 
 
 # -- on ranks ----------------------------------------------------------------------------------------------------------
 
 
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+
+
 @pytest.mark.slow
-def test_ranks_train_and_tell_what_they_send(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ("--ranks", "2", "--host", "fsdp2", "--steps", "3", "--only", "shampoo4")
-    benchmark.main([*TINY, *flags, "--output_dir", str(tmp_path)])
-    assert "fsdp2 on 2 ranks" in capsys.readouterr().out
+@pytest.mark.parametrize("launcher", [(sys.executable,), TORCHRUN], ids=["alone", "torchrun"])
+def test_ranks_train_and_tell_what_they_send(launcher: tuple[str, ...], tmp_path: Path) -> None:
+    flags = ("--ranks", "2", "--host", "fsdp2", "--steps", "3", "--only", "shampoo4", "--trace", tmp_path / "trace")
+    ended = run_really(*launcher, LAUNCH / "benchmark.py", "ranks", *TINY, *flags, "--output_dir", tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("fsdp2 on 2 ranks") == 1 and "Shampoo4, 4 bits, refresh" in ended.stdout
     rows = rows_of(tmp_path / "ranks.json")
     assert list(rows) == ["adamw", "shampoo4"]
     estimate = estimate_memory(tiny_shapes(), 2, host="fsdp2")
@@ -407,24 +419,121 @@ def test_ranks_train_and_tell_what_they_send(tmp_path: Path, capsys: pytest.Capt
     for row in rows.values():
         assert row["step_ms"]["worst"] >= row["step_ms"]["median"] > row["optimizer_ms"]["median"] > 0
 
+    # The parts of profiled steps, and the profiles.
+    ordinary, refresh = ours["parts_ms"]["ordinary"], ours["parts_ms"]["refresh"]
+    assert min(refresh.values()) >= 0 and ordinary["statistics"] == ordinary["roots"] == 0
+    assert all(refresh[part] > 0 for part in ("gather", "statistics", "roots", "precondition", "graft", "send_back"))
+    for spent in (ordinary, refresh):
+        assert spent["step"] > spent["optimizer"] > spent["precondition"] + spent["base"] > 0
+        assert spent["transfers"] > 0
+    for rank in range(2):
+        events = json.loads((tmp_path / f"trace/shampoo4-rank{rank}.json").read_text())["traceEvents"]
+        assert len(parts_of(events)) == 2  # steps of an interval
+
+
+def test_parts_of_a_trace_by_hand() -> None:
+    def event(name: str, begin: float, end: float) -> dict[str, Any]:
+        return {"ph": "X", "name": name, "ts": 1e6 * begin, "dur": 1e6 * (end - begin)}
+
+    events = [
+        event("benchmark::step", 100, 120), event("benchmark::step", 0, 20), event("benchmark::optimizer", 8, 18),
+        event("shampoo4::gather", 8, 10), event("shampoo4::precondition", 10, 14), event("shampoo4::gather", 14, 14.5),
+        event("aten::gather", 10, 11), event("gloo:all_to_all", 9, 12), event("gloo:all_to_all", 13, 17),
+        {"ph": "i", "name": "shampoo4::gather"}, event("shampoo4::base", 110, 111),
+    ]  # fmt: skip
+    first, second = parts_of(events)
+    parts = {"gather": 2.5, "statistics": 0, "roots": 0, "precondition": 4, "graft": 0, "send_back": 0, "base": 0}
+    whole = {"step": 20, "optimizer": 10, "transfers": 3 + 4, "overlapped": 2 + 1}
+    assert first == pytest.approx({**parts, **whole})
+    assert second["step"] == 20 and second["base"] == pytest.approx(1) and second["gather"] == 0
+
 
 def test_a_step_takes_as_long_as_its_slowest_rank() -> None:
-    def step(seconds: float, megabytes: float) -> dict[str, float]:
-        return {
-            "step": seconds, "optimizer": seconds / 2, "exchange": seconds / 4, "processor": 0.001,
-            "megabytes": megabytes,
-        }  # fmt: skip
+    def step(seconds: float, sent: int) -> dict[str, float]:
+        return {"step": seconds, "optimizer": seconds / 2, "processor": 0.001, "sent": sent}
 
-    first = Measured({7: step(1, 2), 8: step(9, 5), 9: step(3, 2)}, preconditioner=30, base=8)
-    second = Measured({7: step(2, 1), 8: step(8, 5), 9: step(2, 1)}, preconditioner=10, base=8)
-    row = rank_row("shampoo4", [first, second], interval=4)  # step 8 is no ordinary one
+    def parts(seconds: float) -> dict[str, float]:
+        return {**dict.fromkeys(PROFILED, 0.0), "step": seconds, "gather": seconds / 4, "send_back": seconds / 8}
+
+    first = {
+        "steps": {7: step(1, 20), 8: step(9, 50), 9: step(3, 20)},
+        "profiled": {10: parts(1), 11: parts(1), 12: parts(8)}, "preconditioner": 30, "base": 8,
+    }  # fmt: skip
+    second = {
+        "steps": {7: step(2, 10), 8: step(8, 50), 9: step(2, 10)},
+        "profiled": {10: parts(2), 11: parts(2), 12: parts(4)}, "preconditioner": 10, "base": 8,
+    }  # fmt: skip
+    row = rank_row("shampoo4", [first, second], interval=4)  # steps 8 and 12 are no ordinary ones
     assert row["step_ms"] == {"median": 3000, "worst": 9000} and row["optimizer_cpu_ms"]["median"] == 1
-    assert row["sent_bytes"] == [2_000_000, 1_000_000]
-    assert row["exchange_share"] == 0.25 and row["balance"] == 1.5 and row["state_bytes"] == [38, 18]
-    assert rank_row("shampoo4-staggered", [first, second], 4)["sent_bytes"] == [2_000_000, 1_000_000]
+    assert row["sent_bytes"] == [20, 10]
+    assert row["parts_ms"]["ordinary"]["step"] == 2000 and row["parts_ms"]["refresh"]["gather"] == 2000
+    assert row["exchange_share"] == 3 / 8 and row["balance"] == 1.5 and row["state_bytes"] == [38, 18]
+    assert rank_row("shampoo4-staggered", [first, second], 4)["sent_bytes"] == [20, 10]
     assert rank_row("adamw", [first, second], interval=4)["balance"] == pytest.approx(38 / 28)
 
 
 def test_ordinary_steps() -> None:
-    assert [step for step in range(1, 9) if bench_runs.is_ordinary("shampoo4", step, 4)] == [1, 2, 3, 5, 6, 7]
-    assert all(bench_runs.is_ordinary("shampoo4-staggered", step, 4) for step in range(1, 9))
+    assert [step for step in range(1, 9) if is_ordinary("shampoo4", step, 4)] == [1, 2, 3, 5, 6, 7]
+    assert all(is_ordinary("shampoo4-staggered", step, 4) for step in range(1, 9))
+
+
+# -- growth ------------------------------------------------------------------------------------------------------------
+
+
+def test_flops_are_those_that_torch_counts() -> None:
+    """torch counts products; a factorization has 8/3 n^3, or 9 n^3 where a factor stays in float32."""
+    shapes = [(70, 150), (128, 128), (20, 65), (6, 4, 5), (9,)]
+    parameters = [nn.Parameter(torch.zeros(shape)) for shape in shapes]
+    optimizer = Shampoo4(parameters, max_preconditioner_dim=80, statistics_interval=2, root_interval=2)
+    counted = []
+    for _ in range(4):
+        for parameter in parameters:
+            parameter.grad = torch.randn_like(parameter)
+        with FlopCounterMode(display=False) as counter:
+            optimizer.step()
+        counted.append(counter.get_total_flops())
+    blocks = blocks_of(shapes, 80)
+    assert blocks.total() == 2 + 4 + 1 + 1
+    flops = step_flops(blocks)
+    factorized = sum(
+        count * (8 / 3 if order >= 64 else 9) * order**3 for block, count in blocks.items() for order in block
+    )
+    both = flops["ordinary"] + flops["refresh"] - factorized
+    assert counted == pytest.approx([0, both, flops["ordinary"], both])
+
+
+def test_flops_of_a_block_by_hand() -> None:
+    rows, columns = 100, 50  # 2500 elements: the right factor stays in float32
+    product = 2 * rows**2 * columns + 2 * rows * columns**2
+    cubes = 4 * (1 + 4) + 4 + 8 / 3 + 2 + 2
+    expected = {"ordinary": product, "refresh": product + cubes * rows**3 + (9 + 2) * columns**3}
+    assert step_flops(blocks_of([(rows, columns)])) == pytest.approx(expected)
+    assert step_flops(blocks_of([(256, 256)]))["refresh"] == pytest.approx((60 + 16 / 3) * 256**3)
+
+
+def test_stacks_have_the_parameters_that_were_asked_for() -> None:
+    for wanted in (1e6, 3e6, 1e7, 3e7, 1e8):
+        shapes = stack_shapes(wanted)
+        assert sum(rows * columns for rows, columns in shapes) == pytest.approx(wanted, rel=0.12)
+        assert 50 <= shapes[0][0] / (len(shapes) / 6) <= 100
+    assert stack_shapes(1)[0] == (64, 64) and len(stack_shapes(1)) == 6
+
+
+def test_growth_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--parameters", "5e4", "2e5", "--block_sizes", "64", "128", "--steps", "2")
+    benchmark.main(["growth", *flags, "--output_dir", str(tmp_path)])
+    assert "processor time" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "growth.json").read_text())["sizes"]
+    hidden = [64, 64, 128, 128]
+    assert [row["parameters"] for row in rows] == [12 * side**2 for side in hidden]
+    assert [row["blocks"] for row in rows] == [4 + 2 * 4, 4 + 2 * 2, 4 * 4 + 2 * 16, 4 + 2 * 4]
+    for row, limit in zip(rows, (64, 128, 64, 128), strict=True):
+        shapes = {str(index): shape for index, shape in enumerate(stack_shapes(row["parameters"]))}
+        estimate = estimate_memory(shapes, host="none", max_preconditioner_dim=limit)
+        assert 0 <= row["state_bytes"]["shampoo4"] - estimate.total[0] <= NORMS * row["blocks"]
+        assert row["state_bytes"]["adamw"] == estimate.base[0]
+        assert 0 < row["milliseconds"]["ordinary"] < row["milliseconds"]["refresh"]
+        for kind, flops in row["flops"].items():
+            spent = row["milliseconds"][kind] - (row["milliseconds"]["ordinary"] if kind == "refresh" else 0)
+            assert row["gflops_per_second"][kind] == pytest.approx(flops / spent / 1e6)
+    assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")

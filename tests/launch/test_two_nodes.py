@@ -143,11 +143,12 @@ def test_a_pod_that_is_evicted_saves_the_run(hosts: TwoHosts, folder: Path) -> N
     assert len(list(output.glob("checkpoint-*/complete.json"))) == 1
 
 
-def test_the_exchange_is_measured_on_a_slow_link() -> None:
+def test_the_exchange_is_measured_on_a_slow_link(tmp_path: Path) -> None:
     command = ["torchrun", "--nnodes=2", "--node_rank={host}", "--nproc_per_node=1", "--master_addr=node-a"]
-    command += ["--master_port=29502", str(LAUNCH / "measure_link.py"), "--model=vit-tiny", "--num_hidden_layers=1"]
-    command += ["--image_size=32", "--batch_size=2", "--rounds=1"]
+    command += ["--master_port=29502", str(LAUNCH / "benchmark.py"), "ranks", "--host=hsdp", "--hidden_size=48"]
+    command += ["--num_hidden_layers=1", "--steps=3", "--interval=2", "--only", "shampoo4"]
+    command += [f"--output_dir={tmp_path}"]
     with TwoHosts(rate_mbit=1000, delay_ms=1) as hosts:
         commands = [[word.replace("{host}", str(host)) for word in command] for host in range(2)]
         first, _ = hosts.run_on_both(commands, programs(), timeout=300)
-    assert "adamw, ordinary" in first and "shampoo4, statistics and roots" in first, first
+    assert "hsdp on 2 ranks" in first and "Shampoo4, 4 bits, refresh" in first, first

@@ -1,0 +1,111 @@
+"""Measure how the cost of Shampoo4's steps grows with the parameters, and with the order of their blocks."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from plots import BLUE, GREY, RED, picture
+from rich.table import Table
+
+from .blocks import blocks_of, step_flops
+from .measure import Row, measure
+from .optimizers import ADAMW, shampoo4_with_blocks
+
+KINDS = {"ordinary": BLUE, "refresh": RED, "adamw": GREY}  # of steps, and their colors
+GRADIENTS = 2  # sets that are replayed
+
+
+def measure_growth(flags: argparse.Namespace) -> list[Row]:
+    """A row for every number of parameters and every order of blocks."""
+    return [measure_stack(*sizes, flags) for sizes in itertools.product(flags.parameters, flags.block_sizes)]
+
+
+def measure_stack(parameters: float, limit: int, flags: argparse.Namespace) -> Row:
+    """Steps on a stack of about so many ``parameters``, and their flops, for blocks of at most ``limit``."""
+    shapes = stack_shapes(parameters)
+    generator = torch.Generator(flags.device).manual_seed(0)
+    replayed = [
+        [torch.randn(*shape, generator=generator, device=flags.device) for shape in shapes] for _ in range(GRADIENTS)
+    ]
+    adamw, ours = measure({"adamw": ADAMW, "shampoo4": shampoo4_with_blocks(limit)}, replayed, flags)
+    clock = "cpu_ms" if flags.device.type == "cpu" else "wall_ms"
+    taken: dict[str, list[float]] = {"ordinary": [], "refresh": []}
+    for step, milliseconds in ours["steps"][clock].items():
+        taken["refresh" if step % flags.interval == 0 else "ordinary"].append(milliseconds)
+    median = {kind: statistics.median(times) for kind, times in taken.items()}
+    blocks = blocks_of(shapes, limit)
+    flops = step_flops(blocks)
+    of_refresh = max(median["refresh"] - median["ordinary"], 1e-6)  # what such a step has besides
+    return {
+        "parameters": sum(rows * columns for rows, columns in shapes),
+        "block_size": limit,
+        "blocks": blocks.total(),
+        "milliseconds": {**median, "adamw": adamw[clock]["median"]},
+        "flops": flops,
+        "gflops_per_second": {
+            "ordinary": flops["ordinary"] / median["ordinary"] / 1e6,
+            "refresh": flops["refresh"] / of_refresh / 1e6,
+        },
+        "state_bytes": {"shampoo4": ours["state_bytes"], "adamw": adamw["state_bytes"]},
+        "transient_bytes": ours["transient_bytes"],
+    }
+
+
+def stack_shapes(parameters: float) -> list[tuple[int, int]]:
+    """Matrices like a ViT's of about so many ``parameters``, 12 h^2 a layer: four square ones and two of an MLP.
+
+    The hidden size h is a multiple of 64, about 64 for each layer, as in ViT-S to ViT-L.
+
+    >>> [(shapes[0][0], len(shapes) // 6) for shapes in map(stack_shapes, (1e6, 1e7, 1e8))]
+    [(192, 2), (384, 6), (832, 12)]
+    """
+    hidden = 64 * max(1, round((parameters / 12 / 64**2) ** (1 / 3)))
+    layers = max(1, round(parameters / (12 * hidden**2)))
+    return layers * [*4 * [(hidden, hidden)], (4 * hidden, hidden), (hidden, 4 * hidden)]
+
+
+def growth_table(rows: Sequence[Row], title: str) -> Table:
+    """A line for each size."""
+    table = Table(title=title, title_justify="left")
+    for column in (
+        "parameters", "blocks\nat most", "blocks", "ordinary\nms", "\nGFLOP/s", "refresh\nms", "\nGFLOP/s",
+        "AdamW\nms", "state\nB/param", "AdamW\nB/param", "transient\nMB", "refresh\nMB",
+    ):  # fmt: skip
+        table.add_column(column, justify="right")
+    for row in rows:
+        cells = [f"{row['parameters'] / 1e6:.2f} M", str(row["block_size"]), str(row["blocks"])]
+        for kind in ("ordinary", "refresh"):
+            cells += [f"{row['milliseconds'][kind]:.1f}", f"{row['gflops_per_second'][kind]:.1f}"]
+        cells.append(f"{row['milliseconds']['adamw']:.1f}")
+        cells += [f"{held / row['parameters']:.2f}" for held in row["state_bytes"].values()]
+        table.add_row(*cells, *(f"{size / 1e6:.0f}" for size in row["transient_bytes"].values()))
+    return table
+
+
+def draw_growth(rows: Sequence[Row], path: Path) -> None:
+    """Seconds of each kind of step and bytes of state against parameters, with the first order of blocks."""
+    rows = sorted(
+        (row for row in rows if row["block_size"] == rows[0]["block_size"]), key=lambda row: row["parameters"]
+    )
+    sizes = [row["parameters"] for row in rows]
+
+    def line(axes: Any, values: Sequence[float], color: str, label: str) -> None:
+        axes.plot(sizes, values, "o-", color=color, label=label)
+
+    with picture(path, 1, 2, (11, 4.2)) as (_, (times, states)):
+        for kind, color in KINDS.items():
+            label = "AdamW" if kind == "adamw" else f"Shampoo4, {kind}"
+            line(times, [row["milliseconds"][kind] / 1e3 for row in rows], color, label)
+        line(states, [row["state_bytes"]["shampoo4"] / 1e6 for row in rows], RED, "Shampoo4, 4 bits, with AdamW's")
+        line(states, [row["state_bytes"]["adamw"] / 1e6 for row in rows], GREY, "AdamW")
+        times.set_title("seconds of a step")
+        states.set_title("MB of optimizer state")
+        for axes in (times, states):
+            axes.set(xscale="log", yscale="log", xlabel="parameters")
+            axes.legend()

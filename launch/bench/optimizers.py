@@ -1,0 +1,215 @@
+"""The optimizers that benchmark.py compares, the model whose gradients they get, and the floor of a step.
+
+A peer is an optional package. It is imported when it is made, so that one that is missing can be named.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import ViTConfig, ViTForImageClassification
+
+from sharded_shampoo4 import Shampoo4
+
+from .blocks import blocks_of
+
+HEADS, CLASSES, IMAGE, PATCH = 6, 100, 32, 4  # of the ViT; image and patch: side in pixels
+
+
+class Steps(Protocol):
+    """Whatever takes steps on the gradients of its parameters."""
+
+    def step(self) -> object: ...
+
+
+Make = Callable[[list[nn.Parameter], int], Steps]  # of parameters and the steps between two refreshes
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An optimizer of the benchmark.
+
+    Attributes:
+        label: its name in tables.
+        make: makes it of parameters and the steps between two refreshes.
+        module: what a peer is imported as; empty for ours and torch's.
+        distribution: what a peer is installed as.
+        install: the command that installs a peer.
+        compiles: whether it calls torch.compile.
+        slow_to_compile: whether that takes minutes on a CPU.
+        refreshes: whether some of its steps do more than others.
+    """
+
+    label: str
+    make: Make
+    module: str = ""
+    distribution: str = ""
+    install: str = "pip install '.[bench]'"
+    compiles: bool = False
+    slow_to_compile: bool = False
+    refreshes: bool = True
+
+    @property
+    def is_peer(self) -> bool:
+        return bool(self.module)
+
+    def why_missing(self) -> str:
+        """Why this peer cannot be imported; empty if it can be."""
+        try:
+            if self.module:
+                importlib.import_module(self.module)
+        except Exception as error:  # a package may fail at its import in its own way
+            return first_line(error)
+        return ""
+
+    def version(self) -> str:
+        """The version of the peer's distribution; torch's for ours."""
+        try:
+            return importlib.metadata.version(self.distribution or "torch")
+        except importlib.metadata.PackageNotFoundError:
+            return "unknown"
+
+
+class MuonWithAdamW:
+    """torch's Muon for matrices, AdamW for all else."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        self.muon = torch.optim.Muon([p for p in parameters if p.ndim == 2])
+        self.adamw = torch.optim.AdamW([p for p in parameters if p.ndim != 2])
+
+    def step(self) -> None:
+        self.muon.step()
+        self.adamw.step()
+
+
+def _ours(**options: Any) -> Make:
+    def make(parameters: list[nn.Parameter], interval: int) -> Steps:
+        return Shampoo4(parameters, **{**options, "statistics_interval": interval, "root_interval": interval})
+
+    return make
+
+
+def _imported(module: str, name: str, **options: Any) -> Make:
+    """A peer with fixed options; the value ``...`` stands for the interval."""
+
+    def make(parameters: list[nn.Parameter], interval: int) -> Steps:
+        given = {key: interval if value is ... else value for key, value in options.items()}
+        optimizer: Steps = getattr(importlib.import_module(module), name)(parameters, **given)
+        return optimizer
+
+    return make
+
+
+def _meta(parameters: list[nn.Parameter], interval: int) -> Steps:
+    meta = importlib.import_module("distributed_shampoo")
+    grafting = meta.AdamPreconditionerConfig(beta2=0.999, epsilon=1e-8)
+    options = {"lr": 1e-3, "betas": (0.9, 0.999), "epsilon": 1e-12, "max_preconditioner_dim": 1024}
+    optimizer: Steps = meta.DistributedShampoo(
+        parameters, precondition_frequency=interval, grafting_config=grafting, **options
+    )
+    return optimizer
+
+
+def shampoo4_with_blocks(limit: int) -> Choice:
+    """Shampoo4 whose blocks have at most ``limit`` rows and columns."""
+    return Choice("Shampoo4, 4 bits", _ours(max_preconditioner_dim=limit))
+
+
+ADAMW = Choice("AdamW (torch)", lambda parameters, _: torch.optim.AdamW(parameters, lr=1e-3), refreshes=False)
+OURS = {
+    "shampoo4-32bit": Choice("Shampoo4, 32 bits", _ours(bits=32)),
+    "shampoo4": Choice("Shampoo4, 4 bits", _ours()),
+    "shampoo4-naive": Choice("Shampoo4, naive", _ours(quantize="preconditioner")),
+    "shampoo4-staggered": Choice("Shampoo4, staggered", _ours(refresh="staggered")),
+    "shampoo4-implicit": Choice("Shampoo4, implicit roots", _ours(root="implicit")),
+    "shampoo4-compact": Choice("Shampoo4, compact", _ours(preset="compact")),
+    "shampoo4-compiled": Choice("Shampoo4, compiled", _ours(compile=True), compiles=True),
+}
+
+
+def _pytorch_optimizer(name: str, interval: str) -> Choice:
+    make = _imported("pytorch_optimizer", name, **{interval: ...})
+    return Choice(f"{name} (pytorch_optimizer)", make, "pytorch_optimizer", "pytorch-optimizer")
+
+
+def _torchao(bits: int) -> Choice:
+    make = _imported("torchao.optim", f"AdamW{bits}bit")
+    return Choice(f"{bits}-bit AdamW (torchao)", make, "torchao.optim", "torchao", compiles=True, refreshes=False)
+
+
+CHOICES = {
+    "adamw": ADAMW,
+    **OURS,
+    "muon": Choice("Muon + AdamW (torch)", lambda parameters, _: MuonWithAdamW(parameters), refreshes=False),
+    "soap": _pytorch_optimizer("SOAP", "precondition_frequency"),
+    "shampoo": _pytorch_optimizer("Shampoo", "preconditioning_compute_steps"),
+    "scalable-shampoo": _pytorch_optimizer("ScalableShampoo", "preconditioning_compute_steps"),
+    "heavyball-soap": Choice(
+        "SOAP (heavyball)", _imported("heavyball", "SOAP", precondition_frequency=...), "heavyball", "heavyball",
+        compiles=True, slow_to_compile=True,
+    ),
+    "meta-shampoo": Choice(
+        "Shampoo (Meta's distributed_shampoo)", _meta, "distributed_shampoo", "torch-shampoo",
+        "pip install git+https://github.com/facebookresearch/optimizers (needs Python 3.12)",
+    ),
+    "bitsandbytes-adamw8bit": Choice(
+        "8-bit AdamW (bitsandbytes)", _imported("bitsandbytes.optim", "AdamW8bit"), "bitsandbytes.optim",
+        "bitsandbytes", refreshes=False,
+    ),
+    "torchao-adamw8bit": _torchao(8),
+    "torchao-adamw4bit": _torchao(4),
+}  # fmt: skip
+
+
+def first_line(error: BaseException) -> str:
+    """The error's type and the first line of what it says."""
+    said = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {said[0]}" if said else type(error).__name__
+
+
+def is_ordinary(name: str, step: int, interval: int) -> bool:
+    """Whether a step of ours, counted from 1, has nothing due. The staggered mode's are all alike."""
+    return name == "shampoo4-staggered" or step % interval != 0
+
+
+def vit(hidden_size: int, layers: int) -> nn.Module:
+    """The vision transformer whose parameters every optimizer gets; the same random weights each time."""
+    torch.manual_seed(0)
+    config = ViTConfig(
+        image_size=IMAGE, patch_size=PATCH, hidden_size=hidden_size, num_hidden_layers=layers,
+        intermediate_size=4 * hidden_size, num_attention_heads=HEADS, num_labels=CLASSES,
+    )  # fmt: skip
+    return ViTForImageClassification(config)
+
+
+def random_batch(images: int, device: torch.device) -> dict[str, Tensor]:
+    """Random images and their labels, as the model takes them."""
+    pixels = torch.randn(images, 3, IMAGE, IMAGE, device=device)
+    return {"pixel_values": pixels, "labels": torch.randint(CLASSES, (images,), device=device)}
+
+
+class Products:
+    """The products L G R of all blocks, with dense float32 factors, blocks of equal shape in one batch; nothing else.
+
+    An ordinary step of Shampoo4 cannot do with less, as long as its roots are applied as matrices.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        device = parameters[0].device
+        self.batches = [
+            tuple(torch.randn(count, *sides, device=device) for sides in ((m, m), (m, n), (n, n)))
+            for (m, n), count in blocks_of(p.shape for p in parameters).items()
+        ]
+
+    def step(self) -> None:
+        for left, gradients, right in self.batches:
+            torch.bmm(torch.bmm(left, gradients), right)
+
+
+PRODUCTS = Choice("products L G R alone", lambda parameters, _: Products(parameters), refreshes=False)
