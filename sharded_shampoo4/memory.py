@@ -16,7 +16,7 @@ from .layout import is_stack, matrix_shape
 from .options import OPTION_NAMES, PreconditionerOptions, apply_preset
 from .plan import Plan, PlannedMatrix, Shard
 from .preconditioner import Matrix
-from .schedule import chosen_intervals, stagger
+from .schedule import stagger
 
 _HOSTS = ("none", "ddp", "fsdp2", "hsdp", "zero0", "zero1", "zero2", "zero3")
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
@@ -77,13 +77,10 @@ def estimate_memory(
     """
     copies = copies_of(host, world_size, replicas)
     dtype = torch.float32 if host.startswith("zero") else dtype
-    shampoo4_options = apply_preset(shampoo4_options)
-    own = {name: shampoo4_options.pop(name) for name in OPTION_NAMES if name in shampoo4_options}
-    chosen = (own.get("statistics_interval"), own.get("root_interval"), shampoo4_options.pop("total_steps", None))
-    own["statistics_interval"], own["root_interval"] = chosen_intervals(*chosen)
-    shampoo4_options.pop("process_group", None)
-    options = PreconditionerOptions(**own)
-    made = Base(base, lr, weight_decay, shampoo4_options)
+    given = apply_preset(shampoo4_options)
+    options = PreconditionerOptions.of_call(given)
+    own = (*OPTION_NAMES, "total_steps", "process_group")
+    made = Base(base, lr, weight_decay, {name: value for name, value in given.items() if name not in own})
     if options.precondition and not dtype.is_floating_point:
         raise TypeError(f"dtype is {dtype}, and Shampoo4 preconditions real numbers only: give precondition=False")
     computed = torch.promote_types(dtype, torch.float32)

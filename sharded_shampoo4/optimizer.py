@@ -27,7 +27,6 @@ from .members import Members
 from .memory import describe_parameter, format_bytes, table
 from .names import match_names
 from .options import (
-    OPTION_NAMES,
     PRESETS,
     Bits,
     CodeBook,
@@ -45,7 +44,7 @@ from .options import (
     takes_preset,
 )
 from .placement import check_process_group, is_dtensor, local_tensor
-from .schedule import chosen_intervals, first_root
+from .schedule import first_root
 from .state_dicts import arranged, held_back, without_marks
 from .tensors import tensor_bytes
 
@@ -172,11 +171,7 @@ class Shampoo4(SteppingTogether):
         process_group: dist.ProcessGroup | Literal["alone"] | None = None,
         **base_options: Any,
     ) -> None:
-        given = locals()
-        own = {name: given[name] for name in OPTION_NAMES}
-        intervals = chosen_intervals(statistics_interval, root_interval, total_steps)
-        own["statistics_interval"], own["root_interval"] = intervals
-        options = PreconditionerOptions(**own)
+        options = PreconditionerOptions.of_call(locals())
         check_process_group(process_group)
         self._process_group = process_group
         Joinable.__init__(self)

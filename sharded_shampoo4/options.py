@@ -130,6 +130,14 @@ class PreconditionerOptions:
             raise ValueError(f"root='implicit' needs quantize='eigenbasis', got {self.quantize!r}")
 
     @classmethod
+    def of_call(cls, given: Mapping[str, Any]) -> PreconditionerOptions:
+        """The options among the arguments of a call; ``total_steps`` chooses the intervals that are not given."""
+        own = {name: given[name] for name in OPTION_NAMES if name in given}
+        intervals = [given.get(name) for name in ("statistics_interval", "root_interval", "total_steps")]
+        own["statistics_interval"], own["root_interval"] = _chosen_intervals(*intervals)
+        return cls(**own)
+
+    @classmethod
     def of_group(cls, group: Mapping[str, Any]) -> PreconditionerOptions:
         """The options that stand in a parameter group; the defaults for those that an older version did not know."""
         given = (group.get(name, default) for name, default in {**DEFAULTS, **_BEFORE}.items())
@@ -210,6 +218,26 @@ def check_integer(name: str, value: Any, lowest: int) -> None:
     """Raise ValueError unless ``value`` is an integer of at least ``lowest``."""
     if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
         raise ValueError(f"{name} must be an integer of at least {lowest}, got {value!r}")
+
+
+def _chosen_intervals(statistics: Any, root: Any, total_steps: Any) -> tuple[Any, Any]:
+    """The intervals that were given, or the defaults.
+
+    By default a run of ``total_steps`` has about a hundred roots, but at most one in 50 steps; without that, inverse
+    roots are 500 steps apart. Statistics are a fifth of that apart, or as far as roots that are nearer than 100 steps.
+
+    Raises:
+        ValueError: ``total_steps`` is neither None nor a positive integer.
+    """
+    if total_steps is not None:
+        total_steps = to_integer(total_steps)
+        check_integer("total_steps", total_steps, 1)
+    suited = 500 if total_steps is None else min(500, max(50, total_steps // 100))
+    if root is None:
+        return (suited // 5 if statistics is None else statistics), suited
+    given = to_integer(root)
+    nearest = min(suited // 5, given) if isinstance(given, int) else suited // 5
+    return (nearest if statistics is None else statistics), root
 
 
 PRESET_HELP = (

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from .layout import Block, cut_blocks
-from .options import PreconditionerOptions, check_integer
-from .values import to_integer
+from .options import PreconditionerOptions
 
 
 class Phase(NamedTuple):
@@ -65,26 +64,6 @@ def first_root(options: PreconditionerOptions) -> int:
     if options.interval_warmup:
         return min(options.root_interval, 2 * _FIRST)
     return options.root_interval
-
-
-def chosen_intervals(statistics: Any, root: Any, total_steps: Any) -> tuple[Any, Any]:
-    """The intervals that were given, or the defaults.
-
-    By default a run of ``total_steps`` has about a hundred roots, but at most one in 50 steps; without that, inverse
-    roots are 500 steps apart. Statistics are a fifth of that apart, or as far as roots that are nearer than 100 steps.
-
-    Raises:
-        ValueError: ``total_steps`` is neither None nor a positive integer.
-    """
-    if total_steps is not None:
-        total_steps = to_integer(total_steps)
-        check_integer("total_steps", total_steps, 1)
-    suited = 500 if total_steps is None else min(500, max(50, total_steps // 100))
-    if root is None:
-        return (suited // 5 if statistics is None else statistics), suited
-    given = to_integer(root)
-    nearest = min(suited // 5, given) if isinstance(given, int) else suited // 5
-    return (nearest if statistics is None else statistics), root
 
 
 # The phases of a matrix's left and right factors, by blocks. Blocks that are not there have phase 0.
