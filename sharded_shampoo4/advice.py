@@ -1,4 +1,4 @@
-"""Warnings about what is allowed, but hardly meant: factors that outweigh their parameters, stacks, intervals."""
+"""Warnings about options that are allowed, but hardly meant: costly factors, stacks of matrices, long intervals."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _matrix(view: tuple[int, int], options: PreconditionerOptions) -> Matrix:
 
 
 class Advice:
-    """What is to be said of an optimizer's parameters and options; nothing is said twice.
+    """Warnings about an optimizer's parameters and options, each of them given once.
 
     Attributes:
         total_steps: length of the training, once it is known.

@@ -24,7 +24,12 @@ _NOT_ELEMENTWISE = ("LBFGS", "Muon", "Adafactor", "SparseAdam")
 
 
 def base_class(base: str | type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
-    """The optimizer class that ``base`` names. Raises ValueError or TypeError, naming what would be accepted."""
+    """Return the optimizer class that ``base`` names.
+
+    Raises:
+        TypeError: it is neither a name nor a torch optimizer class.
+        ValueError: an unknown name, or a class whose rule is not elementwise.
+    """
     if isinstance(base, str):
         if base.lower() not in _BASES:
             names = ", ".join(map(repr, _BASES))
@@ -54,7 +59,7 @@ def _class_hint(base: str) -> str:
 def base_arguments(
     rule: type[torch.optim.Optimizer], lr: Any, weight_decay: Any, options: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The keyword arguments for ``rule``: learning rate, weight decay and ``options``.
+    """Return the keyword arguments for ``rule``: learning rate, weight decay and ``options``, converted.
 
     Raises:
         TypeError: an option that neither the preconditioner nor ``rule`` knows.
@@ -81,9 +86,15 @@ def base_arguments(
 
 
 def base_value(parameters: Mapping[str, inspect.Parameter], name: str, value: Any) -> Any:
-    """The value of a base optimizer's option, as its constructor takes it, which has these ``parameters``.
+    """Convert the value of a base optimizer's option.
 
-    Raises ValueError for one of the wrong type.
+    Args:
+        parameters: of the base optimizer's constructor.
+        name: of the option.
+        value: as it was given.
+
+    Raises:
+        ValueError: a value of the wrong type.
     """
     parameter = parameters.get(name)
     if name in ("lr", "weight_decay"):
@@ -111,7 +122,7 @@ def expand_preset(group: dict[str, Any], index: int) -> None:
 def check_group(group: dict[str, Any], index: int, given: Iterable[str], base: Base) -> None:
     """Check a parameter group's options and convert them, in place.
 
-    An unknown key that looks like a misspelt option, or is another library's, raises TypeError. Others pass, as in
+    An unknown key that looks like a misspelled option, or is another library's, raises TypeError. Others pass, as in
     torch: schedulers and training scripts keep notes of their own in groups.
 
     Args:

@@ -131,7 +131,7 @@ class PreconditionerOptions:
 
     @classmethod
     def of_call(cls, given: Mapping[str, Any]) -> PreconditionerOptions:
-        """The options among the arguments of a call; ``total_steps`` chooses the intervals that are not given."""
+        """Return the options among the arguments of a call; ``total_steps`` chooses intervals that are not given."""
         own = {name: given[name] for name in OPTION_NAMES if name in given}
         intervals = [given.get(name) for name in ("statistics_interval", "root_interval", "total_steps")]
         own["statistics_interval"], own["root_interval"] = _chosen_intervals(*intervals)
@@ -139,7 +139,7 @@ class PreconditionerOptions:
 
     @classmethod
     def of_group(cls, group: Mapping[str, Any]) -> PreconditionerOptions:
-        """The options that stand in a parameter group; the defaults for those that an older version did not know."""
+        """Return the options in a parameter group; for those that an older version did not know, what it did."""
         given = (group.get(name, default) for name, default in {**DEFAULTS, **_BEFORE}.items())
         values: list[Any] = [tuple(v) if isinstance(v, list) else v for v in given]  # which can be hashed
         try:
@@ -148,11 +148,11 @@ class PreconditionerOptions:
             return cls(*values)
 
     def as_group(self) -> dict[str, Any]:
-        """These options as plain values, to stand in a parameter group."""
+        """Return these options as plain values, to stand in a parameter group."""
         return asdict(self)
 
     def shaping_bytes(self) -> dict[str, Any]:
-        """The options that decide how the stored bytes look: equal ones can read each other's states."""
+        """Return the options that decide the layout of stored bytes: equal ones can read each other's states."""
         if not self.precondition:
             return {"precondition": False}
         names = ["precondition", "bits", "max_preconditioner_dim", "split"]
@@ -161,7 +161,7 @@ class PreconditionerOptions:
         return {name: getattr(self, name) for name in names}
 
     def is_quantized(self, order: int) -> bool:
-        """Whether a factor of this order is kept in low precision: decided by its order alone, never by a shard."""
+        """Return whether a factor of this order is kept in low precision: its order alone decides, never a shard."""
         return self.bits != 32 and order * order >= self.min_quant_numel
 
 
@@ -221,7 +221,7 @@ def check_integer(name: str, value: Any, lowest: int) -> None:
 
 
 def _chosen_intervals(statistics: Any, root: Any, total_steps: Any) -> tuple[Any, Any]:
-    """The intervals that were given, or the defaults.
+    """Return the intervals that were given, or the defaults.
 
     By default a run of ``total_steps`` has about a hundred roots, but at most one in 50 steps; without that, inverse
     roots are 500 steps apart. Statistics are a fifth of that apart, or as far as roots that are nearer than 100 steps.
@@ -274,7 +274,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def apply_preset(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The ``given`` options, without ``"preset"`` and with those of that preset which are not given.
+    """Replace the ``"preset"`` among the ``given`` options by its options, but for those that are given themselves.
 
     >>> apply_preset({"preset": "compact", "bits": 8, "lr": 0.1}) == {**PRESETS["compact"], "bits": 8, "lr": 0.1}
     True
@@ -295,7 +295,7 @@ _Constructor = TypeVar("_Constructor", bound=Callable[..., None])
 
 
 def takes_preset(constructor: _Constructor) -> _Constructor:
-    """Let a constructor see, in place of the defaults of options that a call does not give, those of its ``preset``."""
+    """Wrap a constructor: options that a call does not give are those of its ``preset``, where that has them."""
 
     @functools.wraps(constructor)
     def constructed(*args: Any, **options: Any) -> None:

@@ -1,7 +1,7 @@
 """Values of options as configuration files write them: ``"1e-3"``, ``"(0.9, 0.99)"``, ``100.0``, ``"true"``.
 
 PyYAML reads ``1e-3`` as a string, JSON has no tuples, and command lines have strings only. The ``to_`` functions
-convert what can mean one thing only and return anything else unchanged, for a check to refuse.
+convert what can mean one thing only, and return anything else unchanged, for a check to refuse.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 def to_number(value: Any) -> Any:
-    """An int or a float.
+    """Convert to an int or a float.
 
     >>> to_number("1e-3"), to_number(" 10 "), to_number("auto"), to_number(True)
     (0.001, 10, 'auto', True)
@@ -37,7 +37,7 @@ def to_number(value: Any) -> Any:
 
 
 def to_integer(value: Any) -> Any:
-    """An int.
+    """Convert to an int.
 
     >>> to_integer("100"), to_integer(100.0), to_integer("1e2"), to_integer(100.5)
     (100, 100, 100, 100.5)
@@ -49,7 +49,7 @@ def to_integer(value: Any) -> Any:
 
 
 def to_boolean(value: Any) -> Any:
-    """True or False.
+    """Convert to True or False.
 
     >>> to_boolean("True"), to_boolean("false"), to_boolean("yes"), to_boolean(1)
     (True, False, 'yes', 1)
@@ -58,7 +58,7 @@ def to_boolean(value: Any) -> Any:
 
 
 def to_tuple(value: Any) -> Any:
-    """A tuple of numbers.
+    """Convert to a tuple of numbers.
 
     >>> to_tuple("(0.9, 0.99)"), to_tuple("0.9,0.99"), to_tuple([1, "4"]), to_tuple(0.9)
     ((0.9, 0.99), (0.9, 0.99), (1, 4), 0.9)
@@ -73,7 +73,7 @@ def to_tuple(value: Any) -> Any:
 
 
 def to_word(value: Any) -> Any:
-    """A word in lower case; a torch.dtype becomes its name.
+    """Convert to a word in lower case; a torch.dtype becomes its name.
 
     >>> to_word("Staggered"), to_word(torch.bfloat16), to_word("torch.float32")
     ('staggered', 'bfloat16', 'float32')
@@ -93,9 +93,13 @@ def refuse_auto(name: str, value: Any, example: Any) -> None:
 
 
 def like(name: str, value: Any, default: Any, whole: bool = False) -> Any:
-    """The ``value`` of an option that has this ``default``, which tells its type: a boolean, a number or numbers.
+    """Convert an option's value to the type of its default: a boolean, a number or a tuple of numbers.
 
-    ``whole``: it has to be an integer. Tensors, and options that default to something else, are returned unchanged.
+    Args:
+        name: of the option, for messages.
+        value: as it was given. Tensors are returned unchanged, and so are values of options with other defaults.
+        default: of the option.
+        whole: whether the value has to be an integer.
 
     Raises:
         ValueError: it is of another type, or not a number (NaN).
