@@ -31,7 +31,7 @@ from plots import LIGHT_GREY, SERIES, format_bytes, picture
 from quantization_errors import print_errors
 from rich.console import Console
 from rich.table import Table
-from vit_report import read_lines
+from vit.report import read_lines
 
 TRAIN = Path(__file__).with_name("train_vit.py")
 
@@ -64,32 +64,38 @@ MODES = {
     **{name: ("--optimizer", "shampoo4", *flags) for name, flags in _MODES.items()},
     "compact-staggered": (*OPTIMIZERS["shampoo4-compact"], "--refresh", "staggered"),
 }
+# How tables say that an option differs from its default; the first four are part of the compact preset.
+_WORDS: dict[tuple[str, Any], str] = {
+    ("codebook", "normal"): "normal levels",
+    ("root", "implicit"): "implicit roots",
+    ("scale_dtype", "bfloat16"): "bfloat16 scales",
+    ("rectify_steps", (1, 1)): "",
+    ("quantize", "preconditioner"): "naive",
+    ("codebook", "dynamic_tree"): "dynamic tree",
+    ("rectify_steps", (0, 0)): "not rectified",
+    ("refresh_iterations", 2): "2 QR steps",
+    ("refresh", "staggered"): "staggered",
+    ("matmul_dtype", "bfloat16"): "bfloat16 products",
+}
+
 Runs = dict[str, dict[int, dict[str, Any]]]  # label -> seed -> results
 
 
 def label_of(results: dict[str, Any]) -> str:
     """What a run's optimizer is called in tables, by its options."""
-    options, by_deepspeed = results["options"], results.get("deepspeed_optimizer")
+    name, by_deepspeed = results["options"]["optimizer"], results.get("deepspeed_optimizer")
     if by_deepspeed:
         return f"{by_deepspeed['type']} of a DeepSpeed configuration"
-    name = options["optimizer"]
     if not name.startswith("shampoo4"):
         return {"adamw": "AdamW", "shampoo32": "32-bit Shampoo", "sgd": "SGD"}[name]
-    details = [name.partition("-")[2]]  # naive or compact
-    if name != "shampoo4-compact":
-        root, books = options.get("root", "stored"), {"dynamic_tree": "dynamic tree", "normal": "normal levels"}
-        details += [
-            books.get(options["codebook"], ""),
-            f"{root} roots" if root != "stored" else "",
-            "not rectified" if name == "shampoo4" and not any(options["rectify_steps"]) else "",
-            "bfloat16 scales" if options.get("scale_dtype") == "bfloat16" else "",
-            "2 QR steps" if options.get("refresh_iterations") == 2 else "",
-        ]
-    details += [
-        "staggered" if options.get("refresh") == "staggered" else "",
-        "bfloat16 products" if options.get("matmul_dtype") == "bfloat16" else "",
-    ]
-    return ", ".join([f"{options['bits'] or 4}-bit Shampoo", *filter(None, details)])
+    options = results["optimizer_options"]
+    own = [(key, tuple(value) if isinstance(value, list) else value) for key, value in options.items()]
+    found = [place for place in _WORDS if place in own]
+    preset = list(_WORDS)[:4]
+    words = [_WORDS[place] for place in found]
+    if found[:4] == preset:
+        words[:4] = ["compact"]
+    return ", ".join([f"{options['bits']}-bit Shampoo", *filter(None, words)])
 
 
 def train(output_dir: Path, variants: dict[str, tuple[str, ...]], seeds: Sequence[int], flags: Sequence[str]) -> None:

@@ -26,7 +26,7 @@ from sklearn.model_selection import train_test_split
 from transformers import EvalPrediction, HfArgumentParser, TrainingArguments, ViTConfig, ViTForImageClassification
 from transformers.trainer_utils import set_seed
 
-from sharded_shampoo4.integrations.accelerate import describe_distribution, inner_optimizer, rehearse_on_cpu
+from sharded_shampoo4.integrations.rehearsal import describe_distribution, inner_optimizer, rehearse_on_cpu
 from sharded_shampoo4.integrations.transformers import PortableTrainer, shampoo4
 
 

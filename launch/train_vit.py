@@ -4,18 +4,19 @@
     python launch/train_vit.py --dataset_name fashion-mnist --optimizer adamw --output_dir runs/adamw
 
 The same file serves one process and many (``accelerate launch launch/train_vit.py ...``): what happens is decided by
-the flags and the step count, which all processes share, and never by what one of them sees. README.md tells the flags.
+the options and the step count, which all processes share, and never by what one of them sees. README.md tells the
+options.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +28,18 @@ from accelerate.utils import gather_object, set_seed
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import get_scheduler
-from vit_args import parse_args
-from vit_augment import BatchTransform
-from vit_checkpoint import Checkpoints, LossBook, Progress, StopSignals
-from vit_data import Plan, make_loaders, mixed_seed, natural_channels, normalisation, prepare_images
-from vit_host import choose_fsdp_units, make_accelerator
-from vit_model import build_config, build_model, image_side
-from vit_optim import build_optimizer, estimated_bytes, state_bytes
-from vit_report import MetricsLog, data_name, optimizer_name, peak_memory_bytes, plot_curves, plot_health, print_tables
-from vit_sources import load_image_data
+from vit.args import Arguments, parse_args
+from vit.augment import BatchTransform
+from vit.data import Images, Plan, make_loaders, mixed_seed, natural_channels, normalization
+from vit.host import choose_fsdp_units, make_accelerator
+from vit.model import build_config, build_model, side
+from vit.optim import build_optimizer, estimated_bytes, state_bytes
+from vit.progress import Checkpoints, Progress, StopSignals
+from vit.report import MetricsLog, peak_memory_bytes, plot_curves, plot_health, print_tables, title
+from vit.sources import load_image_data
 
 from sharded_shampoo4 import Shampoo4
-from sharded_shampoo4.integrations.accelerate import (
+from sharded_shampoo4.integrations.rehearsal import (
     adjust_deepspeed,
     check_distribution,
     describe_distribution,
@@ -53,81 +54,81 @@ logger = get_logger("train_vit")
 class Run:
     """One training: everything that is built before it, the loop, and what is left behind."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args = args
-        self.output_dir = Path(args.output_dir)
+    def __init__(self, args: Arguments) -> None:
+        self.options, self.args = args, args.training
+        self.output_dir = Path(self.args.output_dir)
         self.started = time.perf_counter()
-        self.accelerator = make_accelerator(args)
-        set_seed(args.seed)  # the model starts alike on every process
+        self.accelerator = make_accelerator(self.args)
+        set_seed(self.args.seed)  # the model starts alike on every process
+        config = self._load_data(args)
+        self._build_model(args, config)
+        self.progress = Progress()
+        self.losses: list[Tensor] = []  # on the device until someone looks, so that no step waits for them
+        self.accelerator.register_for_checkpointing(self.scheduler, self.progress)
+        noted = {**args.flat(), "step_images": self.plan.step_images, "epoch_steps": self.plan.epoch_steps}
+        self.checkpoints = Checkpoints(self.accelerator, self.output_dir, self.args.checkpoints_total_limit, noted)
+        self.signals = StopSignals(timedelta(seconds=self.args.ddp_timeout))
+        self.log: MetricsLog | None = None
+        self.health_log: MetricsLog | None = None
+        self.saved_step = -1
 
+    def _load_data(self, args: Arguments) -> transformers.PretrainedConfig:
+        """Prepare images and loaders; the configuration of the model that takes them."""
         with self.accelerator.main_process_first():  # the others read what the first one has downloaded
-            data = load_image_data(args)
-        config = build_config(args, data.label_names, args.num_channels or natural_channels(data))
-        size, channels = image_side(config), config.num_channels
-        cache_bytes = args.cache_images_gb * 1e9
-        train_images = prepare_images(data.train, data, size, channels, cache_bytes)
-        mean, std = normalisation(args, train_images, channels)
+            data = load_image_data(args.data)
+        config = build_config(args.model, data.label_names, natural_channels(data))
+        shape = side(config.image_size), config.num_channels
+        train, evaluation = (
+            Images(rows, data, *shape, args.data.cache_images_gb * 1e9) for rows in (data.train, data.validation)
+        )
         self.transform = BatchTransform(
-            mean,
-            std,
-            image_size=size,
+            *normalization(args, train),
+            image_size=shape[0],
             num_labels=len(data.label_names),
-            augment=args.augment,
-            crop_padding=args.crop_padding,
-            mixup=args.mixup,
+            augment=args.data.augment,
+            crop_padding=args.data.crop_padding,
+            mixup=args.data.mixup,
         ).to(self.accelerator.device)
-        eval_images = prepare_images(data.validation, data, size, channels, cache_bytes)
-        train_loader, eval_loader, self.sampler = make_loaders(args, train_images, eval_images)
-        self.plan = Plan.make(args, len(train_images), self.accelerator.num_processes)
-        self.images = (len(train_images), len(eval_images))
+        self.images = (len(train), len(evaluation))
+        self.train_loader, self.eval_loader, self.sampler = make_loaders(args, train, evaluation)
+        self.plan = Plan.make(self.args, len(train), self.accelerator.num_processes)
+        return config
 
+    def _build_model(self, args: Arguments, config: transformers.PretrainedConfig) -> None:
+        """Make model, optimizer and schedule, and hand them to Accelerate."""
         with whole_models(self.accelerator):
-            model = build_model(args, config)
+            model = build_model(args.model, config)
         # ds_shape: DeepSpeed may have partitioned the model while it was made.
         self.shapes = [(name, getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters()]
-        by_deepspeed = adjust_deepspeed(self.accelerator, gradient_clipping=args.max_grad_norm)
+        by_deepspeed = adjust_deepspeed(self.accelerator, gradient_clipping=self.args.max_grad_norm)
+        self.deepspeed_optimizer = None
         if by_deepspeed:
             logger.warning("DeepSpeed's configuration names the optimizer: --optimizer and its options are not used")
-        self.deepspeed_optimizer = (
-            self.accelerator.deepspeed_plugin.deepspeed_config["optimizer"] if by_deepspeed else None
-        )
-        optimizer = build_optimizer(args, model, named_elsewhere=by_deepspeed)
+            self.deepspeed_optimizer = self.accelerator.deepspeed_plugin.deepspeed_config["optimizer"]
+        optimizer = build_optimizer(args, model, self.plan.total_steps, named_elsewhere=by_deepspeed)
         choose_fsdp_units(self.accelerator, model)
         self.model, self.optimizer, self.train_loader, self.eval_loader = self.accelerator.prepare(
-            model, optimizer, train_loader, eval_loader
+            model, optimizer, self.train_loader, self.eval_loader
         )
         check_distribution(self.accelerator, self.model, optimizer)
         self.inner_optimizer = inner_optimizer(self.accelerator, self.model, self.optimizer)
         self.input_dtype = next(self.model.parameters()).dtype  # not float32 where DeepSpeed trains in bf16 or fp16
         self.host = describe_distribution(self.accelerator, self.model)
+        warmup = self.args.num_warmup_steps
         # Not prepared: Accelerate would step it once per process and so run through the schedule too fast.
         self.scheduler = get_scheduler(
-            args.lr_scheduler_type,
+            self.args.lr_scheduler_type,
             self.inner_optimizer,
-            num_warmup_steps=warmup_steps(args, self.plan.total_steps),
+            num_warmup_steps=math.ceil(self.args.warmup_ratio * self.plan.total_steps) if warmup is None else warmup,
             num_training_steps=self.plan.total_steps,
         )
-
-        self.progress = Progress()
-        self.losses = LossBook(args.gradient_accumulation_steps)
-        self.accelerator.register_for_checkpointing(self.scheduler, self.progress)
-        options = {**vars(args), "step_images": self.plan.step_images, "epoch_steps": self.plan.epoch_steps}
-        self.checkpoints = Checkpoints(self.accelerator, self.output_dir, args.checkpoints_total_limit, options)
-        self.signals = StopSignals()
-        self.log: MetricsLog | None = None
-        self.health_log: MetricsLog | None = None
-        self.saved_step = -1
 
     def train(self) -> None:
         """Train to the last step, evaluating after every epoch."""
         self._begin()
         plan, progress = self.plan, self.progress
-        bar = tqdm(
-            total=plan.total_steps,
-            initial=progress.step,
-            disable=not self.accelerator.is_local_main_process,
-            desc="training",
-        )
+        silent = not self.accelerator.is_local_main_process
+        bar = tqdm(total=plan.total_steps, initial=progress.step, disable=silent, desc="training")
         self.lap_started, self.lap_step = time.perf_counter(), progress.step
         for epoch in range(progress.step // plan.epoch_steps, plan.epochs):
             first_step, last_step = epoch * plan.epoch_steps, plan.last_step(epoch)
@@ -168,7 +169,7 @@ class Run:
             logits = self.model(pixel_values=images.to(self.input_dtype)).logits.float()
             loss = F.cross_entropy(logits, targets, label_smoothing=self.args.label_smoothing)
             accelerator.backward(loss)
-            self.losses.add(loss)
+            self.losses.append(loss.detach())
             norm = None
             if accelerator.sync_gradients and self.args.max_grad_norm > 0:
                 norm = accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
@@ -187,15 +188,14 @@ class Run:
 
     def _log_step(self, rate: float, norm: Tensor | float | None) -> None:
         progress = self.progress
-        self.losses.collect(self.accelerator, progress)
+        self._collect_losses()
         if isinstance(norm, Tensor):
             norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
         seconds = time.perf_counter() - self.lap_started
         steps = progress.step - self.lap_step
-        recent = progress.unlogged_losses
         self._write(
             {
-                "loss": math.fsum(recent) / len(recent),
+                "loss": math.fsum(progress.unlogged_losses) / len(progress.unlogged_losses),
                 "learning_rate": rate,
                 "grad_norm": norm,
                 "images_per_second": steps * self.plan.step_images / seconds,
@@ -207,10 +207,13 @@ class Run:
         progress.unlogged_losses = []
         self.lap_started, self.lap_step = time.perf_counter(), progress.step
 
+    def _collect_losses(self) -> None:
+        self.progress.collect(self.losses, self.args.gradient_accumulation_steps, self.accelerator)
+
     @torch.no_grad()
     def evaluate(self) -> None:
         """Accuracy and loss on the evaluation images, each of them counted once on however many processes."""
-        self.losses.collect(self.accelerator, self.progress)
+        self._collect_losses()
         self.model.eval()
         self.transform.eval()
         correct, total_loss, count = 0, 0.0, 0
@@ -240,16 +243,16 @@ class Run:
             results = self._results(held)
             (self.output_dir / "all_results.json").write_text(json.dumps(results, indent=2) + "\n")
             assert self.log is not None
-            picture = self.output_dir / "curves.png"
-            options = results["options"]
-            title = f"{options['model'] or 'model'} on {data_name(options)}, {optimizer_name(results)}"
-            plot_curves(self.log.read(), picture, title)
+            plot_curves(self.log.read(), self.output_dir / "curves.png", title(results))
             if self.health_log is not None:
-                plot_health(self.health_log.read(), self.output_dir / "health.png", title)
+                plot_health(self.health_log.read(), self.output_dir / "health.png", title(results))
             print_tables(results)
             for name, path in (("results", "all_results.json"), ("curves", "curves.png"), ("model", "model")):
                 print(f"{name:8}{self.output_dir / path}")
         self.accelerator.wait_for_everyone()  # for the main process, which was busy with the above
+        self._end()
+
+    def _end(self) -> None:
         # A DDP model that outlives its process group takes the group down with it under Python's lock, for which gloo's
         # threads may be waiting: the process then never ends. So the model goes first.
         self.model, self.optimizer = self.accelerator.free_memory(self.model, self.optimizer)
@@ -266,7 +269,7 @@ class Run:
             if args.log_health:
                 self.health_log = MetricsLog(self.output_dir / "health.jsonl", resumed_at=self.progress.step)
         if args.with_tracking:
-            plain = {k: v for k, v in vars(args).items() if isinstance(v, (int, float, str, bool))}
+            plain = {k: v for k, v in self.options.flat().items() if isinstance(v, (int, float, str, bool))}
             accelerator.init_trackers("tensorboard", plain)
         logger.info("***** Running training *****")
         for name, value in (
@@ -284,7 +287,7 @@ class Run:
 
     def _save_if_due(self, epoch_ends: bool = False) -> None:
         every = self.args.checkpointing_steps
-        if every is not None and (epoch_ends if every == "epoch" else self.progress.step % every == 0):
+        if every is not None and (epoch_ends if every == "epoch" else self.progress.step % int(every) == 0):
             self._save()
 
     def _stop_if_asked(self) -> None:
@@ -296,32 +299,28 @@ class Run:
         logger.warning(
             f"asked to stop: saved after step {self.progress.step}; --resume_from_checkpoint latest goes on from there"
         )
-        self.model, self.optimizer = self.accelerator.free_memory(self.model, self.optimizer)
-        self.accelerator.end_training()
+        self._end()
         sys.exit(StopSignals.EXIT_STATUS)
 
     def _save(self) -> None:
         with self._off_the_clock():
-            self.losses.collect(self.accelerator, self.progress)  # after this, a broken run raises and saves nothing
+            self._collect_losses()  # after this, a broken run raises and saves nothing
             self.progress.seconds = self._seconds()
             self.checkpoints.save(self.progress.step)
             self.saved_step = self.progress.step
 
     def _save_model(self) -> None:
-        """The model as transformers loads it, with the normalisation that it was trained under."""
+        """Save the model as transformers loads it, with the normalization that it was trained under."""
         state = full_state_dict(self.accelerator, self.model)  # every process takes part
-        folder = self.output_dir / "model"
-        self.accelerator.unwrap_model(self.model).save_pretrained(
-            folder,
-            is_main_process=self.accelerator.is_main_process,
-            save_function=self.accelerator.save,
-            state_dict=state,
-        )
-        if self.accelerator.is_main_process:
+        folder, main = self.output_dir / "model", self.accelerator.is_main_process
+        model = self.accelerator.unwrap_model(self.model)
+        model.save_pretrained(folder, is_main_process=main, save_function=self.accelerator.save, state_dict=state)
+        if main:
             (folder / "preprocessor_config.json").write_text(json.dumps(self.transform.as_processor(), indent=2) + "\n")
 
     def _results(self, held: list[dict[str, int]]) -> dict[str, Any]:
-        progress = self.progress
+        progress, processes = self.progress, self.accelerator.num_processes
+        group = self.inner_optimizer.param_groups[0]
         return {
             "train_loss": math.fsum(progress.epoch_losses) / len(progress.epoch_losses),
             **progress.evaluation,
@@ -332,16 +331,17 @@ class Run:
             "parameters": sum(shape.numel() for _, shape in self.shapes),
             "train_images": self.images[0],
             "eval_images": self.images[1],
-            "processes": self.accelerator.num_processes,
+            "processes": processes,
             "host": self.host,
             "mixed_precision": self.accelerator.mixed_precision,
             "deepspeed_optimizer": self.deepspeed_optimizer,
             "peak_memory_bytes": peak_memory_bytes(self.accelerator.device),
             "state_bytes": {key: max(rank[key] for rank in held) for key in ("preconditioner", "base")},
             "state_bytes_per_process": held,
-            "estimated_state_bytes": estimated_bytes(self.args, self.shapes, self.host, self.accelerator.num_processes),
+            "estimated_state_bytes": estimated_bytes(self.options, self.shapes, self.host, processes),
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-            "options": vars(self.args),
+            "options": self.options.flat(),
+            "optimizer_options": {k: v for k, v in group.items() if k not in ("params", "param_names")},
         }
 
     def _write(self, values: dict[str, Any]) -> None:
@@ -361,11 +361,6 @@ class Run:
         begun = time.perf_counter()
         yield
         self.lap_started += time.perf_counter() - begun
-
-
-def warmup_steps(args: argparse.Namespace, total_steps: int) -> int:
-    """Steps in which the learning rate rises: given, or a share of the run."""
-    return args.num_warmup_steps if args.num_warmup_steps is not None else math.ceil(args.warmup_ratio * total_steps)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

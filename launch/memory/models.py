@@ -1,6 +1,6 @@
 """Models by name for the memory report: their configurations, and their parameters' shapes, which are never allocated.
 
-Sources of the sizes that ``vit_model.PRESETS`` does not have:
+Sources of the sizes that ``vit.model.PRESETS`` does not have:
 
 * ViT-g/14 and ViT-G/14: Zhai et al., "Scaling Vision Transformers" (arXiv 2106.04560), table 2;
 * ViT-e/14: Chen et al., "PaLI" (arXiv 2209.06794), 3.9 billion parameters with its own, larger head;
@@ -26,7 +26,7 @@ from transformers import (
     SwinConfig,
     ViTConfig,
 )
-from vit_model import PRESETS
+from vit.model import PRESETS
 
 Shapes = dict[str, Size]
 

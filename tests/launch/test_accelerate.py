@@ -27,7 +27,7 @@ from transformers import Trainer, TrainingArguments, ViTForImageClassification
 import train_vit  # found through launching
 
 from sharded_shampoo4 import Shampoo4
-from sharded_shampoo4.integrations.accelerate import check_distribution, rehearse_on_cpu
+from sharded_shampoo4.integrations.rehearsal import check_distribution, rehearse_on_cpu
 from sharded_shampoo4.integrations.transformers import ConsolidateStates, shampoo4
 
 Process = subprocess.CompletedProcess[str]

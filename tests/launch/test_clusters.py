@@ -264,9 +264,9 @@ def test_each_pod_launches_its_own_part(manifest: str, cluster: Path) -> None:
     assert option(arguments, "--num_processes") == str(2 * processes)
     assert option(arguments, "--main_process_port") == "23456"
     flags = arguments[arguments.index("launch/train_vit.py") + 1 :]
-    from vit_args import parse_args  # takes a while: it imports transformers
+    from vit.args import parse_args  # takes a while: it imports transformers
 
-    assert parse_args(flags).output_dir.startswith("/runs/")  # the volume's
+    assert parse_args(flags).training.output_dir.startswith("/runs/")  # the volume's
 
 
 def pod_environment(rank: int, processes: int, port: int) -> dict[str, str]:

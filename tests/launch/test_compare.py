@@ -12,7 +12,8 @@ from support import forked  # launching finds launch/
 # isort: split
 import compare
 import quantization_errors
-import vit_args  # all found through launching
+from vit.args import parse_args
+from vit.optim import build_optimizer  # all found through launching
 
 from sharded_shampoo4 import Shampoo4, checkpoint
 
@@ -41,10 +42,11 @@ def test_compare_trains_what_is_missing_and_shows_it(
 
 def test_a_run_is_named_by_what_trained_it(tmp_path: Path) -> None:
     """DeepSpeed's configuration overrides --optimizer, whose default is shampoo4."""
-    options = {"optimizer": "shampoo4", "bits": None, "codebook": "linear2", "rectify_steps": [1, 4], "seed": 0}
+    options, own = {"optimizer": "shampoo4", "seed": 0}, Shampoo4([torch.zeros(2, 2)]).param_groups[0]
     for name, entry in (("own", None), ("json", {"type": "AdamW", "params": {"lr": 1e-3}})):
         (tmp_path / name).mkdir()
-        found = {"options": options, "epochs": 1.0, "deepspeed_optimizer": entry}
+        settings = {name: value for name, value in own.items() if name != "params"}
+        found = {"options": options, "optimizer_options": settings, "epochs": 1.0, "deepspeed_optimizer": entry}
         (tmp_path / name / "all_results.json").write_text(json.dumps(found))
     runs = compare.read_runs([tmp_path / "json", tmp_path / "own"])
     assert list(runs) == ["AdamW of a DeepSpeed configuration", "4-bit Shampoo"]
@@ -52,9 +54,14 @@ def test_a_run_is_named_by_what_trained_it(tmp_path: Path) -> None:
 
 def test_every_variant_has_a_name_of_its_own() -> None:
     """Or runs of different options would be taken for runs of different seeds."""
+    layer = torch.nn.Linear(2, 2)
     for variants in (compare.OPTIMIZERS, compare.ABLATION, compare.MODES):
-        options = [vars(vit_args.parse_args(["--output_dir", "runs/x", *flags])) for flags in variants.values()]
-        labels = [compare.label_of({"options": given}) for given in options]
+        given = [parse_args(["--output_dir", "runs/x", *flags]) for flags in variants.values()]
+        groups = [build_optimizer(args, layer).param_groups[0] for args in given]
+        found = [
+            {"options": args.flat(), "optimizer_options": group} for args, group in zip(given, groups, strict=True)
+        ]
+        labels = list(map(compare.label_of, found))
         assert len(set(labels)) == len(labels), labels
 
 

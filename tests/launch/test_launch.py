@@ -25,24 +25,13 @@ from support.marks import slow_but_for
 
 # isort: split
 import train_vit  # found through launching, as the others are
-from vit_args import parse_args
-from vit_augment import BatchTransform, mix
-from vit_checkpoint import Checkpoints, LossBook, Progress
-from vit_data import (
-    DecodedImages,
-    EncodedImages,
-    EpochSampler,
-    Plan,
-    encode_labels,
-    make_loaders,
-    natural_channels,
-    pixel_statistics,
-    prepare_images,
-    to_pixels,
-)
-from vit_model import build_config, decays
-from vit_optim import parameter_groups
-from vit_sources import load_image_data
+from vit.args import parse_args
+from vit.augment import BatchTransform, mix
+from vit.data import EpochSampler, Images, Plan, encode_labels, make_loaders, natural_channels, to_pixels
+from vit.model import build_config, decays
+from vit.optim import parameter_groups
+from vit.progress import Checkpoints, Progress
+from vit.sources import ImageData, load_image_data
 
 SHORT = ("--max_train_steps", 30, "--max_train_samples", 640, "--learning_rate", 3e-3, "--num_hidden_layers", 2)
 OFTEN = ("--statistics_interval", 3, "--root_interval", 6)
@@ -128,7 +117,7 @@ def test_what_a_run_leaves_behind(runs: Any) -> None:
     assert found["train_images"] == 640 and found["eval_images"] == 360
     assert 0 <= found["eval_accuracy"] <= found["best_eval_accuracy"] <= 1
     assert found["total_seconds"] > 0 and found["parameters"] > 60_000
-    assert found["options"]["bits"] == 4 and found["options"]["dataset_name"] == "digits"
+    assert found["optimizer_options"]["bits"] == 4 and found["options"]["dataset_name"] == "digits"
 
     held, estimates = found["state_bytes"], found["estimated_state_bytes"]
     assert estimates["adamw"] == {"preconditioner": 0, "base": held["base"]}
@@ -203,6 +192,8 @@ def test_checkpoints_of_another_run_are_kept_and_not_continued(tmp_path: Path, o
         (["--optimizer", "shampoo32", "--bits", "4"], "contradicts"),
         (["--model", "vit-tiny", "--config_name", "x"], "give one of"),
         (["--train_dir", "x", "--dataset_name", "digits"], "--train_dir"),
+        (["--checkpointing_steps", "0"], "at least 1"),
+        (["--root", "square"], "invalid choice: 'square'"),
     ],
 )
 def test_a_wrong_command_line_fails(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -212,25 +203,43 @@ def test_a_wrong_command_line_fails(flags: list[str], message: str, capsys: pyte
 
 
 def test_defaults_follow_the_data_set() -> None:
-    assert (parse_args([]).model, parse_args([]).augment) == ("vit-digits", "none")
-    assert parse_args(["--dataset_name", "cifar10"]).augment == "flip-crop"
-    assert parse_args(["--dataset_name", "cifar10", "--augment", "none"]).augment == "none"
-    assert parse_args(["--config_name", "x"]).model is None
-    rates = [parse_args(["--optimizer", *flags]).learning_rate for flags in (["sgd"], ["shampoo4"])]
+    args = parse_args([])
+    assert (args.model.model, args.data.augment, args.data.dataset_name) == ("vit-digits", "none", "digits")
+    assert parse_args(["--dataset_name", "cifar10"]).data.augment == "flip-crop"
+    assert parse_args(["--dataset_name", "cifar10", "--augment", "none"]).data.augment == "none"
+    assert parse_args(["--config_name", "x"]).model.model is None
+    rates = [parse_args(["--optimizer", *flags]).training.learning_rate for flags in (["sgd"], ["shampoo4"])]
     assert rates == [0.1, 1e-3]
 
 
+def test_options_of_shampoo_are_what_the_name_means_and_what_is_given() -> None:
+    assert parse_args([]).shampoo == {"statistics_interval": 10, "root_interval": 50}
+    flags = [
+        "--optimizer",
+        "shampoo4-compact",
+        "--bits",
+        "8",
+        "--interval_warmup",
+        "false",
+        "--rectify_steps",
+        "0",
+        "2",
+    ]
+    given = {"bits": 8, "interval_warmup": False, "rectify_steps": [0, 2]}
+    assert parse_args(flags).shampoo == {**parse_args([]).shampoo, "preset": "compact", **given}
+    assert parse_args(["--preset", "paper", "--root_interval", "7"]).shampoo == {"preset": "paper", "root_interval": 7}
+
+
 def test_digits_are_split_by_class() -> None:
-    data = load_image_data(parse_args(["--max_eval_samples", "100"]))
+    data = load_image_data(parse_args(["--max_eval_samples", "100"]).data)
     assert (len(data.train), len(data.validation)) == (1437, 100)
     assert natural_channels(data) == 1
     counts = np.bincount(data.train["label"][:])
     assert counts.min() >= 139 and counts.max() <= 147
-    images = prepare_images(data.train, data, 8, 1, 1e9)
-    assert isinstance(images, DecodedImages) and images.images.dtype == torch.uint8
-    assert images.images.max() == 255
-    mean, std = pixel_statistics(images)
-    pixels = images.images.double() / 255
+    images = Images(data.train, data, 8, 1, 1e9)
+    assert images.decoded is not None and images.decoded.dtype == torch.uint8 and images.decoded.max() == 255
+    mean, std = images.statistics()
+    pixels = images.decoded.double() / 255
     assert mean == pytest.approx([pixels.mean().item()])
     assert std == pytest.approx([pixels.std(correction=0).item()])
 
@@ -242,28 +251,27 @@ def test_fashion_mnist_from_idx_files(tmp_path: Path, suffix: str) -> None:
     for prefix, count in (("train", 12), ("t10k", 5)):
         write_idx(tmp_path / f"{prefix}-images-idx3-ubyte{suffix}", images[:count])
         write_idx(tmp_path / f"{prefix}-labels-idx1-ubyte{suffix}", labels[:count])
-    data = load_image_data(parse_args(["--dataset_name", "fashion-mnist", "--dataset_path", str(tmp_path)]))
+    data = load_image_data(parse_args(["--dataset_name", "fashion-mnist", "--dataset_path", str(tmp_path)]).data)
     assert data.label_names[:2] == ["T-shirt/top", "Trouser"] and len(data.validation) == 5
-    decoded = prepare_images(data.train, data, 28, 1, 1e9)
-    assert isinstance(decoded, DecodedImages)
-    assert np.array_equal(decoded.images.numpy(), images[:, None])
+    decoded = Images(data.train, data, 28, 1, 1e9)
+    assert np.array_equal(decoded.decoded, images[:, None])
     assert decoded.labels.tolist() == labels.tolist()
-    first = load_image_data(parse_args(["--dataset_path", str(tmp_path), "--max_train_samples", "3"]))
+    first = load_image_data(parse_args(["--dataset_path", str(tmp_path), "--max_train_samples", "3"]).data)
     assert first.train["label"][:] == [0, 1, 2]
 
     (tmp_path / f"train-labels-idx1-ubyte{suffix}").unlink()
     with pytest.raises(FileNotFoundError, match="train-labels-idx1-ubyte"):
-        load_image_data(parse_args(["--dataset_path", str(tmp_path)]))
+        load_image_data(parse_args(["--dataset_path", str(tmp_path)]).data)
 
 
 def test_fashion_mnist_missing_tells_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def offline(*_: object) -> None:
         raise ConnectionError("no network")
 
-    monkeypatch.setattr("vit_sources.FASHION_FOLDER", str(tmp_path / "nothing"))
-    monkeypatch.setattr("vit_sources.load_dataset", offline)
+    monkeypatch.setattr("vit.sources.FASHION_FOLDER", str(tmp_path / "nothing"))
+    monkeypatch.setattr("vit.sources.load_dataset", offline)
     with pytest.raises(FileNotFoundError, match="apt-get install dataset-fashion-mnist") as caught:
-        load_image_data(parse_args(["--dataset_name", "fashion-mnist"]))
+        load_image_data(parse_args(["--dataset_name", "fashion-mnist"]).data)
     assert "apt-get download" in str(caught.value) and "no network" in str(caught.value)
 
 
@@ -274,44 +282,44 @@ def test_image_folder_and_stored_data_set(tmp_path: Path, monkeypatch: pytest.Mo
         path = tmp_path / "photos" / name / f"{index}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (12 + index, 10), colour).save(path)
-    data = load_image_data(parse_args(["--train_dir", str(tmp_path / "photos")]))
+    data = load_image_data(parse_args(["--train_dir", str(tmp_path / "photos")]).data)
     assert data.label_names == ["blue", "red"] and natural_channels(data) == 3
     assert (len(data.train), sorted(data.validation["label"][:])) == (8, [0, 1])
 
-    decoded = prepare_images(data.train, data, 8, 3, 1e9)
-    encoded = prepare_images(data.train, data, 8, 3, 0)
-    assert isinstance(decoded, DecodedImages) and isinstance(encoded, EncodedImages)
+    decoded, encoded = (Images(data.train, data, 8, 3, cache) for cache in (1e9, 0))
+    assert decoded.decoded is not None and encoded.decoded is None
     for index, label in enumerate(decoded.labels.tolist()):
-        pixels = decoded.images[index]
+        pixels = decoded.decoded[index]
         assert pixels.shape == (3, 8, 8) and pixels[2 - 2 * label].eq(255).all() and pixels[1].eq(0).all()
     batch = encoded.__getitems__([5, 1])
-    assert torch.equal(batch["pixel_values"], decoded.images[[5, 1]])
+    assert torch.equal(batch["pixel_values"], decoded.decoded[[5, 1]])
     assert torch.equal(batch["labels"], decoded.labels[[5, 1]])
 
     stored = tmp_path / "stored"
     DatasetDict({"train": data.train, "test": data.validation}).save_to_disk(stored)
-    again = load_image_data(parse_args(["--dataset_path", str(stored)]))
+    again = load_image_data(parse_args(["--dataset_path", str(stored)]).data)
     assert (len(again.train), len(again.validation)) == (8, 2)
     with pytest.raises(ValueError, match="--label_column_name fine: the data set has no such column"):
-        load_image_data(parse_args(["--dataset_path", str(stored), "--label_column_name", "fine"]))
+        load_image_data(parse_args(["--dataset_path", str(stored), "--label_column_name", "fine"]).data)
     with pytest.raises(FileNotFoundError, match="save_to_disk"):
-        load_image_data(parse_args(["--dataset_path", str(tmp_path)]))
+        load_image_data(parse_args(["--dataset_path", str(tmp_path)]).data)
 
 
 def test_labels_may_be_words_and_must_be_known() -> None:
     rows = Dataset.from_dict({"label": ["cat", "ant", "cat"]})
     assert encode_labels(rows, "label", ["ant", "cat"]).tolist() == [1, 0, 1]
-    with pytest.raises(ValueError, match="do not occur"):
+    with pytest.raises(ValueError, match=r"labels \['cat'\] of column 'label' are none of the 1 classes"):
         encode_labels(rows, "label", ["ant"])
     with pytest.raises(ValueError, match="without labels"):
         encode_labels(Dataset.from_dict({"label": [-1, -1]}), "label", ["ant"])
 
 
 def test_images_keep_their_middle() -> None:
-    image = np.zeros((8, 16), np.uint8)
-    image[:, 4:12] = 200
-    assert np.array_equal(to_pixels(image, 8, 1), np.full((1, 8, 8), 200))
-    assert to_pixels(Image.fromarray(image), 4, 3).shape == (3, 4, 4)
+    pixels = np.zeros((8, 16), np.uint8)
+    pixels[:, 4:12] = 200
+    image = Image.fromarray(pixels)
+    assert torch.equal(to_pixels(image, 8, 1), torch.full((1, 8, 8), 200, dtype=torch.uint8))
+    assert to_pixels(image, 4, 3).shape == (3, 4, 4)
 
 
 def test_the_order_of_an_epoch_is_a_function_of_seed_and_epoch() -> None:
@@ -328,8 +336,8 @@ def test_the_order_of_an_epoch_is_a_function_of_seed_and_epoch() -> None:
 
 
 def test_every_step_has_the_same_number_of_images() -> None:
-    args = parse_args(["--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "3"])
-    args.max_train_steps = 7
+    flags = ["--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "3", "--max_train_steps", "7"]
+    args = parse_args(flags).training
     plan = Plan.make(args, images=100, processes=2)
     assert (plan.step_images, plan.epoch_steps, plan.epochs) == (48, 2, 4)
     assert [plan.last_step(epoch) for epoch in range(4)] == [2, 4, 6, 7]
@@ -338,7 +346,8 @@ def test_every_step_has_the_same_number_of_images() -> None:
 
 
 def test_a_loader_gives_whole_batches_and_leaves_the_random_numbers_alone() -> None:
-    images = DecodedImages(torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1), torch.arange(10))
+    rows = Dataset.from_dict({"image": [Image.new("L", (1, 1), n) for n in range(10)], "label": list(range(10))})
+    images = Images(rows, ImageData(rows, rows, "image", "label", list(map(str, range(10)))), 1, 1, 1e9)
     args = parse_args(["--per_device_train_batch_size", "4", "--per_device_eval_batch_size", "4"])
     train_loader, eval_loader, sampler = make_loaders(args, images, images)
     sampler.start(0, 0, 8)
@@ -369,24 +378,20 @@ def test_a_batch_is_augmented_in_training_only() -> None:
 
 def test_a_loss_that_is_not_finite_names_its_step() -> None:
     accelerator: Any = SimpleNamespace(gather=lambda value: value, num_processes=1)
-    book, progress = LossBook(micro_batches=2), Progress()
-    for loss in (1.0, 3.0, 5.0, 6.0):
-        book.add(torch.tensor(loss))
-    progress.step = 2
-    book.collect(accelerator, progress)
-    assert progress.epoch_losses == progress.unlogged_losses == [2.0, 5.5]
-    for loss in (1.0, 1.0, 1.0, float("nan"), 1.0, 1.0):
-        book.add(torch.tensor(loss))
+    progress = Progress(step=2)
+    losses = list(torch.tensor([1.0, 3.0, 5.0, 6.0]))
+    progress.collect(losses, 2, accelerator)
+    assert progress.epoch_losses == progress.unlogged_losses == [2.0, 5.5] and losses == []
     progress.step = 5
     with pytest.raises(FloatingPointError, match="step 4 is nan"):
-        book.collect(accelerator, progress)
+        progress.collect(list(torch.tensor([1.0, 1.0, 1.0, float("nan"), 1.0, 1.0])), 2, accelerator)
 
 
 def test_sizes_of_the_models_and_who_decays() -> None:
     from transformers import AutoModelForImageClassification
 
     def parameters(*flags: str) -> tuple[torch.nn.Module, int]:
-        config = build_config(parse_args(flags), [str(i) for i in range(1000)], 3)
+        config = build_config(parse_args(flags).model, [str(i) for i in range(1000)], 3)
         with torch.device("meta"):
             model = AutoModelForImageClassification.from_config(config)
         return model, sum(parameter.numel() for parameter in model.parameters())

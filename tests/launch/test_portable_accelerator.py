@@ -16,7 +16,8 @@ from support import worlds as hosts
 from torch import Tensor, nn
 
 from sharded_shampoo4 import Shampoo4, checkpoint
-from sharded_shampoo4.integrations.accelerate import PortableAccelerator, adjust_deepspeed
+from sharded_shampoo4.integrations.accelerate import PortableAccelerator
+from sharded_shampoo4.integrations.rehearsal import adjust_deepspeed
 
 OPTIONS: dict[str, Any] = {"statistics_interval": 1, "root_interval": 2, "min_quant_numel": 0}
 

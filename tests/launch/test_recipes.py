@@ -11,9 +11,9 @@ from support.launching import LAUNCH
 from support.marks import slow_but_for
 
 # isort: split
-from vit_args import parse_args  # found through launching, as the others are
-from vit_model import build_config, build_model, image_side
-from vit_optim import build_optimizer, shampoo_options
+from vit.args import parse_args  # found through launching, as the others are
+from vit.model import build_config, build_model, side
+from vit.optim import build_optimizer
 
 from sharded_shampoo4 import Shampoo4, estimate_memory
 
@@ -46,17 +46,17 @@ def test_a_recipe_trains_and_keeps_the_papers_bytes(name: str) -> None:
     classes, published = RECIPES[name]
     args = parse_args(["--recipe", str(LAUNCH / "recipes" / f"{name}.yaml")])
     settings = Shampoo4.paper_settings()
-    options = {key: value for key, value in shampoo_options(args).items() if key in settings}
     slower = {"statistics_interval": 200, "root_interval": 1000} if name.startswith("imagenet") else {}
-    assert options == {**settings, **slower}
 
     torch.manual_seed(0)
-    model = build_model(args, build_config(args, [str(label) for label in range(classes)], 3))
+    model = build_model(args.model, build_config(args.model, [str(label) for label in range(classes)], 3))
     optimizer = build_optimizer(args, model)
-    side = image_side(model.config)
+    options = optimizer.param_groups[0]
+    assert {key: options[key] for key in settings} == {**settings, **slower}
+    size = side(model.config.image_size)
     losses = []
     for _ in range(2):
-        output = model(pixel_values=torch.randn(2, 3, side, side), labels=torch.randint(classes, (2,)))
+        output = model(pixel_values=torch.randn(2, 3, size, size), labels=torch.randint(classes, (2,)))
         output.loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -74,7 +74,9 @@ def test_the_command_line_overrides_a_recipe(tmp_path: Path, capsys: pytest.Capt
     file = tmp_path / "own.yaml"
     file.write_text("learning_rate: 5e-4\ndecay_all: true\nrectify_steps: [0, 2]\nmax_train_steps: 7\n")
     args = parse_args(["--recipe", str(file), "--max_train_steps", "9"])
-    assert (args.learning_rate, args.decay_all, args.rectify_steps, args.max_train_steps) == (5e-4, True, [0, 2], 9)
+    training = args.training
+    assert (training.learning_rate, training.decay_all, training.max_train_steps) == (5e-4, True, 9)
+    assert args.shampoo["rectify_steps"] == [0, 2]
     for text, said in (
         ("learning_rat: 1", "unrecognized arguments: --learning_rat 1"),
         ("- 1", "has no lines such as"),

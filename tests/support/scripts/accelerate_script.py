@@ -17,10 +17,9 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import nn
 
 from sharded_shampoo4 import Shampoo4
-from sharded_shampoo4.integrations.accelerate import (
-    PortableAccelerator,
+from sharded_shampoo4.integrations.accelerate import PortableAccelerator, consolidate_before_saving
+from sharded_shampoo4.integrations.rehearsal import (
     check_distribution,
-    consolidate_before_saving,
     describe_distribution,
     full_state_dict,
     rehearse_on_cpu,

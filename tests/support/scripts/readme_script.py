@@ -19,8 +19,8 @@ from torch.nn.parallel import DistributedDataParallel  # noqa: F401
 from transformers import TrainingArguments
 
 from sharded_shampoo4 import Shampoo4  # noqa: F401
-from sharded_shampoo4.integrations.accelerate import rehearse_on_cpu
 from sharded_shampoo4.integrations.deepspeed import skip_cpu_compilation
+from sharded_shampoo4.integrations.rehearsal import rehearse_on_cpu
 
 README = Path(__file__).parents[3] / "README.md"
 

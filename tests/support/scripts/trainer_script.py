@@ -37,7 +37,8 @@ from transformers import (
 )
 
 import sharded_shampoo4.integrations.deepspeed  # noqa: F401  makes "Shampoo4" a type of optimizer
-from sharded_shampoo4.integrations.accelerate import consolidate, rehearse_on_cpu
+from sharded_shampoo4.integrations.accelerate import consolidate
+from sharded_shampoo4.integrations.rehearsal import rehearse_on_cpu
 from sharded_shampoo4.integrations.transformers import ConsolidateStates, PortableTrainer, shampoo4
 
 TIME_OUT = 240  # seconds

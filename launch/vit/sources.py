@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import argparse
 import gzip
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from datasets import Array2D, ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset, load_from_disk
+
+if TYPE_CHECKING:
+    from vit.args import DataArguments
 
 FASHION_FOLDER = "/usr/share/datasets/fashion-mnist"
 FASHION_CLASSES = [
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 ]  # fmt: skip
 _SPLIT_SEED = 0  # apart from --seed, so that runs with different seeds are judged on the same images
-_ARRAYS = ("Array2D", "Array3D")
 
 
 @dataclass(frozen=True)
@@ -29,32 +31,35 @@ class ImageData:
     label_names: list[str]
 
 
-def load_image_data(args: argparse.Namespace) -> ImageData:
-    """The data set that the command line names, cut to the first N rows where asked."""
+def load_image_data(args: DataArguments) -> ImageData:
+    """Load the data set that the command line names, cut to the first N rows where asked."""
     splits = _load_splits(args)
-    train = _split(splits, args.train_split)
-    image_column = args.image_column_name or _find_image_column(train)
-    label_column = args.label_column_name or _find_label_column(train)
-    for option, column in (("--image_column_name", image_column), ("--label_column_name", label_column)):
+    train = _split(splits, "train")
+    image = args.image_column_name or _find_image_column(train)
+    label = args.label_column_name or _find_label_column(train)
+    for option, column in (("--image_column_name", image), ("--label_column_name", label)):
         if column not in train.column_names:
             raise ValueError(f"{option} {column}: the data set has no such column, only {train.column_names}")
-    label_names = _label_names(train, label_column)
+    feature = train.features[label]
+    names = feature.names if isinstance(feature, ClassLabel) else list(map(str, sorted(set(train[label][:]))))
 
-    name = args.validation_split or next((name for name in ("validation", "test") if name in splits), None)
-    if name is not None:
-        validation = _split(splits, name)
+    evaluation = args.validation_split or next((name for name in ("validation", "test") if name in splits), None)
+    if evaluation is not None:
+        validation = _split(splits, evaluation)
     else:
-        train, validation = _hold_out(train, label_column, args.train_val_split)
+        train, validation = _hold_out(train, label, args.train_val_split)
     if args.max_train_samples:
         train = train.select(range(min(args.max_train_samples, len(train))))
     if args.max_eval_samples:
         validation = validation.select(range(min(args.max_eval_samples, len(validation))))
-    return ImageData(train, validation, image_column, label_column, label_names)
+    return ImageData(train, validation, image, label, names)
 
 
-def _load_splits(args: argparse.Namespace) -> DatasetDict:
+def _load_splits(args: DataArguments) -> DatasetDict:
     if args.train_dir:
-        return _load_folders(args.train_dir, args.validation_dir)
+        folders = {"train": args.train_dir, "validation": args.validation_dir}
+        files = {split: str(Path(folder).resolve() / "**") for split, folder in folders.items() if folder}
+        return load_dataset("imagefolder", data_files=files, drop_labels=False)
     if args.dataset_name == "fashion-mnist":
         return _load_fashion(args.dataset_path)
     if args.dataset_path:
@@ -97,19 +102,12 @@ def _load_path(folder: Path) -> DatasetDict:
     if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
         stored = load_from_disk(str(folder))
         return stored if isinstance(stored, DatasetDict) else DatasetDict({"train": stored})
-    if _idx_file(folder, "train-images-idx3-ubyte"):
+    if list(folder.glob("train-images-idx3-ubyte*")):
         return _load_idx(folder, None)
     raise FileNotFoundError(
         f"--dataset_path {folder} holds neither a data set stored by save_to_disk nor idx files "
         "(train-images-idx3-ubyte[.gz], ...); for image files in folders use --train_dir"
     )
-
-
-def _load_folders(train_dir: str, validation_dir: str | None) -> DatasetDict:
-    """Folders with one sub-folder of images per class."""
-    folders = {"train": train_dir, "validation": validation_dir}
-    files = {split: str(Path(folder).resolve() / "**") for split, folder in folders.items() if folder}
-    return load_dataset("imagefolder", data_files=files, drop_labels=False)
 
 
 def _load_idx(folder: Path, label_names: list[str] | None) -> DatasetDict:
@@ -124,23 +122,20 @@ def _load_idx(folder: Path, label_names: list[str] | None) -> DatasetDict:
     return DatasetDict(splits)
 
 
-def _idx_file(folder: Path, name: str) -> Path | None:
-    return next((path for path in (folder / f"{name}.gz", folder / name) if path.exists()), None)
-
-
 def _read_idx(folder: Path, name: str) -> np.ndarray:
     """An idx file of bytes: two zeros, the type 8, the number of dimensions, each as a big-endian word, the data."""
-    path = _idx_file(folder, name)
-    if path is None:
+    zipped, plain = folder / f"{name}.gz", folder / name
+    if not zipped.exists() and not plain.exists():
         raise FileNotFoundError(f"{folder} has no {name}.gz and no {name}")
-    data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    data = gzip.decompress(zipped.read_bytes()) if zipped.exists() else plain.read_bytes()
     if len(data) < 4 or data[:3] != b"\x00\x00\x08":
-        raise ValueError(f"{path} is not an idx file of bytes")
+        raise ValueError(f"{name} in {folder} is not an idx file of bytes")
     shape = np.frombuffer(data, dtype=">u4", count=data[3], offset=4)
     return np.frombuffer(data, dtype=np.uint8, offset=4 + 4 * data[3]).reshape(shape.tolist())
 
 
 def _from_arrays(images: np.ndarray, labels: np.ndarray, label_names: list[str]) -> Dataset:
+    # Array2D and not Image, which would make a PNG of each of 70,000 images.
     features = Features({"image": Array2D(images.shape[1:], "uint8"), "label": ClassLabel(names=label_names)})
     return Dataset.from_dict({"image": images, "label": labels}, features=features)
 
@@ -155,34 +150,21 @@ def _hold_out(rows: Dataset, label_column: str, share: float) -> tuple[Dataset, 
     """Part the rows at random, every class in the same proportion."""
     from sklearn.model_selection import train_test_split
 
-    kept, held = train_test_split(
-        np.arange(len(rows)), test_size=share, stratify=np.asarray(rows[label_column][:]), random_state=_SPLIT_SEED
-    )
+    labels = np.asarray(rows[label_column][:])
+    kept, held = train_test_split(np.arange(len(rows)), test_size=share, stratify=labels, random_state=_SPLIT_SEED)
     return rows.select(kept), rows.select(held)
 
 
 def _find_image_column(rows: Dataset) -> str:
     for name, feature in rows.features.items():
-        if isinstance(feature, Image) or type(feature).__name__ in _ARRAYS:
+        if isinstance(feature, (Image, Array2D)):
             return name
     raise ValueError(f"no column holds images among {rows.column_names}: name it by --image_column_name")
 
 
 def _find_label_column(rows: Dataset) -> str:
-    for name in ("label", "labels"):
+    classes = [name for name, feature in rows.features.items() if isinstance(feature, ClassLabel)]
+    for name in ("label", "labels", *(classes if len(classes) == 1 else ())):
         if name in rows.column_names:
             return name
-    classes = [name for name, feature in rows.features.items() if isinstance(feature, ClassLabel)]
-    if len(classes) == 1:
-        return classes[0]
     raise ValueError(f"cannot tell the label column among {rows.column_names}: name it by --label_column_name")
-
-
-def _label_names(rows: Dataset, column: str) -> list[str]:
-    feature = rows.features[column]
-    if isinstance(feature, ClassLabel):
-        return list(feature.names)
-    values = sorted(set(rows[column]))
-    if all(isinstance(value, int) for value in values):
-        return [str(value) for value in range(max(values) + 1)]
-    return [str(value) for value in values]

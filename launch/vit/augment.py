@@ -1,4 +1,4 @@
-"""From a batch of uint8 images to what the model is fed: augmentation and normalisation on the batch's device."""
+"""From a batch of uint8 images to what the model is fed: augmentation and normalization on the batch's device."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ AUGMENTATIONS = ("none", "flip", "flip-crop", "resized-crop")
 
 
 class BatchTransform(nn.Module):
-    """Turns ``pixel_values`` (B, C, H, W) in uint8 and ``labels`` (B,) into float images and targets.
+    """Turn ``pixel_values`` (B, C, H, W) in uint8 and ``labels`` (B,) into float images and targets.
 
     Random numbers come from torch's global generator, so whoever seeds that decides them.
 
@@ -22,7 +22,7 @@ class BatchTransform(nn.Module):
         image_size: side of the images.
         num_labels: number of classes, the width of mixed targets.
         augment: one of ``AUGMENTATIONS``; applied in training mode only.
-        crop_padding: zeros around the image before a random crop of the original size.
+        crop_padding: zeros around the image before a random crop of the original size, in pixels.
         mixup: the alpha of Beta(alpha, alpha), from which each image's share is drawn; 0 is off.
     """
 
@@ -53,8 +53,7 @@ class BatchTransform(nn.Module):
     @torch.no_grad()
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Images, and targets: class indices, or with mixup in training one share per class."""
-        images = batch["pixel_values"].float() / 255
-        labels = batch["labels"]
+        images, labels = batch["pixel_values"].float() / 255, batch["labels"]
         if self.training:
             images = self.augmentation(images)
         images = (images - self.mean) / self.std
@@ -63,7 +62,7 @@ class BatchTransform(nn.Module):
         return images, labels
 
     def as_processor(self) -> dict[str, object]:
-        """Size and normalisation in the form of a model's ``preprocessor_config.json``."""
+        """Size and normalization in the form of a model's ``preprocessor_config.json``."""
         return {
             "image_processor_type": "ViTImageProcessor",
             "do_resize": True,
@@ -78,10 +77,9 @@ class BatchTransform(nn.Module):
 
 def mix(images: Tensor, labels: Tensor, num_labels: int, alpha: float) -> tuple[Tensor, Tensor]:
     """Mixup (Zhang et al. 2018): each image and its target blended with another's, the shares drawn per image."""
-    count = len(images)
     # Drawn on the CPU, as kornia does, so that the same seed mixes alike on every device.
-    shares = torch.distributions.Beta(alpha, alpha).sample((count,)).to(images)
-    partner = torch.randperm(count).to(images.device)
+    shares = torch.distributions.Beta(alpha, alpha).sample((len(images),)).to(images)
+    partner = torch.randperm(len(images)).to(images.device)
     targets = F.one_hot(labels, num_labels).to(images)
     return (
         torch.lerp(images[partner], images, shares.view(-1, 1, 1, 1)),
@@ -90,16 +88,14 @@ def mix(images: Tensor, labels: Tensor, num_labels: int, alpha: float) -> tuple[
 
 
 def _augmentation(name: str, image_size: int, crop_padding: int) -> nn.Module:
-    if name not in AUGMENTATIONS:
-        raise ValueError(f"augment must be one of {', '.join(AUGMENTATIONS)}, got {name!r}")
     if name == "none":
         return nn.Identity()
     import kornia.augmentation as K  # takes seconds to import, so only where it is used
 
     size = (image_size, image_size)
-    layers: list[nn.Module] = [K.RandomHorizontalFlip(p=0.5)]
-    if name == "flip-crop":
-        layers.append(K.RandomCrop(size, padding=crop_padding))
-    elif name == "resized-crop":
-        layers.append(K.RandomResizedCrop(size, scale=(0.3, 1.0)))
-    return nn.Sequential(*layers)
+    further = {
+        "flip": lambda: [],
+        "flip-crop": lambda: [K.RandomCrop(size, padding=crop_padding)],
+        "resized-crop": lambda: [K.RandomResizedCrop(size, scale=(0.3, 1.0))],
+    }
+    return nn.Sequential(K.RandomHorizontalFlip(p=0.5), *further[name]())

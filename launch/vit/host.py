@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import warnings
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 import datasets
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from transformers import PreTrainedModel
-from vit_model import LAYERS
 
-from sharded_shampoo4.integrations.accelerate import PortableAccelerator, rehearse_on_cpu
+from sharded_shampoo4.integrations.accelerate import PortableAccelerator
+from sharded_shampoo4.integrations.rehearsal import rehearse_on_cpu
+from vit.model import LAYERS
+
+if TYPE_CHECKING:
+    from vit.args import TrainingArguments
 
 
-def make_accelerator(args: argparse.Namespace) -> Accelerator:
-    """The accelerator, and log messages from the main process only."""
+def make_accelerator(args: TrainingArguments) -> Accelerator:
+    """Make the accelerator, and have the main process alone write log messages."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("train_vit").setLevel(logging.INFO)
     # Of ViT's patch embeddings under FSDP2; nothing is done to them in place.
@@ -33,7 +37,7 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
     accelerator = PortableAccelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
-        log_with=args.report_to if args.with_tracking else None,
+        log_with="tensorboard" if args.with_tracking else None,
         project_dir=args.output_dir,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
     )

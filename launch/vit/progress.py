@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,27 +20,14 @@ from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
-from sharded_shampoo4.ranks import Ranks
-
 logger = get_logger("train_vit")
 
 MARKER = "complete.json"  # written last: a checkpoint without it is half of one
 _IDENTITY = ("seed", "optimizer", "step_images", "epoch_steps")  # a run that differs in these cannot go on
 _HARMLESS = (  # options that change no number of the training
-    "scratch_mib",
-    "output_dir",
-    "overwrite_output_dir",
-    "checkpointing_steps",
-    "checkpoints_total_limit",
-    "ddp_timeout",
-    "resume_from_checkpoint",
-    "logging_steps",
-    "log_health",
-    "with_tracking",
-    "report_to",
-    "per_device_eval_batch_size",
-    "dataloader_num_workers",
-    "cache_images_gb",
+    *("output_dir", "overwrite_output_dir", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint"),
+    *("logging_steps", "log_health", "with_tracking", "ddp_timeout", "scratch_mib", "per_device_eval_batch_size"),
+    *("dataloader_num_workers", "cache_images_gb"),
 )
 
 
@@ -62,42 +50,41 @@ class Progress:
         """Take over what ``state_dict`` gave."""
         vars(self).update(state)
 
+    def collect(self, losses: list[Tensor], micro_batches: int, accelerator: Accelerator) -> None:
+        """Move losses that are on the device here. Every process must call this together.
 
-class LossBook:
-    """Losses stay on the device until someone looks, so that no step waits for them."""
-
-    def __init__(self, micro_batches: int) -> None:
-        self.micro_batches = micro_batches
-        self._pending: list[Tensor] = []
-
-    def add(self, loss: Tensor) -> None:
-        """Note the loss of one micro-batch of this process."""
-        self._pending.append(loss.detach())
-
-    def collect(self, accelerator: Accelerator, progress: Progress) -> None:
-        """Move the losses of the steps since the last call into ``progress``. Every process must call this together.
+        Args:
+            losses: of this process's micro-batches since the last call, whole steps; emptied.
+            micro_batches: of a step.
+            accelerator: of the run.
 
         Raises:
             FloatingPointError: on every process alike, for a loss that is not finite; it names the step.
         """
-        if not self._pending:
+        if not losses:
             return
-        losses = accelerator.gather(torch.stack(self._pending).float()).cpu().double()
-        self._pending.clear()
-        steps = losses.view(accelerator.num_processes, -1, self.micro_batches).mean((0, 2)).tolist()
-        first_step = progress.step - len(steps) + 1
-        for step, loss in enumerate(steps, first_step):
+        gathered = accelerator.gather(torch.stack(losses).float()).cpu().double()
+        losses.clear()
+        steps = gathered.view(accelerator.num_processes, -1, micro_batches).mean((0, 2)).tolist()
+        for step, loss in enumerate(steps, self.step - len(steps) + 1):
             if not math.isfinite(loss):
                 raise FloatingPointError(
                     f"the training loss of step {step} is {loss}. Lower --learning_rate, raise "
                     "--num_warmup_steps or lower --max_grad_norm; checkpoints before this step are sound"
                 )
-        progress.epoch_losses += steps
-        progress.unlogged_losses += steps
+        self.epoch_losses += steps
+        self.unlogged_losses += steps
 
 
 class Checkpoints:
-    """Folders ``checkpoint-STEP`` in a run's output folder."""
+    """Folders ``checkpoint-STEP`` in a run's output folder.
+
+    Args:
+        accelerator: of the run, all of whose state is saved.
+        output_dir: the folder.
+        limit: how many are kept; None keeps all.
+        options: of the run, noted in each of them.
+    """
 
     def __init__(self, accelerator: Accelerator, output_dir: Path, limit: int | None, options: dict[str, Any]) -> None:
         self.accelerator = accelerator
@@ -114,18 +101,22 @@ class Checkpoints:
         self.accelerator.save_state(str(folder))
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            _write_in_one_go(folder / MARKER, json.dumps({"step": step, "options": self.options}, indent=1))
+            draft = folder / f"{MARKER}.tmp"  # renamed: whoever finds the file finds all of it
+            draft.write_text(json.dumps({"step": step, "options": self.options}, indent=1))
+            draft.replace(folder / MARKER)
             self._prune()
         self.accelerator.wait_for_everyone()
 
     def begin(self, source: str | None, overwrite: bool) -> None:
-        """Resume from ``source``, a path or ``"latest"``; or start anew, which an older run's checkpoints forbid.
-
-        The main process decides for all: what each of them sees of the file system may differ for a while.
+        """Resume, or start anew. The main process decides for all: what each sees of the file system may differ.
 
         Args:
-            source: None starts anew; so does ``"latest"`` where there is nothing to resume from.
-            overwrite: remove an older run's checkpoints when starting anew.
+            source: a checkpoint, or ``"latest"``, which starts anew where there is none; None starts anew.
+            overwrite: remove an older run's checkpoints when starting anew, which they forbid otherwise.
+
+        Raises:
+            ValueError: on every process alike: there is no such checkpoint, or it is of another run; or there are
+                checkpoints where the run should start anew.
         """
         decision: list[str | None] = [None, None]  # the folder to load, or what is wrong
         if self.accelerator.is_main_process:
@@ -144,7 +135,7 @@ class Checkpoints:
             logger.info(f"Resumed from {folder_name}")
 
     def _make_room(self, overwrite: bool) -> None:
-        for _, folder in self._folders():
+        for folder in self._folders():
             if not overwrite:
                 raise ValueError(
                     f"--output_dir {self.output_dir} holds checkpoints of a run: give --resume_from_checkpoint latest "
@@ -152,22 +143,18 @@ class Checkpoints:
                 )
             shutil.rmtree(folder)
 
-    def _folders(self) -> list[tuple[int, Path]]:
-        """Step and folder of all checkpoints, complete or not, in the order of the steps."""
+    def _folders(self) -> list[Path]:
+        """All checkpoints, complete or not, in the order of their steps."""
         named = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in self.output_dir.glob("*"))
-        return sorted((int(match[1]), path) for match, path in named if match)
+        return [path for _, path in sorted((int(match[1]), path) for match, path in named if match)]
 
     def _choose(self, source: str) -> Path | None:
-        if source != "latest":
-            folder = Path(source)
-            if not (folder / MARKER).exists():
-                raise ValueError(f"--resume_from_checkpoint {folder} is no complete checkpoint: it has no {MARKER}")
-            self._check(folder)
-            return folder
-        for _, folder in reversed(self._folders()):
+        for folder in [Path(source)] if source != "latest" else reversed(self._folders()):
             if (folder / MARKER).exists():
                 self._check(folder)
                 return folder
+            if source != "latest":
+                raise ValueError(f"--resume_from_checkpoint {folder} is no complete checkpoint: it has no {MARKER}")
             logger.warning(f"{folder} was never finished (no {MARKER}) and is passed over")
         logger.info("No checkpoint to resume from: starting at step 0")
         return None
@@ -176,8 +163,10 @@ class Checkpoints:
         """Refuse a checkpoint of another run, and warn of options that have changed since."""
         saved = json.loads((folder / MARKER).read_text())["options"]
         now = json.loads(json.dumps(self.options))
-        changed = [name for name in now if name in saved and saved[name] != now[name] and name not in _HARMLESS]
-        text = ", ".join(f"{name} was {saved[name]}, is {now[name]}" for name in changed)
+        changed = [
+            name for name in now.keys() | saved.keys() if saved.get(name) != now.get(name) and name not in _HARMLESS
+        ]
+        text = ", ".join(f"{name} was {saved.get(name)}, is {now.get(name)}" for name in sorted(changed))
         if any(name in _IDENTITY for name in changed):
             raise ValueError(f"{folder} cannot be continued by this run: {text}")
         if changed:
@@ -187,21 +176,25 @@ class Checkpoints:
         if self.limit is None:
             return
         folders = self._folders()
-        complete = [folder for _, folder in folders if (folder / MARKER).exists()]
-        keep = set(complete[-self.limit :])
-        for _, folder in folders:
+        keep = [folder for folder in folders if (folder / MARKER).exists()][-self.limit :]
+        for folder in folders:
             if folder not in keep:
                 shutil.rmtree(folder)
 
 
 class StopSignals:
-    """SIGTERM and SIGUSR1, as clusters send them before they take a job's machines: not the end, but a request."""
+    """SIGTERM and SIGUSR1, as clusters send them before they take a job's machines: not the end, but a request.
+
+    Args:
+        timeout: how long ``stop_now()`` waits for a process that does not answer.
+    """
 
     EXIT_STATUS = 75  # of a run that was asked to stop, has saved itself and can go on (EX_TEMPFAIL of sysexits.h)
 
-    def __init__(self) -> None:
-        self.received: int | None = None
-        self._ranks: Ranks | None = None
+    def __init__(self, timeout: timedelta) -> None:
+        self.received = False
+        # A group of its own on the CPU: to ask it waits for no accelerator.
+        self._group = dist.new_group(backend="gloo", timeout=timeout) if dist.is_initialized() else None
         self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGUSR1)}
 
     def end(self) -> None:
@@ -209,19 +202,12 @@ class StopSignals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, _: FrameType | None) -> None:
-        self.received = number
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = True
 
     def stop_now(self) -> bool:
-        """Whether any process was asked to stop. Every process must call this together; waits for no accelerator."""
-        if self._ranks is None:
-            several = dist.is_initialized() and dist.get_world_size() > 1
-            self._ranks = Ranks(dist.group.WORLD if several else None)
-        return self._ranks.any([self.received is not None])[0]
-
-
-def _write_in_one_go(path: Path, text: str) -> None:
-    """Write beside, then rename: whoever finds the file finds all of it."""
-    draft = path.with_suffix(".tmp")
-    draft.write_text(text)
-    draft.replace(path)
+        """Whether any process was asked to stop. Every process must call this together."""
+        asked = torch.tensor(self.received, dtype=torch.int32, device="cpu")
+        if self._group is not None:
+            dist.all_reduce(asked, dist.ReduceOp.MAX, self._group)
+        return bool(asked)

@@ -1,4 +1,4 @@
-"""What a run leaves behind: a log of numbers, a file of results, a table and a picture."""
+"""What a run leaves behind: a log of numbers, tables and pictures."""
 
 from __future__ import annotations
 
@@ -60,12 +60,11 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def print_tables(results: dict[str, Any]) -> None:
-    """The run at a glance, and what its optimizer keeps beside what others would."""
+    """Print the run at a glance, and the bytes of its optimizer's state beside those of others."""
     from rich.console import Console
     from rich.table import Table
 
-    options = results["options"]
-    summary = Table(title=f"{optimizer_name(results)} on {data_name(options)}", show_header=False, title_style="bold")
+    summary = Table(title=title(results), show_header=False, title_style="bold")
     summary.add_column(style="cyan")
     summary.add_column(justify="right")
     for name, value in (
@@ -80,43 +79,30 @@ def print_tables(results: dict[str, Any]) -> None:
     ):
         summary.add_row(name, value)
 
-    per_process = results["state_bytes_per_process"]
-    title = "optimizer state" if len(per_process) == 1 else "optimizer state of a process"
-    memory = Table(title=title, title_style="bold")
-    memory.add_column("", style="cyan")
-    for column in ("preconditioner", "base", "total"):
-        memory.add_column(column, justify="right")
-    if len(per_process) == 1:
-        rows = {"this run, measured": results["state_bytes"]}
-    else:
-        rows = {f"process {rank}, measured": held for rank, held in enumerate(per_process)}
-        rows["all processes"] = {key: sum(held[key] for held in per_process) for key in per_process[0]}
+    held = results["state_bytes_per_process"]
+    rows = {f"process {rank}, measured" if held[1:] else "this run, measured": each for rank, each in enumerate(held)}
+    if held[1:]:
+        rows["all processes"] = {key: sum(each[key] for each in held) for key in held[0]}
     names = {"adamw": "AdamW alone", "shampoo32": "32-bit Shampoo"}
-    rows |= {f"{names[key]}, computed": held for key, held in results["estimated_state_bytes"].items()}
-    for name, held in rows.items():
-        memory.add_row(name, *(format_bytes(held[key]) for key in ("preconditioner", "base")), _total(held))
-    console = Console()
-    console.print(summary, memory)
+    rows |= {f"{names[key]}, computed": each for key, each in results["estimated_state_bytes"].items()}
+    memory = Table(title="optimizer state" + " of a process" * bool(held[1:]), title_style="bold")
+    for column in ("", "preconditioner", "base", "total"):
+        memory.add_column(column, justify="right" if column else "left")
+    for name, each in rows.items():
+        memory.add_row(name, *map(format_bytes, (each["preconditioner"], each["base"], sum(each.values()))))
+    Console().print(summary, memory)
 
 
-def _total(held: dict[str, int]) -> str:
-    return format_bytes(held["preconditioner"] + held["base"])
-
-
-def optimizer_name(results: dict[str, Any]) -> str:
-    """What trained: DeepSpeed's configuration may have named it, whatever --optimizer says."""
-    by_deepspeed = results["deepspeed_optimizer"]
-    return f"{by_deepspeed['type']} of DeepSpeed's configuration" if by_deepspeed else results["options"]["optimizer"]
-
-
-def data_name(options: dict[str, Any]) -> str:
-    """A short name of the data set of a run."""
+def title(results: dict[str, Any]) -> str:
+    """What trained on which data set. DeepSpeed's configuration may have named the optimizer."""
+    options, by_deepspeed = results["options"], results["deepspeed_optimizer"]
+    name = f"{by_deepspeed['type']} of DeepSpeed's configuration" if by_deepspeed else options["optimizer"]
     source = options["dataset_name"] or options["dataset_path"] or options["train_dir"]
-    return Path(source).name if Path(source).is_dir() else source
+    return f"{options['model'] or 'model'} on {Path(source).name if Path(source).is_dir() else source}, {name}"
 
 
 def plot_curves(lines: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Training and evaluation loss, evaluation accuracy and learning rate over the steps, as a PNG."""
+    """Draw training and evaluation loss, evaluation accuracy and learning rate over the steps, as a PNG."""
     train = [line for line in lines if "loss" in line]
     evals = [line for line in lines if "eval_loss" in line]
     with picture(path, columns=3) as (figure, (loss, accuracy, rate)):
@@ -150,7 +136,7 @@ def _draw(axes: Any, lines: list[dict[str, Any]], key: str, label: str, color: s
 
 
 def plot_health(lines: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Orthogonality errors, eigenvalues' ranges and failures of all preconditioned parameters over the steps, a PNG."""
+    """Draw orthogonality errors, eigenvalues' ranges and failures of all preconditioned parameters, as a PNG."""
     lines = [line for line in lines if line["health"]]
     steps = [line["step"] for line in lines]
 

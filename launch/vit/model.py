@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import (
@@ -14,6 +13,9 @@ from transformers import (
     SwinConfig,
     ViTConfig,
 )
+
+if TYPE_CHECKING:
+    from vit.args import ModelArguments
 
 
 def _vit(hidden: int, layers: int, heads: int, mlp: int, image: int = 224, patch: int = 16) -> dict[str, Any]:
@@ -28,15 +30,8 @@ def _vit(hidden: int, layers: int, heads: int, mlp: int, image: int = 224, patch
 
 
 def _swin(embed: int, depths: tuple[int, ...], heads: tuple[int, ...], drop_path: float) -> dict[str, Any]:
-    return {
-        "embed_dim": embed,
-        "depths": depths,
-        "num_heads": heads,
-        "window_size": 7,
-        "drop_path_rate": drop_path,
-        "image_size": 224,
-        "patch_size": 4,
-    }
+    own = {"embed_dim": embed, "depths": depths, "num_heads": heads, "drop_path_rate": drop_path}
+    return {**own, "window_size": 7, "image_size": 224, "patch_size": 4}
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -54,24 +49,27 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 LAYERS = {"vit": ["ViTLayer"], "swin": ["SwinLayer"]}  # by model type: the modules that FSDP gathers one at a time
 
-_RATES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate")
-_COMMON = ("image_size", "patch_size", "num_channels", "hidden_dropout_prob", "attention_probs_dropout_prob")
+_RATES = ("hidden_dropout_prob", "drop_path_rate")
+_COMMON = ("image_size", "patch_size", "hidden_dropout_prob")
 _BY_FAMILY = {
     "vit": (*_COMMON, "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
     "swin": (*_COMMON, "embed_dim", "depths", "num_heads", "window_size", "mlp_ratio", "drop_path_rate"),
 }
-_SIZE_FLAGS = tuple(dict.fromkeys(name for names in _BY_FAMILY.values() for name in names))
+_SIZES = {name for names in _BY_FAMILY.values() for name in names}
 
 
-def build_config(args: argparse.Namespace, label_names: list[str], channels: int) -> PretrainedConfig:
-    """The model's configuration: a preset, a file or a pretrained model's, changed by the size flags.
+def build_config(args: ModelArguments, label_names: list[str], channels: int) -> PretrainedConfig:
+    """Make the model's configuration: a preset, a file or a pretrained model's, changed by the options for sizes.
 
     Args:
-        args: the command line.
+        args: which of them, and the changes.
         label_names: the classes, in the order of their indices.
-        channels: channels of the data, used where neither a flag nor a pretrained model says otherwise.
+        channels: channels of the data; a pretrained model keeps its own.
+
+    Raises:
+        ValueError: an option that this model does not have, or sizes that do not go together.
     """
-    given = {name: getattr(args, name) for name in _SIZE_FLAGS if getattr(args, name) is not None}
+    given = {name: value for name, value in vars(args).items() if name in _SIZES and value is not None}
     labels: dict[str, Any] = {
         "id2label": dict(enumerate(label_names)),
         "label2id": {name: i for i, name in enumerate(label_names)},
@@ -88,16 +86,15 @@ def build_config(args: argparse.Namespace, label_names: list[str], channels: int
     else:
         config = AutoConfig.from_pretrained(args.config_name, **labels)
         _reject(given, _BY_FAMILY.get(config.model_type, _COMMON), f"the {config.model_type} of --config_name")
-        if "num_channels" not in given and config.num_channels != channels:
-            given["num_channels"] = channels
         # Rebuilt rather than patched: some sizes follow from others, as Swin's hidden size from its depths.
-        config = type(config)(**{**config.to_dict(), **given})
-    _check_config(config)
+        config = type(config)(**{**config.to_dict(), "num_channels": channels, **given})
+    if config.model_type == "swin":
+        _check_swin(config)
     return config
 
 
-def build_model(args: argparse.Namespace, config: PretrainedConfig) -> PreTrainedModel:
-    """A model for image classification, fresh or with pretrained weights (and a new head where classes differ)."""
+def build_model(args: ModelArguments, config: PretrainedConfig) -> PreTrainedModel:
+    """Make a model for image classification, new or with pretrained weights (and a new head where classes differ)."""
     if args.model_name_or_path:
         model = AutoModelForImageClassification.from_pretrained(
             args.model_name_or_path, config=config, ignore_mismatched_sizes=True
@@ -109,9 +106,8 @@ def build_model(args: argparse.Namespace, config: PretrainedConfig) -> PreTraine
     return model
 
 
-def image_side(config: PretrainedConfig) -> int:
-    """The side of the square images that the model takes."""
-    size = config.image_size
+def side(size: int | tuple[int, int]) -> int:
+    """The side of a configuration's square images or patches."""
     return size if isinstance(size, int) else size[0]
 
 
@@ -127,18 +123,8 @@ def _reject(given: dict[str, Any], allowed: tuple[str, ...], owner: str) -> None
         raise ValueError(f"{', '.join('--' + name for name in wrong)} cannot be set for {owner}")
 
 
-def _check_config(config: PretrainedConfig) -> None:
-    side, patch = image_side(config), config.patch_size
-    patch = patch if isinstance(patch, int) else patch[0]
-    if side < patch:
-        raise ValueError(f"--image_size {side} is smaller than --patch_size {patch}")
-    if config.model_type == "vit" and config.hidden_size % config.num_attention_heads:
-        raise ValueError(
-            f"--hidden_size {config.hidden_size} is no multiple of --num_attention_heads {config.num_attention_heads}"
-        )
-    if config.model_type != "swin":
-        return
-    last = side // patch // 2 ** (len(config.depths) - 1)
+def _check_swin(config: PretrainedConfig) -> None:
+    last = side(config.image_size) // side(config.patch_size) // 2 ** (len(config.depths) - 1)
     if last < config.window_size:
         raise ValueError(
             f"--window_size {config.window_size} is more than the {last} patches on a side of Swin's last stage: "

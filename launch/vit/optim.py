@@ -1,0 +1,113 @@
+"""Optimizers of train_vit.py: parameter groups, construction, and the bytes of their states."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import DummyOptim
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
+
+from sharded_shampoo4 import Shampoo4, estimate_memory
+from vit.model import decays
+
+if TYPE_CHECKING:
+    from vit.args import Arguments, TrainingArguments
+
+# What --optimizer may be, and which options of Shampoo4 it stands for.
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "shampoo4": {},
+    "shampoo4-compact": {"preset": "compact"},
+    "shampoo32": {"bits": 32},
+    "shampoo4-naive": {"quantize": "preconditioner"},
+    "adamw": {},
+    "sgd": {},
+}
+
+
+def parameter_groups(model: nn.Module, weight_decay: float, decay_all: bool) -> list[dict[str, Any]]:
+    """Named parameters in one group with decay and one without; an empty group is left out."""
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    decayed = {name for name, _ in named} if decay_all else decays(model)
+    groups = [
+        {"params": [item for item in named if item[0] in decayed], "weight_decay": weight_decay},
+        {"params": [item for item in named if item[0] not in decayed], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(
+    args: Arguments, model: nn.Module, total_steps: int | None = None, named_elsewhere: bool = False
+) -> Optimizer | DummyOptim:
+    """Make the optimizer that ``--optimizer`` names.
+
+    Args:
+        args: the options.
+        model: whose parameters it trains.
+        total_steps: of the run, for which Shampoo4 warns of intervals that are too long.
+        named_elsewhere: DeepSpeed's configuration names the optimizer, and makes it of what the stand-in holds. "auto"
+            there takes ``--learning_rate`` and ``--weight_decay``.
+    """
+    training = args.training
+    groups = parameter_groups(model, training.weight_decay, training.decay_all)
+    if named_elsewhere:
+        unnamed = [{**group, "params": [parameter for _, parameter in group["params"]]} for group in groups]
+        return DummyOptim(unnamed, lr=training.learning_rate, weight_decay=training.weight_decay)
+    if training.optimizer == "adamw":
+        return AdamW(groups, lr=training.learning_rate, **base_options(training, "adamw"))
+    if training.optimizer == "sgd":
+        return SGD(groups, lr=training.learning_rate, **base_options(training, "sgd"))
+    return Shampoo4(groups, lr=training.learning_rate, total_steps=total_steps, **shampoo_options(args))
+
+
+def shampoo_options(args: Arguments) -> dict[str, Any]:
+    """The options of ``Shampoo4`` that the command line asks for, those of its base among them."""
+    base = args.training.shampoo_base
+    return {"base": base, **args.shampoo, **base_options(args.training, base)}
+
+
+def base_options(args: TrainingArguments, rule: str) -> dict[str, Any]:
+    """The options of AdamW or SGD."""
+    if rule == "sgd":
+        return {"momentum": args.momentum, "nesterov": args.nesterov}
+    return {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+
+
+def state_bytes(optimizer: Optimizer) -> dict[str, int]:
+    """Bytes that this rank's optimizer keeps: ``preconditioner`` and ``base``."""
+    if isinstance(optimizer, Shampoo4):
+        return optimizer.state_bytes()
+    states = (value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor))
+    local = (value.to_local() if hasattr(value, "to_local") else value for value in states)  # of a DTensor: its shard
+    return {"preconditioner": 0, "base": sum(tensor.nbytes for tensor in local)}
+
+
+def estimated_bytes(
+    args: Arguments, shapes: Sequence[tuple[str, torch.Size]], host: str, processes: int
+) -> dict[str, dict[str, int]]:
+    """Bytes that AdamW alone, and 32-bit Shampoo, would keep for these parameters, on the process with most of them.
+
+    Args:
+        args: the options of the run.
+        shapes: names and shapes of its parameters.
+        host: as ``describe_distribution`` says it.
+        processes: their number.
+    """
+    kinds = {"DDP": "ddp", "HSDP": "hsdp", "ZeRO-0": "zero0", "ZeRO-1": "zero1", "ZeRO-2": "zero2", "ZeRO-3": "zero3"}
+    where: dict[str, Any] = {}
+    if processes > 1:
+        kind, *mesh = host.split()
+        where = {"world_size": processes, "host": kinds.get(kind, "fsdp2")}
+        if kind == "HSDP":
+            where["replicas"] = int(mesh[0].split("x")[0])
+    found = {}
+    for name, options in (
+        ("adamw", {"base": "adamw", "precondition": False}),
+        ("shampoo32", {**shampoo_options(args), "bits": 32, "root": "stored"}),
+    ):
+        estimate = estimate_memory(shapes, **options, **where)
+        most = max(range(len(estimate.total)), key=estimate.total.__getitem__)
+        found[name] = {"preconditioner": estimate.preconditioner[most], "base": estimate.base[most]}
+    return found
