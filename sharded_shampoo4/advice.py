@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from .layout import is_stack, matrix_shape
-from .memory import format_bytes
 from .options import PreconditionerOptions
 from .preconditioner import COSTLY_BYTES, Matrix
+from .report import format_bytes
 from .schedule import first_root
 from .values import to_integer
 

@@ -24,13 +24,12 @@ from .hosts import Host
 from .layout import matrix_shape
 from .members import Entry, Members, Signature
 from .options import PreconditionerOptions
-from .placement import Location, process_group, shard_vector
+from .placement import process_group, shard_vector
 from .plan import Shard, Work
 from .preconditioner import Matrix, fresh_bytes, worse
 from .ranks import OWN_MODELS, Company, Ranks, has_waited
 from .schedule import Phases
 from .state_dicts import MARK, is_marked
-from .untrained import Untrained, of_parameter
 
 Unbound = packing.PackedState | packing.PackedPieces
 
@@ -156,8 +155,8 @@ class Bindings:
         optimizer: Optimizer,
         calling: str,
         model: Any = None,
-    ) -> None:
-        """Bind all parameters, between steps, as the calls of ``step()`` would do; collective.
+    ) -> list[Entry]:
+        """Bind all parameters, between steps, as the calls of ``step()`` would do, and return them; collective.
 
         ``calling`` is the call in which that is done, for messages. ``model``, wrapped as it is, tells names that are
         missing and which parts of names are wrappers'.
@@ -173,11 +172,7 @@ class Bindings:
             self.let_go(groups, state)
         for entries in calls:
             self._bind_entries(ranks, entries, state, None)
-
-    def everything(self, groups: Sequence[dict[str, Any]]) -> list[tuple[Entry, Location, int]]:
-        """All parameters that are trained, their intervals on this rank, and where these begin in their holders."""
-        entries = [entry for call in self.members.calls(groups) for entry in call if entry.trained]
-        return [(entry, *entry.locate()) for entry in entries]
+        return [entry for entries in calls for entry in entries]
 
     def let_go(self, groups: Sequence[dict[str, Any]], state: MutableMapping[Tensor, Any]) -> None:
         """Forget the states of parameters that stand in no group any more.
@@ -202,12 +197,6 @@ class Bindings:
                 del states[parameter]
         self._marked &= present
         self._changes = self.members.changes
-
-    def frozen(self, groups: Sequence[dict[str, Any]]) -> list[Untrained]:
-        """What stands in the groups, but is not trained; by plain names."""
-        names = self.members.plain_names()
-        entries = [entry for call in self.members.calls(groups) for entry in call if not entry.trained]
-        return [of_parameter(names[entry.name], entry.parameter, self.members.host) for entry in entries]
 
     @contextlib.contextmanager
     def leaving_word(self, groups: Sequence[dict[str, Any]]) -> Iterator[None]:

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from .base import Base
 from .exchange import wire_dtype
-from .layout import is_stack, matrix_shape
+from .layout import matrix_shape
 from .options import OPTION_NAMES, PreconditionerOptions, apply_preset
 from .plan import Plan, PlannedMatrix, Shard
 from .preconditioner import Matrix
+from .report import format_bytes, table
 from .schedule import stagger
 
 _HOSTS = ("none", "ddp", "fsdp2", "hsdp", "zero0", "zero1", "zero2", "zero3")
-_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 @dataclass(frozen=True)
@@ -170,51 +170,3 @@ def _shard_rows(shape: torch.Size, copies: int, parts: int) -> tuple[Shard, ...]
     edges = [min(part * step, length) * (shape.numel() // max(length, 1)) for part in range(parts + 1)]
     whole = [(start, stop) if start < stop else (0, 0) for start, stop in itertools.pairwise(edges)]
     return tuple(Shard(start, stop, replica) for replica in range(copies) for start, stop in whole)
-
-
-def format_bytes(count: float) -> str:
-    """A count of bytes in words.
-
-    >>> format_bytes(1536)
-    '1.5 KiB'
-    """
-    unit = 0
-    while count >= 1024 and unit < len(_UNITS) - 1:
-        count /= 1024
-        unit += 1
-    return f"{count:.0f} {_UNITS[unit]}" if unit == 0 else f"{count:.1f} {_UNITS[unit]}"
-
-
-def describe_parameter(
-    name: str, whole: torch.Size, trained: bool, options: PreconditionerOptions, owners: str
-) -> tuple[tuple[str, ...], int]:
-    """A row of :meth:`Shampoo4.describe`'s table, and the bytes of the parameter's preconditioner."""
-    shape = matrix_shape(whole)
-    if not options.precondition:
-        reason = "no: precondition=False"
-    elif not trained:
-        reason = "no: frozen"
-    elif shape is None:
-        reason = "no: empty" if whole.numel() == 0 else "no: not a matrix"
-    else:
-        matrix = Matrix(name, shape, options, torch.device("meta"))
-        sizes = dict.fromkeys(f"{block.rows} x {block.columns}" for block in matrix.blocks)
-        blocks = f"{len(matrix.blocks)} of {', '.join(sizes)}"
-        orders = {order for block in matrix.blocks for order in (block.rows, block.columns)}
-        bits = sorted({options.bits if options.is_quantized(order) else 32 for order in orders})
-        kept = f"yes: {' and '.join(map(str, bits))} bits" + (
-            f", as {shape[0]} x {shape[1]}" if is_stack(whole) else ""
-        )
-        size = format_bytes(matrix.nbytes)
-        if matrix.is_costly:
-            size += f", {matrix.bytes_per_element:.0f} per element"
-        return (name, str(tuple(whole)), kept, blocks, owners, size), matrix.nbytes
-    return (name, str(tuple(whole)), reason, "", "", ""), 0
-
-
-def table(rows: Iterable[tuple[str, ...]]) -> str:
-    """Rows of text, the first a header, in aligned columns."""
-    rows = list(rows)
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

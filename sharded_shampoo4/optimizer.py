@@ -23,8 +23,7 @@ from .distributor import Distributor
 from .factors import HEALTH
 from .hosts import Host, find_host
 from .joining import Joinable, SteppingTogether, notify
-from .members import Members
-from .memory import describe_parameter, format_bytes, table
+from .members import Entry, Members
 from .names import match_names
 from .options import (
     PRESETS,
@@ -44,6 +43,7 @@ from .options import (
     takes_preset,
 )
 from .placement import check_process_group, is_dtensor, local_tensor
+from .report import describe_parameter, format_bytes, table
 from .schedule import first_root
 from .state_dicts import arranged, held_back, without_marks
 from .tensors import tensor_bytes
@@ -248,7 +248,7 @@ class Shampoo4(SteppingTogether):
             binding = self._bindings.bind(self.param_groups, self.state, self)
             self._consolidated = {}
             if self._is_dry_step(binding):
-                self._members.host.check_state_dict()
+                self.host.check_state_dict()
                 self.base.make_states(self.param_groups, self.state)
             else:
                 binding.precondition()
@@ -295,6 +295,11 @@ class Shampoo4(SteppingTogether):
         chosen: dist.ProcessGroup | Literal["alone"] | None = self._process_group
         return chosen
 
+    @property
+    def host(self) -> Host:
+        """The framework that arranges the parameters: known for good from the first step on."""
+        return self._members.host
+
     def use_host(self, host: Host) -> None:
         """Be told by a framework's adapter where parameters lie that cannot tell it themselves (FSDP1)."""
         self._bindings.use_host(host)
@@ -311,6 +316,18 @@ class Shampoo4(SteppingTogether):
         self._members.plain_names()
 
     # -- states --------------------------------------------------------------------------------------------------------
+
+    def attach(self, calling: str, model: torch.nn.Module | None) -> tuple[Bindings, list[Entry]]:
+        """Bind all parameters as they are now, between steps; collective. For portable checkpoints.
+
+        Args:
+            calling: the call in which that is done, for messages.
+            model: wrapped as it is, which tells names that are missing, or None.
+
+        Returns:
+            what is bound, and a record of every parameter in the groups.
+        """
+        return self._bindings, self._bindings.bind_all(self.param_groups, self.state, self, calling, model)
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's states and, for each preconditioned parameter, its factors as one uint8 vector.
@@ -356,7 +373,7 @@ class Shampoo4(SteppingTogether):
 
         ``everywhere``: this is called on all ranks also where ranks hold whole parameters.
         """
-        self._members.host.check_state_dict()
+        self.host.check_state_dict()
         cleared = self._bindings.cleared(self.state)
         packed = self._consolidated or self._packed_as_kept(everywhere)
         return {parameter: data for parameter, data in packed.items() if parameter not in cleared}
@@ -387,7 +404,7 @@ class Shampoo4(SteppingTogether):
             ValueError: it was not written by this optimizer, or with options or shapes that store other bytes; nothing
                 has been changed then.
         """
-        self._members.host.check_state_dict()
+        self.host.check_state_dict()
         before, after = self._optimizer_load_state_dict_pre_hooks, self._optimizer_load_state_dict_post_hooks
         state_dict = dict(state_dict)
         for change in list(before.values()):
@@ -524,7 +541,7 @@ class Shampoo4(SteppingTogether):
         if not self._members.partitioned:
             entries = self._members.entries(self.param_groups)
             return [(e.name, e.parameter, e.shape, e.trained, e.options) for e in entries]
-        host = self._members.host
+        host = self.host
         given = [
             (name, parameter, options) for name, parameter, options in self._members.given() if parameter is not None
         ]

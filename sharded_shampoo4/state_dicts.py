@@ -8,8 +8,8 @@ from typing import Any, NoReturn
 
 from torch import Tensor
 
-from .fit import few
 from .packing import STATE_KEY
+from .report import shorten
 
 Match = Callable[[Iterable[str], Iterable[str]], dict[str, str]]
 _NOT_OPTIONS = ("params", "param_names")
@@ -87,9 +87,9 @@ def arranged(state_dict: dict[str, Any], names: Sequence[Sequence[str]], match: 
         if by_torch:
             return state_dict
         raise ValueError(
-            f"the state_dict is of parameters {few(name for name in saved if name not in found)}, this optimizer has "
-            f"{few(name for name in here if name not in found.values())}: to load by position, remove param_names "
-            "from the state_dict's param_groups"
+            f"the state_dict is of parameters {shorten(name for name in saved if name not in found)}, this optimizer "
+            f"has {shorten(name for name in here if name not in found.values())}: to load by position, remove "
+            "param_names from the state_dict's param_groups"
         )
     places = {
         found[name]: (number, key)

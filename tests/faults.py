@@ -28,7 +28,7 @@ FAULTS: dict[str, tuple[str, str, str]] = {
     "offset of a piece": ("plan.py", "column=piece.column - block.column)", "column=0)"),
     "graft norm": ("grafting.py", "(norms[:, 1] + 1e-12)", "(norms[:, 1] + 1e-4)"),
     "step count": ("preconditioner.py", "self.step += 1", "self.step += 1 if self.step else 2"),
-    "checksum": ("checkpoint.py", "if found != checksum:", "if len(found) != len(checksum):"),
+    "checksum": ("checkpoint/files.py", "if found != checksum:", "if len(found) != len(checksum):"),
     "schedule phase": ("schedule.py", "(phase + (after != phase) + turn", "(phase + turn"),
     "base option": ("base_options.py", '["weight_decay"] = weight_decay', '["weight_decay"] = weight_decay / 2'),
     "costly factors": ("preconditioner.py", "bytes_per_element > limit", "bytes_per_element > 100 * limit"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from support.training import ALL, FIRST, KIND, OPTIONS, THEN, Training
 from torch import Tensor, nn
 
 from sharded_shampoo4 import Shampoo4, checkpoint
+from sharded_shampoo4.checkpoint.files import write_manifest
 from sharded_shampoo4.options import PreconditionerOptions
 
 
@@ -220,11 +220,7 @@ def test_missing_truncated_and_newer_ones(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=f"{path.name} is missing"):
             checkpoint.load(optimizer, tmp_path)
         path.write_bytes(whole)
-    path = tmp_path / checkpoint.MANIFEST
-    sealed = json.loads(path.read_text())
-    sealed["manifest"]["format"] = 99
-    sealed["checksum"] = checkpoint._text_checksum(sealed["manifest"])
-    path.write_text(json.dumps(sealed))
+    write_manifest(tmp_path, {**checkpoint.read_manifest(tmp_path), "format": 99})
     with pytest.raises(ValueError, match="has format 99, this version reads up to 2"):
         checkpoint.load(optimizer, tmp_path)
     assert snapshot(optimizer) == before

@@ -50,7 +50,7 @@ def test_an_error_in_the_background_is_told(tmp_path: Path, monkeypatch: pytest.
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_replace", full)
+        patch.setattr("sharded_shampoo4.checkpoint.files.write_manifest", full)
         pending = checkpoint.async_save(training.optimizer, tmp_path)
         with pytest.raises(OSError, match="No space left"):
             pending.result()

@@ -20,6 +20,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.nn.parallel import DistributedDataParallel
 
 from sharded_shampoo4 import Shampoo4, checkpoint
+from sharded_shampoo4.checkpoint import files
 from sharded_shampoo4.integrations import fsdp
 
 # Host, what wraps the model and its unit before, and what wraps it after.
@@ -190,8 +191,7 @@ def test_a_models_own_module_is_no_wrapper(tmp_path: Path) -> None:
 
 def rename_stored(folder: Path, rename: Mapping[str, str]) -> None:
     """Make a checkpoint one of an early version, whose manifest and files had names as they were given."""
-    sealed = json.loads((folder / checkpoint.MANIFEST).read_text())
-    own = sealed["manifest"]
+    own = checkpoint.read_manifest(folder)
     assert own.pop("plain_names")
     own["parameters"] = {rename[name]: entry for name, entry in own["parameters"].items()}
     data = folder / own["data"]
@@ -209,9 +209,8 @@ def rename_stored(folder: Path, rename: Mapping[str, str]) -> None:
         replace(index, fqn=renamed(index.fqn)): value for index, value in metadata.storage_data.items()
     }
     path.write_bytes(pickle.dumps(metadata))
-    own["files"][".metadata"] = checkpoint._file_checksum(path)
-    sealed["checksum"] = checkpoint._text_checksum(own)
-    (folder / checkpoint.MANIFEST).write_text(json.dumps(sealed))
+    own["files"][".metadata"] = files.file_checksum(path)
+    files.write_manifest(folder, own)
 
 
 @pytest.mark.parametrize(

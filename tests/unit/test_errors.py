@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import linecache
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from sharded_shampoo4 import Shampoo4, estimate_memory
+from sharded_shampoo4 import Shampoo4, checkpoint, estimate_memory
 
 
 def matrix(*shape: int) -> nn.Parameter:
@@ -237,3 +239,23 @@ def test_parameters_that_were_replaced_beyond_recognition() -> None:
     with pytest.raises(ValueError, match=r"given 2 parameters of shapes \(4, 5\), \(6, 7\) and now has 1 of shapes"):
         optimizer.step()
     assert not flat.any()
+
+
+def test_warnings_of_loading_name_the_line_that_loads(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3))
+    model[0].bias.requires_grad_(False)
+    first, second = (
+        [(f"{number}.{name}", p) for name, p in part.named_parameters()] for number, part in enumerate(model)
+    )
+    optimizer = Shampoo4([{"params": first, "lr": 0.1}, {"params": second, "lr": 0.2}])
+    checkpoint.save(optimizer, tmp_path, model=model)
+    (tmp_path / "data-unfinished").mkdir()
+    model[0].bias.requires_grad_(True)
+    model[1].bias.requires_grad_(False)
+    optimizer = Shampoo4(model.named_parameters())
+    with pytest.warns(UserWarning) as warned:
+        checkpoint.load(optimizer, tmp_path, model=model)
+    for message in ("cut off", "were not trained when", "are frozen now", "several groups of the checkpoint"):
+        assert any(message in str(warning.message) for warning in warned), message
+    for warning in warned:
+        assert "checkpoint.load(" in linecache.getline(warning.filename, warning.lineno), warning

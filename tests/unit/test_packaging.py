@@ -46,7 +46,7 @@ def test_the_wheel(tmp_path: Path) -> None:
     required = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
     assert len(required) == 1 and required[0].startswith("torch")
     modules = {name for name in names if name.endswith(".py")}
-    expected = {f"sharded_shampoo4/{path.name}" for path in (ROOT / "sharded_shampoo4").glob("*.py")}
+    expected = {str(path.relative_to(ROOT)) for path in (ROOT / "sharded_shampoo4").rglob("*.py")}
     expected |= {f"sharded_shampoo4/integrations/{path.name}" for path in (ROOT / "integrations").glob("*.py")}
     assert modules == expected and "sharded_shampoo4/py.typed" in names
 
@@ -79,13 +79,14 @@ def test_the_versions_that_are_declared_are_those_that_are_tested() -> None:
 
 
 def imported(path: Path) -> Iterator[str]:
-    """Full names of the modules that a file imports, in functions too; relative ones as those of the core."""
+    """Full names of the modules that a file imports, in functions too."""
+    package = ["sharded_shampoo4", *path.relative_to(ROOT).parent.parts[1:]]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            package = ["sharded_shampoo4"] if node.level else []
-            module = ".".join(package + ([node.module] if node.module else []))
+            parents = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join(parents + ([node.module] if node.module else []))
             yield module
             yield from (f"{module}.{alias.name}" for alias in node.names)
 

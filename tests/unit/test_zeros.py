@@ -120,7 +120,7 @@ def saved_with_former_levels(tmp_path: Any) -> tuple[dict[str, Any], Any]:
     model(torch.randn(2, 64)).sum().backward()
     optimizer.step()
     monkey = pytest.MonkeyPatch()
-    monkey.setattr(checkpoint, "FORMAT_VERSION", 1)
+    monkey.setattr("sharded_shampoo4.checkpoint.files.FORMAT_VERSION", 1)
     checkpoint.save(optimizer, tmp_path)
     monkey.undo()
     state = optimizer.state_dict()

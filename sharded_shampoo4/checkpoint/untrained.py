@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .hosts import Host
-from .names import names_in, unwrapped
-from .placement import Location, local_tensor, locate
+from ..hosts import Host
+from ..names import names_in, unwrapped
+from ..placement import Location, local_tensor, locate
 
 
 @dataclass(frozen=True)

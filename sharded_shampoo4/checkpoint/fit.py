@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
+from ..report import shorten
 from .untrained import Untrained
+from .vectors import UNTRAINED, VALUES, key
 
-VALUES, UNTRAINED = "values", "untrained"  # keys of parameters' values are these and a name
 Match = Callable[[Iterable[str], Iterable[str]], dict[str, str]]  # names here by names in the checkpoint
 
 
@@ -29,18 +30,18 @@ class Fit:
         found = []
         if self.thawed:
             found.append(
-                f"{few(self.thawed)} were not trained when the checkpoint was saved: their values are loaded, their "
-                "states begin anew"
+                f"{shorten(self.thawed)} were not trained when the checkpoint was saved: their values are loaded, "
+                "their states begin anew"
             )
         if self.frozen:
             found.append(
-                f"{few(self.frozen)} were trained when the checkpoint was saved and are frozen now: their values are "
-                "loaded, nothing is kept of their states"
+                f"{shorten(self.frozen)} were trained when the checkpoint was saved and are frozen now: their values "
+                "are loaded, nothing is kept of their states"
             )
         if self.left:
             found.append(
-                f"{few(self.left)} are left as they are: the checkpoint was saved with frozen=False, without frozen "
-                "parameters"
+                f"{shorten(self.left)} are left as they are: the checkpoint was saved with frozen=False, without "
+                "frozen parameters"
             )
         return found
 
@@ -71,19 +72,21 @@ def fit(
     names, names_beside = match(saved, [*shapes, *still]), match(beside, [*shapes, *still])
     twice = sorted(set(names.values()) & set(names_beside.values()))
     if twice:
-        raise ValueError(f"{few(twice)} is in the checkpoint twice, once trained and once not: its names are ambiguous")
+        raise ValueError(
+            f"{shorten(twice)} is in the checkpoint twice, once trained and once not: its names are ambiguous"
+        )
     found = Fit()
     for name, here in names.items():
         if here in shapes:
             found.trained[here] = name
         else:
-            found.values.append((still[here], f"{VALUES}/{name}"))
+            found.values.append((still[here], key(VALUES, name)))
             found.frozen.append(here)
     for name, here in names_beside.items():
         if here in shapes:
-            found.thawed[here] = f"{UNTRAINED}/{name}"
+            found.thawed[here] = key(UNTRAINED, name)
         elif with_model and (frozen or not still[here].frozen):
-            found.values.append((still[here], f"{UNTRAINED}/{name}"))
+            found.values.append((still[here], key(UNTRAINED, name)))
     everywhere = {**shapes, **{name: other.location.shape for name, other in still.items()}}
     for entries, of in ((saved, names), (beside, names_beside)):
         _check_shapes({of[name]: entry["shape"] for name, entry in entries.items() if name in of}, everywhere, still)
@@ -129,10 +132,4 @@ def _check_shapes(
 def _raise_if(message: str, names: Iterable[str]) -> None:
     names = sorted(names)
     if names:
-        raise ValueError(message.format(", ".join(names[:3])))
-
-
-def few(names: Iterable[str]) -> str:
-    """The first of some names, in words."""
-    names = list(names)
-    return f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+        raise ValueError(message.format(shorten(names)))

@@ -1,0 +1,145 @@
+"""What a portable checkpoint stores: names and numbers for its manifest, tensors for its files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ..placement import Location, local_tensor
+from ..preconditioner import Matrix
+from ..state_dicts import MARK
+from ..tensors import floats, is_low_bit
+from .subject import Held, Subject
+from .vectors import UNTRAINED, VALUES, Interval, block_key, key
+
+_Described = tuple[int, dict[str, Any]]  # the replica that holds a parameter on a rank, and what the base keeps there
+
+
+def collect(subject: Subject) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Collect what the manifest says of the contents, and this rank's tensors, by their keys; collective.
+
+    Raises:
+        ValueError: on every rank alike, if parameters have no names of their own, two have the same, or the base keeps
+            states that are neither numbers nor elementwise.
+    """
+    ranks = subject.ranks
+    with ranks.together():
+        _refuse_double_names(subject)
+        mine = [(held.location.replica, _describe_base(subject, held)) for held in subject.trained]
+        replicas = {other.name: other.location.replica for other in subject.saved_untrained}
+    everyone = ranks.gather((mine, replicas))
+    base, writers = _agree([described for described, _ in everyone])
+    first: dict[str, int] = {}  # the first replica of what is not trained
+    for _, replica_of in everyone:
+        for name, replica in replica_of.items():
+            first[name] = min(replica, first.get(name, replica))
+    with ranks.together():
+        tensors: dict[str, Tensor] = {}
+        for held, writer in zip(subject.trained, writers, strict=True):
+            if held.location.replica == writer and held.length:
+                for kind, vector in _vectors(subject, held):
+                    tensors[key(kind, held.name)] = interval(vector[held.in_holder], held.location)
+        for other in subject.saved_untrained:
+            if other.location.replica == first[other.name] and other.location.stop > other.location.start:
+                tensors[key(UNTRAINED, other.name)] = interval(other.held.reshape(-1), other.location)
+        for name, binding, _, owned in subject.own_blocks():
+            tensors[block_key(name, owned.block)] = binding.preconditioner.to_bytes(owned)
+        manifest = _describe(subject, base)
+    return manifest, tensors
+
+
+def block_bytes(matrix: Matrix) -> dict[str, int]:
+    """Weigh a matrix's factors, block by block, in bytes."""
+    return {f"{block.row},{block.column}": matrix.block_bytes(block) for block in matrix.blocks}
+
+
+def interval(part: Tensor, location: Location) -> Interval:
+    """Return this rank's ``part`` of a vector as DCP takes it."""
+    return Interval.of(part, location.start, location.shape.numel())
+
+
+def _refuse_double_names(subject: Subject) -> None:
+    double = {held.name for held in subject.trained} & {other.name for other in subject.saved_untrained}
+    if double:
+        raise ValueError(f"a parameter that is trained and one that is not have the name {min(double)}")
+
+
+def _agree(everyone: Sequence[Sequence[_Described]]) -> tuple[list[dict[str, Any]], list[int]]:
+    """What the base keeps of each trained parameter, and the replica that writes it: they take turns."""
+    base: list[dict[str, Any]] = []
+    writers: list[int] = []
+    for index, described in enumerate(zip(*everyone, strict=True)):
+        base.append(next((found for _, found in described if found), {}))
+        replicas = sorted({replica for replica, _ in described})
+        writers.append(replicas[index % len(replicas)])
+    return base, writers
+
+
+def _describe(subject: Subject, base: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What the manifest says of the contents."""
+    parameters: dict[str, dict[str, Any]] = {
+        held.name: {
+            "shape": list(held.entry.shape),
+            "options": held.entry.options.shaping_bytes(),
+            "group": held.entry.group,
+            "base": kept,
+        }
+        for held, kept in zip(subject.trained, base, strict=True)
+    }
+    for name, matrix in subject.matrices():
+        parameters[name]["factors"] = {"step": matrix.step, "roots": matrix.roots, "blocks": block_bytes(matrix)}
+    groups = [
+        {name: value for name, value in group.items() if name not in ("params", "param_names") and _is_plain(value)}
+        for group in subject.groups
+    ]
+    progress = subject.host.progress()
+    return {
+        "plain_names": True,
+        "base": subject.optimizer.base.name,
+        "groups": groups,
+        "parameters": parameters,
+        "untrained": {other.name: other.describe() for other in subject.saved_untrained},
+        "frozen": subject.frozen,
+        **({} if progress is None else {"engine": progress}),
+    }
+
+
+def _is_plain(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _vectors(subject: Subject, held: Held) -> Iterator[tuple[str, Tensor]]:
+    """A holder's values and elementwise base states, flattened, of this rank, each with its kind."""
+    holder = held.entry.holder
+    yield VALUES, local_tensor(holder).detach().reshape(-1)
+    for kind, value in _base_state(subject, holder).items():
+        if isinstance(value, Tensor) and value.shape == holder.shape:
+            yield kind, floats(value)
+
+
+def _base_state(subject: Subject, holder: Tensor) -> dict[str, Any]:
+    """What the base keeps of what it steps on."""
+    return {kind: value for kind, value in subject.optimizer.state.get(holder, {}).items() if value is not MARK}
+
+
+def _describe_base(subject: Subject, held: Held) -> dict[str, Any]:
+    """What the manifest says of the base's states; raises ValueError if they cannot be stored."""
+    holder, described = held.entry.holder, dict[str, Any]()
+    state = _base_state(subject, holder)
+    subject.optimizer.base.refuse_unportable(held.entry.name, state, holder.shape)
+    for kind, value in state.items():
+        if isinstance(value, Tensor) and value.shape == holder.shape:
+            dtype = "float32" if is_low_bit(value) else str(value.dtype).removeprefix("torch.")
+            described[kind] = {"dtype": dtype}
+        elif isinstance(value, Tensor):
+            described[kind] = {"value": float(value), "tensor": True}
+        else:
+            described[kind] = {"value": value, "tensor": False}
+    return described

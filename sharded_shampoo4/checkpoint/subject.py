@@ -1,0 +1,146 @@
+"""What a checkpoint is about: an optimizer with its parameters as they are held now, its ranks and its model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ..base import State
+from ..distributor import Distributor
+from ..hosts import Host, of_engine, reshard
+from ..members import Entry
+from ..optimizer import Shampoo4
+from ..placement import Location, local_tensor
+from ..plan import Owned
+from ..preconditioner import Matrix
+from .untrained import Untrained, find, of_parameter
+
+
+class Held(NamedTuple):
+    """A trained parameter: its name without what wrappers put into it, and where this rank holds which part of it."""
+
+    name: str
+    entry: Entry
+    location: Location
+    offset: int  # of this rank's part in the flattened holder
+
+    @property
+    def length(self) -> int:
+        """Elements of this rank's part."""
+        length: int = self.location.stop - self.location.start
+        return length
+
+    @property
+    def in_holder(self) -> slice:
+        """Place of this rank's part in the flattened holder."""
+        return slice(self.offset, self.offset + self.length)
+
+
+class Subject:
+    """An optimizer, bound to its parameters as they are, for one save or load.
+
+    The constructor is collective. All else is looked up once, when it is first asked for: what may fail on one rank
+    must first be asked for inside ``ranks.together()``.
+
+    Args:
+        optimizer: a Shampoo4, a wrapper around one, or DeepSpeed's engine.
+        model: wrapped as it is, or None.
+        frozen: whether frozen parameters are saved or loaded.
+        calling: the call, for messages.
+    """
+
+    def __init__(self, optimizer: Any, model: nn.Module | None, frozen: bool, calling: str) -> None:
+        self.frozen = frozen
+        self.optimizer = _unwrap(optimizer)
+        engine = self.optimizer.host.engine
+        self.model = model if engine is None else engine
+        if self.model is not None:
+            reshard(self.model)
+        self._bindings, self._entries = self.optimizer.attach(calling, self.model)
+        self.host = self.optimizer.host
+        assert self._bindings.ranks is not None
+        self.ranks = self._bindings.ranks
+        self._imagined: dict[tuple[int, int, torch.dtype], State] = {}
+
+    @cached_property
+    def names(self) -> dict[str, str]:
+        """Plain names by the labels of entries and matrices. Raises ValueError if a parameter has none of its own."""
+        return self._bindings.members.plain_names()
+
+    @cached_property
+    def trained(self) -> list[Held]:
+        """All parameters that are trained, in the same order on every rank."""
+        entries = [entry for entry in self._entries if entry.trained]
+        return [Held(self.names[entry.name], entry, *entry.locate()) for entry in entries]
+
+    @cached_property
+    def untrained(self) -> list[Untrained]:
+        """What the model has beside trained parameters; without a model, what stands in the groups and is frozen."""
+        if self.model is None:
+            still = [entry for entry in self._entries if not entry.trained]
+            return [of_parameter(self.names[entry.name], entry.parameter, self.host) for entry in still]
+        trained = [tensor for held in self.trained for tensor in (held.entry.parameter, held.entry.holder)]
+        given = [parameter for _, parameter, _ in self._bindings.members.given() if parameter is not None]
+        trained += [parameter for parameter in given if parameter.requires_grad]
+        return find(self.model, trained, self.host)
+
+    @property
+    def saved_untrained(self) -> list[Untrained]:
+        """What of those is saved."""
+        if self.model is None:
+            return []
+        return [other for other in self.untrained if self.frozen or not other.frozen]
+
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        """The optimizer's groups, by the numbers that entries have."""
+        return self._bindings.members.groups
+
+    def matrices(self) -> Iterator[tuple[str, Matrix]]:
+        """All preconditioned parameters, by plain names."""
+        for binding in self._bindings.all():
+            for matrix in binding.matrices:
+                yield self.names[matrix.name], matrix
+
+    def own_blocks(self) -> Iterator[tuple[str, Distributor, Matrix, Owned]]:
+        """All blocks that this rank owns, with the plain names of their parameters."""
+        for binding in self._bindings.all():
+            for index, matrix in enumerate(binding.matrices):
+                for owned in binding.own_blocks(index).values():
+                    yield self.names[matrix.name], binding, matrix, owned
+
+    def mark_loaded(self) -> None:
+        """Have ``optimizer.state`` tell of the factors of all parameters whose states were loaded."""
+        self._bindings.mark_loaded(self.optimizer.state)
+
+    def imagined_states(self, entry: Entry) -> State:
+        """Return the states that the base would make of a parameter, on the meta device; empty if it cannot tell.
+
+        They are vectors of this rank's elements of what the base steps on, and numbers.
+        """
+        holder = local_tensor(entry.holder)
+        key = (entry.group, holder.numel(), holder.dtype)
+        if key not in self._imagined:
+            made = self.optimizer.base.meta_states([holder.numel()], holder.dtype, self.groups[entry.group])
+            self._imagined[key] = made[0] if made else {}
+        return self._imagined[key]
+
+
+def _unwrap(optimizer: Any) -> Shampoo4:
+    """The Shampoo4 in whatever wrappers. It is told of the framework's engine if there is one around it."""
+    host: Host | None = None
+    for _ in range(8):
+        if isinstance(optimizer, Shampoo4):
+            if host is not None and optimizer.host.engine is None:
+                optimizer.use_host(host)
+            return optimizer
+        found = of_engine(optimizer)
+        if found is not None:
+            host, optimizer = found
+        else:
+            optimizer = getattr(optimizer, "optimizer", None)
+    raise TypeError("checkpoints need a Shampoo4 optimizer, a wrapper around one, or a DeepSpeed engine that has one")
