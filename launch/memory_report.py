@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import bisect
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,11 @@ def report(flags: argparse.Namespace, console: Console) -> None:
         console.print(model_table(f"{title(name)}, {parameters[name]:,} parameters", found[name]))
     console.print(summary_table(alone, parameters))
     console.print(NOTES)
-    write_json(flags.output_dir / "memory.json", as_json(found, parameters))
+    figures = {
+        name: {"title": title(name), "parameters": parameters[name], "bytes": [asdict(one) for one in each]}
+        for name, each in found.items()
+    }
+    write_json(flags.output_dir / "memory.json", figures)
     plotted = [name for name in PLOTTED if name in found] or flags.models[: len(PLOTTED)]
     host = "fsdp2" if "fsdp2" in flags.hosts else flags.hosts[0]
     draw({name: found[name] for name in plotted}, parameters, host, flags.output_dir / "memory.png")
@@ -136,27 +141,6 @@ def _table(caption: str, first: str, numbers: Iterable[str]) -> Table:
     for column in numbers:
         table.add_column(column, justify="right")
     return table
-
-
-def as_json(found: Footprints, parameters: dict[str, int]) -> dict[str, Any]:
-    """All figures, in bytes."""
-    return {
-        name: {
-            "title": title(name),
-            "parameters": parameters[name],
-            "bytes": [
-                {
-                    **vars(one.layout),
-                    "weights": one.weights,
-                    "gradients": one.gradients,
-                    "states": one.states,
-                    "totals": {optimizer: one.total(optimizer) for optimizer in one.states},
-                }
-                for one in footprints
-            ],
-        }
-        for name, footprints in found.items()
-    }
 
 
 def draw(found: Footprints, parameters: dict[str, int], host: str, path: Path) -> None:

@@ -10,20 +10,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from plots import BLUE, GREY, RED, picture
+from plots import BLUE, GREY, RED, picture, write_json
+from rich.console import Console
 from rich.table import Table
 
 from .blocks import blocks_of, step_flops
-from .measure import Row, measure
+from .measure import Row, measure, setting
 from .optimizers import ADAMW, shampoo4_with_blocks
 
 KINDS = {"ordinary": BLUE, "refresh": RED, "adamw": GREY}  # of steps, and their colors
 GRADIENTS = 2  # sets that are replayed
 
 
-def measure_growth(flags: argparse.Namespace) -> list[Row]:
-    """A row for every number of parameters and every order of blocks."""
-    return [measure_stack(*sizes, flags) for sizes in itertools.product(flags.parameters, flags.block_sizes)]
+def compare_sizes(flags: argparse.Namespace, console: Console) -> None:
+    """Measure every size, print the table, write growth.json and growth.png."""
+    about = setting(flags)
+    rows = [measure_stack(*sizes, flags) for sizes in itertools.product(flags.parameters, flags.block_sizes)]
+    clock = "processor" if flags.device.type == "cpu" else "elapsed"
+    title = f"Shampoo4 on stacks like a ViT's; {about['device']}, {clock} time, load before {about['load_before']:.1f}"
+    console.print(growth_table(rows, title))
+    write_json(flags.output_dir / "growth.json", {**about, "sizes": rows})
+    draw_growth(rows, flags.output_dir / "growth.png")
+    print(f"wrote {flags.output_dir / 'growth.png'}")
 
 
 def measure_stack(parameters: float, limit: int, flags: argparse.Namespace) -> Row:

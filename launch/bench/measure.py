@@ -6,16 +6,18 @@ import argparse
 import gc
 import itertools
 import json
+import os
 import statistics
 import tempfile
 import time
 import types
-from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.table import Table
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -151,19 +153,28 @@ def finish(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """So many threads of torch within."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def median_and_worst(times: Collection[float]) -> dict[str, float]:
     return {"median": statistics.median(times), "worst": max(times)}
+
+
+def setting(flags: argparse.Namespace) -> dict[str, Any]:
+    """What every JSON file tells of the run."""
+    names = ("hidden_size", "num_hidden_layers", "host", "steps", "interval", "threads")
+    return {
+        **{name: getattr(flags, name) for name in names if hasattr(flags, name)},
+        "device": torch.cuda.get_device_name(flags.device) if flags.device.type == "cuda" else "cpu",
+        "torch": torch.__version__,
+        "load_before": os.getloadavg()[0],
+    }
+
+
+def number_table(title: str, name_width: int | None, columns: Sequence[str]) -> Table:
+    """Make a table with a column of names, at least so many characters wide, and columns of numbers."""
+    found = Table(title=title, title_justify="left")
+    found.add_column("optimizer", min_width=name_width)
+    for column in columns:
+        found.add_column(column, justify="right")
+    return found
 
 
 # -- bytes -------------------------------------------------------------------------------------------------------------

@@ -39,7 +39,6 @@ class Choice:
         label: its name in tables.
         make: makes it of parameters and the steps between two refreshes.
         module: what a peer is imported as; empty for ours and torch's.
-        distribution: what a peer is installed as.
         install: the command that installs a peer.
         compiles: whether it calls torch.compile.
         slow_to_compile: whether that takes minutes on a CPU.
@@ -49,7 +48,6 @@ class Choice:
     label: str
     make: Make
     module: str = ""
-    distribution: str = ""
     install: str = "pip install '.[bench]'"
     compiles: bool = False
     slow_to_compile: bool = False
@@ -69,11 +67,9 @@ class Choice:
         return ""
 
     def version(self) -> str:
-        """The version of the peer's distribution; torch's for ours."""
-        try:
-            return importlib.metadata.version(self.distribution or "torch")
-        except importlib.metadata.PackageNotFoundError:
-            return "unknown"
+        """The version of the peer's distribution, torch's for ours; "unknown" without one."""
+        names = importlib.metadata.packages_distributions().get(self.module.partition(".")[0] or "torch")
+        return importlib.metadata.version(names[0]) if names else "unknown"
 
 
 class MuonWithAdamW:
@@ -135,12 +131,12 @@ OURS = {
 
 def _pytorch_optimizer(name: str, interval: str) -> Choice:
     make = _imported("pytorch_optimizer", name, **{interval: ...})
-    return Choice(f"{name} (pytorch_optimizer)", make, "pytorch_optimizer", "pytorch-optimizer")
+    return Choice(f"{name} (pytorch_optimizer)", make, "pytorch_optimizer")
 
 
 def _torchao(bits: int) -> Choice:
     make = _imported("torchao.optim", f"AdamW{bits}bit")
-    return Choice(f"{bits}-bit AdamW (torchao)", make, "torchao.optim", "torchao", compiles=True, refreshes=False)
+    return Choice(f"{bits}-bit AdamW (torchao)", make, "torchao.optim", compiles=True, refreshes=False)
 
 
 CHOICES = {
@@ -151,16 +147,16 @@ CHOICES = {
     "shampoo": _pytorch_optimizer("Shampoo", "preconditioning_compute_steps"),
     "scalable-shampoo": _pytorch_optimizer("ScalableShampoo", "preconditioning_compute_steps"),
     "heavyball-soap": Choice(
-        "SOAP (heavyball)", _imported("heavyball", "SOAP", precondition_frequency=...), "heavyball", "heavyball",
+        "SOAP (heavyball)", _imported("heavyball", "SOAP", precondition_frequency=...), "heavyball",
         compiles=True, slow_to_compile=True,
     ),
     "meta-shampoo": Choice(
-        "Shampoo (Meta's distributed_shampoo)", _meta, "distributed_shampoo", "torch-shampoo",
+        "Shampoo (Meta's distributed_shampoo)", _meta, "distributed_shampoo",
         "pip install git+https://github.com/facebookresearch/optimizers (needs Python 3.12)",
     ),
     "bitsandbytes-adamw8bit": Choice(
         "8-bit AdamW (bitsandbytes)", _imported("bitsandbytes.optim", "AdamW8bit"), "bitsandbytes.optim",
-        "bitsandbytes", refreshes=False,
+        refreshes=False,
     ),
     "torchao-adamw8bit": _torchao(8),
     "torchao-adamw4bit": _torchao(4),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import multiprocessing
@@ -12,10 +13,13 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from plots import write_json
+from rich.console import Console
+from rich.table import Table
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -25,7 +29,18 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from sharded_shampoo4 import Shampoo4
 
-from .measure import GRADIENTS, IMAGES, Row, finish, median_and_worst, stance, state_bytes, warm_up_steps
+from .measure import (
+    GRADIENTS,
+    IMAGES,
+    Row,
+    finish,
+    median_and_worst,
+    number_table,
+    setting,
+    stance,
+    state_bytes,
+    warm_up_steps,
+)
 from .optimizers import CHOICES, OURS, is_ordinary, random_batch, vit
 
 PARTS = ("gather", "statistics", "roots", "precondition", "graft", "send_back", "base")  # the library's labels
@@ -34,71 +49,73 @@ STEP, OPTIMIZER = "benchmark::step", "benchmark::optimizer"
 _IMPORTS = ["sharded_shampoo4", "torch.distributed.fsdp", "torch.distributed.tensor", "transformers.modeling_utils"]
 
 
-class Job(NamedTuple):
-    """What all ranks do."""
+def compare_ranks(flags: argparse.Namespace, console: Console) -> None:
+    """Train with AdamW and ours on ranks, print the tables, write ranks.json."""
+    about = setting(flags)
+    if flags.trace:
+        flags.trace.mkdir(parents=True, exist_ok=True)
+    rows = measure_ranks(flags)
+    if int(os.environ.get("RANK", 0)):
+        return
+    about["ranks"] = len(rows[0]["state_bytes"])
+    console.print(rank_table(rows, about))
+    console.print(parts_table(rows))
+    write_json(flags.output_dir / "ranks.json", {**about, "optimizers": rows})
 
-    names: tuple[str, ...]  # of CHOICES: AdamW's and ours
-    hidden_size: int
-    layers: int
-    host: str
-    device: str
-    interval: int
-    steps: int
-    eager: bool
-    trace: Path | None  # folder
 
-
-def measure_ranks(job: Job, ranks: int) -> list[Row]:
-    """Measure on processes that torchrun has started, or else on ``ranks`` new ones; a row for each optimizer.
+def measure_ranks(flags: argparse.Namespace) -> list[Row]:
+    """Measure on processes that torchrun has started, or else on new ones; a row for each optimizer.
 
     Under torchrun every rank gets the rows.
     """
     if "RANK" in os.environ:
-        return train(job, "env://")
+        return train(flags, "env://")
     multiprocessing.set_forkserver_preload(_IMPORTS)
     with tempfile.TemporaryDirectory() as folder:
-        start_processes(_started, (ranks, job, folder), nprocs=ranks, start_method="forkserver")
+        start_processes(_started, (flags, folder), nprocs=flags.ranks, start_method="forkserver")
         rows: list[Row] = json.loads(Path(folder, "rows.json").read_text())
     return rows
 
 
-def _started(rank: int, ranks: int, job: Job, folder: str) -> None:
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+def _started(rank: int, flags: argparse.Namespace, folder: str) -> None:
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": flags.ranks, "LOCAL_WORLD_SIZE": flags.ranks}
     os.environ.update({name: str(value) for name, value in names.items()})
-    torch.set_num_threads(1)
-    rows = train(job, f"file://{folder}/store")
+    torch.set_num_threads(flags.threads)
+    rows = train(flags, f"file://{folder}/store")
     if rank == 0:
         Path(folder, "rows.json").write_text(json.dumps(rows))
 
 
-def train(job: Job, init_method: str) -> list[Row]:
+def train(flags: argparse.Namespace, init_method: str) -> list[Row]:
     """Train a model with each optimizer, in turns, then each for a profiled interval; rows of all ranks' figures."""
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    device = torch.device(job.device, int(os.environ["LOCAL_RANK"])) if job.device == "cuda" else torch.device("cpu")
+    device, backend = flags.device, "gloo"
     if device.type == "cuda":
+        device, backend = torch.device("cuda", int(os.environ["LOCAL_RANK"])), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, init_method=init_method, rank=rank, world_size=size)
-    runs = [Run(name, job, device) for name in job.names]
-    timed = warm_up_steps(job.interval) + job.steps
+    names = [name for name in ("adamw", *OURS) if name == "adamw" or name in flags.only]
+    runs = [Run(name, flags, device) for name in names]
+    warm = warm_up_steps(flags.interval)
+    timed = warm + flags.steps
     for _ in range(timed):
         for run in runs:
             run.step()
-    mine = {run.name: run.measured(warm_up_steps(job.interval) + 1, run.profiled(timed)) for run in runs}
+    mine = {run.name: run.measured(warm + 1, run.profiled(timed)) for run in runs}
     every: list[dict[str, Any]] = [{} for _ in range(size)]
     dist.all_gather_object(every, mine)
     dist.barrier()
     dist.destroy_process_group()
-    return [rank_row(name, [one[name] for one in every], job.interval) for name in job.names]
+    return [rank_row(name, [one[name] for one in every], flags.interval) for name in names]
 
 
 class Run:
     """A model that this rank trains with the others."""
 
-    def __init__(self, name: str, job: Job, device: torch.device) -> None:
-        self.name, self.job, self.device = name, job, device
-        self.model = wrap(vit(job.hidden_size, job.layers).to(device), job.host)
-        self.optimizer: Any = CHOICES[name].make(list(self.model.parameters()), job.interval)
+    def __init__(self, name: str, flags: argparse.Namespace, device: torch.device) -> None:
+        self.name, self.flags, self.device = name, flags, device
+        self.model = wrap(vit(flags.hidden_size, flags.num_hidden_layers).to(device), flags.host)
+        self.optimizer: Any = CHOICES[name].make(list(self.model.parameters()), flags.interval)
         torch.manual_seed(1 + dist.get_rank())
         self.batches = [random_batch(IMAGES, device) for _ in range(GRADIENTS)]
         self.steps: dict[int, dict[str, float]] = {}  # by number: seconds, and bytes sent
@@ -112,7 +129,7 @@ class Run:
             self.model(**self.batches[number % GRADIENTS]).loss.backward()
             finish(self.device)
             optimizer, processor = time.perf_counter(), time.process_time()
-            with record_function(OPTIMIZER), stance(CHOICES[self.name], self.job.eager):
+            with record_function(OPTIMIZER), stance(CHOICES[self.name], self.flags.eager):
                 self.optimizer.step()
                 finish(self.device)
             ended = time.perf_counter()
@@ -130,10 +147,10 @@ class Run:
     def profiled(self, taken: int) -> dict[int, dict[str, float]]:
         """Take an interval's steps with torch's profiler; the seconds of their parts, by the steps' numbers."""
         with profile(activities=[ProfilerActivity.CPU]) as recorded:
-            for _ in range(self.job.interval):
+            for _ in range(self.flags.interval):
                 self.step()
         with tempfile.TemporaryDirectory() as folder:
-            file = Path(self.job.trace or folder, f"{self.name}-rank{dist.get_rank()}.json")
+            file = Path(self.flags.trace or folder, f"{self.name}-rank{dist.get_rank()}.json")
             recorded.export_chrome_trace(str(file))
             steps = parts_of(json.loads(file.read_text())["traceEvents"])
         return dict(enumerate(steps, taken + 1))
@@ -234,3 +251,38 @@ def _slowest(ranks: Sequence[dict[int, dict[str, float]]]) -> dict[int, dict[str
 
 def _ordinary(name: str, steps: Iterable[int], interval: int) -> list[int]:
     return [step for step in steps if name not in OURS or is_ordinary(name, step, interval)] or list(steps)
+
+
+# -- tables ------------------------------------------------------------------------------------------------------------
+
+
+def rank_table(rows: list[Row], about: dict[str, Any]) -> Table:
+    """A line for each optimizer."""
+    title = (
+        f"ViT, hidden {about['hidden_size']}, {about['num_hidden_layers']} layers; {about['host']} on {about['ranks']} "
+        f"ranks; refresh every {about['interval']} steps, {about['steps']} steps; "
+        f"load before {about['load_before']:.1f}"
+    )
+    found = number_table(title, None, (
+        "step ms\nmedian", "\nworst", "of it optimizer\nmedian", "\nworst", "CPU ms\nmedian", "\nworst",
+        "exchange /\nstep", "MB sent\nmost", "\nmean", "state MB\nmost", "most /\nmean",
+    ))  # fmt: skip
+    for row in rows:
+        spans = [row[which] for which in ("step_ms", "optimizer_ms", "optimizer_cpu_ms")]
+        times = [f"{span[kind]:.1f}" for span in spans for kind in ("median", "worst")]
+        exchange = ["", "", ""]
+        if row["name"] in OURS:
+            most, mean = max(row["sent_bytes"]), statistics.mean(row["sent_bytes"])
+            exchange = [f"{row['exchange_share']:.1%}", f"{most / 1e6:.2f}", f"{mean / 1e6:.2f}"]
+        found.add_row(row["label"], *times, *exchange, f"{max(row['state_bytes']) / 1e6:.2f}", f"{row['balance']:.3f}")
+    return found
+
+
+def parts_table(rows: list[Row]) -> Table:
+    """Milliseconds of the parts of our ordinary steps, and of those with a refresh, on the slowest rank."""
+    found = number_table("milliseconds of profiled steps, on the slowest rank", None, PROFILED)
+    for row in rows:
+        for kind, spent in row["parts_ms"].items():
+            if row["name"] in OURS:
+                found.add_row(f"{row['label']}, {kind}", *(f"{spent[part]:.1f}" for part in PROFILED))
+    return found

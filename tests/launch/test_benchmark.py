@@ -21,7 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import benchmark  # found through launching
 from bench.blocks import blocks_of, step_flops
 from bench.growth import stack_shapes
-from bench.measure import Contender, most_allocated, state_bytes, threads, watched
+from bench.measure import Contender, most_allocated, state_bytes, watched
+from bench.modes import spread
 from bench.optimizers import CHOICES, Choice, Products, is_ordinary, vit
 from bench.ranks import PROFILED, parts_of, rank_row
 
@@ -119,14 +120,6 @@ def test_an_error_of_ours_ends_the_run(tmp_path: Path, monkeypatch: pytest.Monke
         benchmark.main(["modes", *TINY, "--only", "shampoo4", "--output_dir", str(tmp_path)])
 
 
-def test_threads_are_those_asked_for_within() -> None:
-    before = torch.get_num_threads()
-    with pytest.raises(KeyError), threads(before + 1):
-        assert torch.get_num_threads() == before + 1
-        raise KeyError
-    assert torch.get_num_threads() == before
-
-
 def test_steps_without_a_refresh_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     benchmark.main(["modes", *TINY, "--steps", "1", "--only", "adamw", "--output_dir", str(tmp_path)])
     assert "less than an interval" in capsys.readouterr().out
@@ -186,8 +179,8 @@ def test_wrong_flags(flags: list[str], message: str, capsys: pytest.CaptureFixtu
 
 
 def test_names_beside_the_picture_do_not_overlap() -> None:
-    assert benchmark.spread([0.2, 0.2, 0.9, 1.0], gap=0.25) == pytest.approx([0.2, 0.45, 0.75, 1.0])
-    assert benchmark.spread([], gap=0.1) == []
+    assert spread([0.2, 0.2, 0.9, 1.0], gap=0.25) == pytest.approx([0.2, 0.45, 0.75, 1.0])
+    assert spread([], gap=0.1) == []
 
 
 # -- peers -------------------------------------------------------------------------------------------------------------
