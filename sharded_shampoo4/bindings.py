@@ -21,17 +21,14 @@ from . import packing
 from .distributor import Candidate, Distributor
 from .groups import leave_word
 from .hosts import Host
-from .layout import matrix_shape
 from .members import Entry, Members, Signature
 from .options import PreconditionerOptions
-from .placement import process_group, shard_vector
+from .placement import process_group
 from .plan import Shard, Work
-from .preconditioner import Matrix, fresh_bytes, worse
+from .preconditioner import Matrix, worse
 from .ranks import OWN_MODELS, Company, Ranks, has_waited
 from .schedule import Phases
-from .state_dicts import MARK, is_marked
-
-Unbound = packing.PackedState | packing.PackedPieces
+from .state_dict import MARK, STATE_KEY, Unbound, is_marked
 
 
 class _Seen(NamedTuple):
@@ -69,6 +66,11 @@ class Bindings:
     def spread(self) -> bool:
         """Whether factors are spread over several ranks."""
         return bool(self._by_key) and self.ranks is not None and self.ranks.size > 1
+
+    def begin(self, calling: str) -> None:
+        """Begin a call that is collective where factors are spread over ranks."""
+        if self.ranks is not None and self.spread:
+            self.ranks.meet(calling)
 
     def use_host(self, host: Host) -> None:
         """Be told who arranges the parameters."""
@@ -124,7 +126,7 @@ class Bindings:
     def mark(self, parameters: Iterable[Tensor], state: MutableMapping[Tensor, Any]) -> None:
         """Have ``state`` tell of the factors of these parameters, where it has states of the base."""
         for parameter in parameters:
-            state[parameter][packing.STATE_KEY] = MARK
+            state[parameter][STATE_KEY] = MARK
             self._marked.add(parameter)
 
     def mark_stepped(self, state: MutableMapping[Tensor, Any]) -> None:
@@ -350,9 +352,9 @@ class Bindings:
         company = Company(ranks)
         for index, (entry, matrix) in enumerate(zip(chosen, matrices, strict=True)):
             if entry.parameter in self.unbound:
-                company.attempt(binding.unpack, index, self.unbound.pop(entry.parameter).full(matrix, ranks))
+                company.attempt(packing.unpack, binding, index, self.unbound.pop(entry.parameter).full(matrix, ranks))
             elif old is not None and entry.parameter in places:
-                company.attempt(binding.unpack, index, old.pack(places[entry.parameter]))
+                company.attempt(packing.unpack, binding, index, packing.pack(old, places[entry.parameter]))
         company.part()
         self._by_key[key] = binding
         return binding
@@ -394,7 +396,7 @@ class Bindings:
         for place, leaves in enumerate(ranks.any(left) if left else ()):
             if leaves:
                 assert old is not None
-                packed = packing.PackedState(old.matrices[place].options, old.pack(place))
+                packed = packing.PackedState(old.matrices[place].options, packing.pack(old, place))
                 if left[place]:
                     self.unbound[old.parameters[place]] = packed
 
@@ -422,59 +424,6 @@ class Bindings:
 
     # -- states --------------------------------------------------------------------------------------------------------
 
-    def packed(self) -> dict[Tensor, Tensor]:
-        """Every preconditioner there is, as bytes; on several ranks collective, and sharded where parameters are."""
-        packed: dict[Tensor, Tensor] = {}
-        company = Company(self.ranks) if self.ranks is not None else None
-        for binding in self.all():
-            assert company is not None
-            for index, parameter in enumerate(binding.parameters):
-                part = company.attempt(shard_vector, binding.pack(index), parameter)
-                if part is not None:
-                    packed[parameter] = part
-        if company is not None:
-            company.part()
-        for parameter, entry in self.unbound.items():
-            packed[parameter] = entry.data
-        return packed
-
-    def fresh(self) -> dict[Tensor, Tensor] | None:
-        """What :meth:`packed` gives while no factor has taken a step, without asking other ranks; None otherwise."""
-        pairs = [(p, m) for binding in self.all() for p, m in zip(binding.parameters, binding.matrices, strict=True)]
-        if any(matrix.step for _, matrix in pairs):
-            return None
-        packed = {parameter: fresh_bytes(matrix) for parameter, matrix in pairs}
-        return {**packed, **{parameter: entry.data for parameter, entry in self.unbound.items()}}
-
-    def pieces(self) -> dict[int, dict[str, Any]]:
-        """This rank's part of every preconditioner there is, by the place of the parameter among those given."""
-        found: dict[Tensor, Unbound] = dict(self.unbound)
-        for binding in self.all():
-            found.update({parameter: binding.pieces(index) for index, parameter in enumerate(binding.parameters)})
-        places = {parameter: place for place, (_, parameter, _) in enumerate(self.members.given())}
-        pieces = {places[parameter]: entry for parameter, entry in found.items()}
-        return {
-            place: entry.as_plain()
-            for place, entry in sorted(pieces.items())
-            if isinstance(entry, packing.PackedPieces)
-        }
-
-    def of_pieces(self, stored: Mapping[int, Mapping[str, Any]]) -> dict[Tensor, Unbound]:
-        """Undo :meth:`pieces`. Raises ValueError unless they are of these parameters, with options that fit."""
-        given, host = self.members.given(), self.members.host
-        unbound: dict[Tensor, Unbound] = {}
-        for place, plain in stored.items():
-            name, parameter, options = given[place] if place < len(given) else ("", None, None)
-            if parameter is None or options is None:
-                raise ValueError(f"the state_dict has a preconditioner of parameter {place}, which is not there")
-            piece = packing.PackedPieces.of_plain(options, plain)
-            shape = matrix_shape(host.shape(parameter))
-            if not options.precondition or shape is None:
-                raise ValueError(f"the state_dict has a preconditioner of {name}, which is not preconditioned here")
-            piece.check(Matrix(name, shape, options, piece.data.device))
-            unbound[parameter] = piece
-        return unbound
-
     @property
     def nbytes(self) -> int:
         """Bytes of this rank's factors."""
@@ -484,8 +433,7 @@ class Bindings:
     def health(self) -> dict[str, list[float]]:
         """The worst of each matrix's factors on all ranks, in the order of HEALTH; collective."""
         worst: dict[str, list[float]] = {}
-        if self.ranks is not None and self.spread:
-            self.ranks.meet("health()")
+        self.begin("health()")
         for binding in self.all():
             with binding.ranks.together():
                 mine = binding.preconditioner.health()

@@ -15,9 +15,8 @@ from torch import Tensor
 
 from .exchange import Exchange
 from .grafting import Grafting
-from .packing import PackedPieces
 from .placement import local_tensor
-from .plan import Owned, Plan, PlannedMatrix, Shard, Work
+from .plan import Owned, Plan, Shard, Work
 from .preconditioner import Matrix, Preconditioner, fresh_block
 from .ranks import OWN_MODELS, Company, Ranks
 
@@ -71,15 +70,7 @@ class Distributor:
         everyone = ranks.gather([candidate.describe() for candidate in candidates])
         _check_agreement(everyone)
         planned = [
-            PlannedMatrix(
-                matrix.name,
-                matrix.shape,
-                tuple(matrix.blocks),
-                tuple(described[index][3] for described in everyone),
-                (matrix.options, matrix.dtype, matrix.device if ranks.size == 1 else matrix.device.type),
-                matrix.options.scratch_mib,
-                matrix.phases,
-            )
+            matrix.planned([described[index][3] for described in everyone])
             for index, matrix in enumerate(self.matrices)
         ]
         with ranks.together():
@@ -218,32 +209,6 @@ class Distributor:
 
     # -- states --------------------------------------------------------------------------------------------------------
 
-    def pack(self, index: int) -> Tensor:
-        """A matrix's whole preconditioner as one uint8 vector, on every rank; collective."""
-        matrix = self.matrices[index]
-        ranges = [(self.plan.owner_of[Owned(index, block)], block, place) for block, place in matrix.packed_ranges()]
-        sizes = [sum(s.stop - s.start for owner, _, s in ranges if owner == rank) for rank in range(self.ranks.size)]
-        with self.ranks.together():
-            packed = torch.empty(matrix.packed_bytes, dtype=torch.uint8, device=matrix.device)
-            header = matrix.header
-            packed[: len(header)] = header
-            mine = [self.preconditioner.to_bytes(Owned(index, b)) for owner, b, _ in ranges if owner == self.ranks.rank]
-            own = torch.cat(mine) if mine else packed[:0]
-        parts = self.ranks.gather_bytes(own, sizes)
-        starts = [0] * self.ranks.size
-        for owner, block, place in ranges:
-            size = matrix.block_bytes(block)
-            packed[place] = parts[owner][starts[owner] : starts[owner] + size]
-            starts[owner] += size
-        return packed
-
-    def pieces(self, index: int) -> PackedPieces:
-        """This rank's part of a matrix's preconditioner."""
-        matrix, mine = self.matrices[index], self.own_blocks(index)
-        factors = [self.preconditioner.to_bytes(owned) for owned in mine.values()]
-        data = torch.cat([matrix.header.to(matrix.device), *factors])
-        return PackedPieces(matrix.options, matrix.shape, list(mine), data)
-
     def own_blocks(self, index: int) -> dict[int, Owned]:
         """The blocks of a matrix that this rank owns, by their numbers."""
         owned = (Owned(index, block) for block in self.matrices[index].blocks)
@@ -255,15 +220,6 @@ class Distributor:
         matrix.step, matrix.roots = 0, 0
         for owned in self.own_blocks(index).values():
             self.preconditioner.from_bytes(owned, fresh_block(matrix, owned.block))
-
-    def unpack(self, index: int, packed: Tensor) -> None:
-        """Restore this rank's part of what :meth:`pack` gave, here or on any other number of ranks."""
-        matrix = self.matrices[index]
-        packed = packed.to(matrix.device)
-        matrix.header = packed
-        for block, place in matrix.packed_ranges():
-            if self.plan.owner_of[Owned(index, block)] == self.ranks.rank:
-                self.preconditioner.from_bytes(Owned(index, block), packed[place])
 
 
 def _digest(values: Tensor) -> int:

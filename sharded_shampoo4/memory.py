@@ -14,7 +14,7 @@ from .base import Base
 from .exchange import wire_dtype
 from .layout import matrix_shape
 from .options import OPTION_NAMES, PreconditionerOptions, apply_preset
-from .plan import Plan, PlannedMatrix, Shard
+from .plan import Plan, Shard
 from .preconditioner import Matrix
 from .report import format_bytes, table
 from .schedule import stagger
@@ -94,10 +94,8 @@ def estimate_memory(
     for (name, _), view, shards in zip(items, views, sharding.shards, strict=True):
         if view:
             matrix = Matrix(name, view, options, torch.device("meta"), computed, phases=next(schedule))
-            kind = (matrix.options, matrix.dtype, matrix.device.type)
-            blocks = tuple(matrix.blocks)
             matrices.append(matrix)
-            planned.append(PlannedMatrix(name, view, blocks, shards, kind, options.scratch_mib, matrix.phases))
+            planned.append(matrix.planned(shards))
 
     plan = Plan(planned, world_size)
     preconditioner = [0] * world_size

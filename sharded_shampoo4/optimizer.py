@@ -13,18 +13,16 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from . import packing
+from . import report
 from .advice import Advice
 from .base import Base
 from .base_options import check_group, expand_preset
-from .bindings import Bindings, Unbound
+from .bindings import Bindings
 from .context import own_arithmetic
 from .distributor import Distributor
-from .factors import HEALTH
 from .hosts import Host, find_host
 from .joining import Joinable, SteppingTogether, notify
 from .members import Entry, Members
-from .names import match_names
 from .options import (
     PRESETS,
     Bits,
@@ -42,10 +40,20 @@ from .options import (
     Split,
     takes_preset,
 )
-from .placement import check_process_group, is_dtensor, local_tensor
-from .report import describe_parameter, format_bytes, table
-from .schedule import first_root
-from .state_dicts import arranged, held_back, without_marks
+from .packing import PackedState
+from .placement import check_process_group, local_tensor
+from .state_dict import (
+    FORMAT_VERSION,
+    PIECES_KEY,
+    VERSION_KEY,
+    all_factors,
+    held_back,
+    join,
+    own_pieces,
+    packed_factors,
+    read,
+    without_marks,
+)
 from .tensors import tensor_bytes
 
 
@@ -182,7 +190,7 @@ class Shampoo4(SteppingTogether):
         self._bindings = Bindings(self._members, self.base.name, process_group)
         self._consolidated: dict[Tensor, Tensor] = {}  # all factors, until the next step
         defaults = {"lr": lr, "weight_decay": weight_decay, **self.base.defaults, **options.as_group()}
-        super().__init__(params, {**defaults, packing.VERSION_KEY: packing.FORMAT_VERSION})
+        super().__init__(params, {**defaults, VERSION_KEY: FORMAT_VERSION})
         self._advice = Advice(total_steps)
         self._advise(stacklevel=4)  # takes_preset is between this and the caller
 
@@ -272,7 +280,7 @@ class Shampoo4(SteppingTogether):
         binding.has_stepped = True
 
     def _take_length_of_host(self) -> None:
-        total_steps = self._members.host.total_steps
+        total_steps = self.host.total_steps
         if total_steps is not None and self._advice is not None and self._advice.total_steps is None:
             self.warn_if_short(total_steps)
 
@@ -351,10 +359,10 @@ class Shampoo4(SteppingTogether):
         if self._members.partitioned:
             if not set(map(id, self.state)) <= set(map(id, self._current())):
                 raise RuntimeError("ZeRO 3 takes its tensors out of the optimizer between steps: use save_checkpoint()")
-            return {**super().state_dict(), packing.PIECES_KEY: self._bindings.pieces()}
+            return {**super().state_dict(), PIECES_KEY: own_pieces(self._bindings)}
         self._bindings.let_go(self.param_groups, self.state)
         packed = self._packed(everywhere=find_host(self, self._current()).engine is not None)
-        return packing.join(super().state_dict(), [packed.get(parameter) for parameter in self._current()])
+        return join(super().state_dict(), [packed.get(parameter) for parameter in self._current()])
 
     @own_arithmetic()
     def consolidate_state_dict(self) -> None:
@@ -364,37 +372,16 @@ class Shampoo4(SteppingTogether):
         call it on one rank only there. Valid until the next step.
         """
         if self._bindings.spread and not self._members.partitioned:
-            self._meet("consolidate_state_dict()")
-            self._consolidated = {parameter: data.cpu() for parameter, data in self._bindings.packed().items()}
+            self._bindings.begin("consolidate_state_dict()")
+            self._consolidated = {parameter: data.cpu() for parameter, data in all_factors(self._bindings).items()}
 
     @own_arithmetic()
     def _packed(self, everywhere: bool = False) -> dict[Tensor, Tensor]:
-        """Every preconditioner there is, as bytes; under FSDP2 and HSDP sharded as parameters are, and collective.
-
-        ``everywhere``: this is called on all ranks also where ranks hold whole parameters.
-        """
+        """The factors that a state_dict holds, without those of parameters whose states were cleared."""
         self.host.check_state_dict()
         cleared = self._bindings.cleared(self.state)
-        packed = self._consolidated or self._packed_as_kept(everywhere)
+        packed = self._consolidated or packed_factors(self._bindings, everywhere)
         return {parameter: data for parameter, data in packed.items() if parameter not in cleared}
-
-    def _packed_as_kept(self, everywhere: bool) -> dict[Tensor, Tensor]:
-        bound = [parameter for binding in self._bindings.all() for parameter in binding.parameters]
-        if self._bindings.spread and bound and not everywhere and not any(map(is_dtensor, bound)):
-            fresh = self._bindings.fresh()
-            if fresh is not None:
-                return fresh
-            raise RuntimeError(
-                "the factors of Shampoo4 are spread over ranks: call optimizer.consolidate_state_dict() on every "
-                "rank before state_dict()"
-            )
-        self._meet("state_dict()")
-        return self._bindings.packed()
-
-    def _meet(self, calling: str) -> None:
-        """Begin a call that is collective where factors are spread over ranks."""
-        if self._bindings.spread and self._bindings.ranks is not None:
-            self._bindings.ranks.meet(calling)
 
     @own_arithmetic()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -411,37 +398,16 @@ class Shampoo4(SteppingTogether):
             replaced = change(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
         with held_back(before, after):
-            self._load(dict(state_dict))
+            plain, unbound = read(state_dict, self._bindings, self.param_groups)
+            super().load_state_dict(plain)
+            self.base.load(plain, self)
+            self._members.adopt(self.param_groups)
+            self._consolidated = {}
+            self._bindings.load(unbound)
+            if not self._members.partitioned:
+                self._bindings.mark_loaded(self.state)
         for finish in list(after.values()):
             finish(self)
-
-    def _load(self, state_dict: dict[str, Any]) -> None:
-        pieces = state_dict.pop(packing.PIECES_KEY, None)
-        if (pieces is not None) != self._members.partitioned:
-            whole, parts = "a state_dict with whole parameters", "one rank's part of a state_dict under ZeRO 1, 2 or 3"
-            found, wanted = (whole, parts) if pieces is None else (parts, whole)
-            raise ValueError(f"this is {found}, where {wanted} is needed")
-        known = {entry.parameter: entry for entry in self._members.entries(self.param_groups)}
-        names = None if self._members.partitioned else self._members.names()
-        if names is not None:
-            state_dict = arranged(state_dict, names, match_names)
-        shapes = [(known[p].name, known[p].shape) if p in known else ("", p.shape) for p in self._current()]
-        packing.check_loadable(state_dict, self.param_groups, shapes)
-        plain, packed = packing.separate(state_dict)
-        options = [PreconditionerOptions.of_group(group) for group in plain["param_groups"] for _ in group["params"]]
-        unbound: dict[Tensor, Unbound] = self._bindings.of_pieces(pieces or {})
-        for parameter, option, data in zip(self._current(), options, packed, strict=True):
-            if data is not None:
-                unbound[parameter] = packing.PackedState(option, data.detach().clone())
-        groups = [{**group, packing.VERSION_KEY: packing.FORMAT_VERSION} for group in plain["param_groups"]]
-        plain = {**plain, "param_groups": groups}
-        super().load_state_dict(plain)
-        self.base.load(plain, self)
-        self._members.adopt(self.param_groups)
-        self._consolidated = {}
-        self._bindings.load(unbound)
-        if not self._members.partitioned:
-            self._bindings.mark_loaded(self.state)
 
     def __getstate__(self) -> dict[str, Any]:
         if self._bindings.spread:
@@ -453,7 +419,7 @@ class Shampoo4(SteppingTogether):
         state["state"] = defaultdict(dict, without_marks(self.state))
         own = {"_process_group": self._process_group, "base": self.base}
         options = {p: PreconditionerOptions.of_group(group) for group in self.param_groups for p in group["params"]}
-        packed = {p: packing.PackedState(options[p], data) for p, data in self._packed().items() if p in options}
+        packed = {p: PackedState(options[p], data) for p, data in self._packed().items() if p in options}
         return {**state, **own, "_consolidated": {}, "_unbound": packed}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -496,17 +462,7 @@ class Shampoo4(SteppingTogether):
         computed in them: as long as there are none, the base optimizer works on plain gradients. Empty before the first
         step.
         """
-        worst = self._bindings.health()
-        matrices = [matrix for binding in self._bindings.all() for matrix in binding.matrices]
-        return {
-            matrix.name: {
-                **dict(zip(HEALTH, worst[matrix.name], strict=True)),
-                "bytes": matrix.nbytes,
-                "steps": matrix.step,
-                "roots": matrix.roots,
-            }
-            for matrix in matrices
-        }
+        return report.health(self._bindings)
 
     def describe(self) -> str:
         """A table: each parameter, whether it is preconditioned or why not, its blocks, their owners and bytes.
@@ -514,35 +470,4 @@ class Shampoo4(SteppingTogether):
         The owners are known once a step has been made, on several ranks. The last line says when preconditioning
         begins, or how far it has come.
         """
-        owners = self._bindings.owners()
-        alone = self._bindings.ranks is None or self._bindings.ranks.size == 1
-        header = ("parameter", "shape", "preconditioned", "blocks", "owner", "bytes")
-        described = [
-            describe_parameter(name, shape, trained, options, "0" if alone else owners.get(parameter, "?"))
-            for name, parameter, shape, trained, options in self._described()
-        ]
-        total = ("all", "", "", "", "", format_bytes(sum(size for _, size in described)))
-        return f"{table([header, *(row for row, _ in described), total])}\n{self._progress()}".rstrip()
-
-    def _progress(self) -> str:
-        """How far preconditioning has come, in a sentence; empty where nothing is preconditioned."""
-        matrices = [matrix for binding in self._bindings.all() for matrix in binding.matrices]
-        steps = max((matrix.step for matrix in matrices), default=0)
-        roots = max((matrix.roots for matrix in matrices), default=0)
-        if roots:
-            return f"Preconditioned: inverse roots were computed {roots} times in {steps} steps."
-        begins = [first_root(options) for *_, trained, options in self._described() if trained and options.precondition]
-        if not begins:
-            return ""
-        return f"Preconditioning begins with step {min(begins)}, after {steps} so far: until then the base works alone."
-
-    def _described(self) -> list[tuple[str, Tensor, torch.Size, bool, PreconditionerOptions]]:
-        """Name, tensor, whole shape, whether it is trained, and options of every parameter."""
-        if not self._members.partitioned:
-            entries = self._members.entries(self.param_groups)
-            return [(e.name, e.parameter, e.shape, e.trained, e.options) for e in entries]
-        host = self.host
-        given = [
-            (name, parameter, options) for name, parameter, options in self._members.given() if parameter is not None
-        ]
-        return [(name, p, host.shape(p), p.requires_grad, options) for name, p, options in given]
+        return report.describe(self._bindings, self.param_groups)

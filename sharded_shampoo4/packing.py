@@ -1,23 +1,95 @@
-"""What a state_dict holds beside the base optimizer's states, and its checks before anything is loaded."""
+"""Factors as bytes: the whole preconditioner of a matrix as one vector, or one rank's pieces of it.
+
+The vector is a header, how far the preconditioner has come, and then block by block the left and the right factor.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import struct
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .layout import matrix_shape
+from .layout import Block
 from .options import PreconditionerOptions
-from .preconditioner import Matrix
+from .plan import Owned
+from .preconditioner import Matrix, fresh_block
 from .ranks import Ranks
 
-FORMAT_VERSION = 2  # 1: the code book "normal" had other levels, none of them zero
-VERSION_KEY = "preconditioner_format"  # in each parameter group
-STATE_KEY = "preconditioner"  # in state_dict()["state"][i]: one uint8 vector for each preconditioned parameter
-PIECES_KEY = "preconditioner_pieces"  # in state_dict(), where flat tensors have replaced the parameters (ZeRO)
+if TYPE_CHECKING:
+    from .distributor import Distributor
+
+_HEADER = struct.Struct("<qq")  # steps taken, root intervals passed
+
+
+def packed_bytes(matrix: Matrix) -> int:
+    """Return the length of a matrix's vector."""
+    return _HEADER.size + matrix.nbytes
+
+
+def packed_ranges(matrix: Matrix) -> Iterator[tuple[Block, slice]]:
+    """Return every block, and the place of its factors in the vector."""
+    start = _HEADER.size
+    for block in matrix.blocks:
+        stop = start + matrix.block_bytes(block)
+        yield block, slice(start, stop)
+        start = stop
+
+
+def _header(matrix: Matrix) -> Tensor:
+    return torch.frombuffer(bytearray(_HEADER.pack(matrix.step, matrix.roots)), dtype=torch.uint8)
+
+
+def fresh_bytes(matrix: Matrix) -> Tensor:
+    """Return the vector of a preconditioner that has taken no step."""
+    return torch.cat([_header(matrix).to(matrix.device), *(fresh_block(matrix, block) for block in matrix.blocks)])
+
+
+# -- of a distributor --------------------------------------------------------------------------------------------------
+
+
+def pack(distributor: Distributor, index: int) -> Tensor:
+    """Return a matrix's whole preconditioner as one uint8 vector, on every rank; collective."""
+    matrix, ranks, owner_of = distributor.matrices[index], distributor.ranks, distributor.plan.owner_of
+    ranges = [(owner_of[Owned(index, block)], block, place) for block, place in packed_ranges(matrix)]
+    sizes = [sum(s.stop - s.start for owner, _, s in ranges if owner == rank) for rank in range(ranks.size)]
+    with ranks.together():
+        packed = torch.empty(packed_bytes(matrix), dtype=torch.uint8, device=matrix.device)
+        packed[: _HEADER.size] = _header(matrix)
+        mine = distributor.own_blocks(index).values()
+        own = torch.cat([packed[:0], *map(distributor.preconditioner.to_bytes, mine)])
+    parts = ranks.gather_bytes(own, sizes)
+    starts = [0] * ranks.size
+    for owner, block, place in ranges:
+        size = matrix.block_bytes(block)
+        packed[place] = parts[owner][starts[owner] : starts[owner] + size]
+        starts[owner] += size
+    return packed
+
+
+def unpack(distributor: Distributor, index: int, packed: Tensor) -> None:
+    """Restore this rank's part of what :func:`pack` gave, here or on any other number of ranks."""
+    matrix = distributor.matrices[index]
+    packed = packed.to(matrix.device)
+    matrix.step, matrix.roots = _HEADER.unpack(bytes(packed[: _HEADER.size].tolist()))
+    for block, place in packed_ranges(matrix):
+        owned = Owned(index, block)
+        if distributor.plan.owner_of[owned] == distributor.ranks.rank:
+            distributor.preconditioner.from_bytes(owned, packed[place])
+
+
+def pack_pieces(distributor: Distributor, index: int) -> PackedPieces:
+    """Return this rank's part of a matrix's preconditioner."""
+    matrix, mine = distributor.matrices[index], distributor.own_blocks(index)
+    factors = [distributor.preconditioner.to_bytes(owned) for owned in mine.values()]
+    data = torch.cat([_header(matrix).to(matrix.device), *factors])
+    return PackedPieces(matrix.options, matrix.shape, list(mine), data)
+
+
+# -- loaded, but not yet distributed -----------------------------------------------------------------------------------
 
 
 @dataclass
@@ -25,10 +97,10 @@ class PackedState:
     """A parameter's preconditioner as bytes, and the options that shaped them."""
 
     options: PreconditionerOptions
-    data: Tensor  # uint8 (Matrix.packed_bytes,), whole or a DTensor
+    data: Tensor  # uint8 (packed_bytes,), whole or a DTensor
 
     def full(self, matrix: Matrix, ranks: Ranks) -> Tensor:
-        """The whole of the bytes on every rank; collective if they are sharded."""
+        """Return the whole of the bytes on every rank; collective if they are sharded."""
         if not hasattr(self.data, "full_tensor"):
             return self.data
         data: Any = self.data
@@ -38,10 +110,11 @@ class PackedState:
     def check(self, matrix: Matrix) -> None:
         """Raise ValueError, naming the parameter, unless the bytes are those of ``matrix``."""
         _check_options(self.options, matrix)
-        if self.data.dtype != torch.uint8 or self.data.shape != (matrix.packed_bytes,):
+        size = packed_bytes(matrix)
+        if self.data.dtype != torch.uint8 or self.data.shape != (size,):
             raise ValueError(
                 f"the stored preconditioner of {matrix.name} does not belong to a matrix of shape {matrix.shape}: "
-                f"{matrix.packed_bytes} bytes were expected, not {self.data.numel()} elements of {self.data.dtype}"
+                f"{size} bytes were expected, not {self.data.numel()} elements of {self.data.dtype}"
             )
 
 
@@ -55,11 +128,11 @@ class PackedPieces:
     data: Tensor  # uint8: the header, then the factors of those blocks
 
     def full(self, matrix: Matrix, ranks: Ranks) -> Tensor:
-        """The whole of the bytes on every rank, put together from the parts of all; collective.
+        """Return the whole of the bytes on every rank, put together from the parts of all; collective.
 
         Raises ValueError, on every rank alike, unless the parts belong together.
         """
-        header = len(matrix.header)
+        header = _HEADER.size
         everyone = ranks.gather((bytes(self.data[:header].tolist()), self.blocks))
         if any(other != everyone[0][0] for other, _ in everyone):
             raise ValueError(f"the ranks have loaded preconditioners of {matrix.name} from different steps")
@@ -88,14 +161,14 @@ class PackedPieces:
         known = range(len(matrix.blocks))
         if not set(self.blocks) <= set(known) or self.data.dtype != torch.uint8:
             raise ValueError(f"the stored preconditioner of {matrix.name} has blocks {self.blocks} of {len(known)}")
-        size = len(matrix.header) + sum(matrix.block_bytes(matrix.blocks[number]) for number in self.blocks)
+        size = _HEADER.size + sum(matrix.block_bytes(matrix.blocks[number]) for number in self.blocks)
         if self.data.shape != (size,):
             raise ValueError(
                 f"the stored preconditioner of {matrix.name} has {self.data.numel()} bytes where {size} were expected"
             )
 
     def as_plain(self) -> dict[str, Any]:
-        """Everything but the options, to stand in a state_dict."""
+        """Return everything but the options, to stand in a state_dict."""
         return {"shape": self.shape, "blocks": self.blocks, "data": self.data}
 
     @classmethod
@@ -138,74 +211,7 @@ def refuse_former_levels(version: int, stored: PreconditionerOptions, what: str)
 
 
 def shaping_difference(stored: PreconditionerOptions, wanted: PreconditionerOptions) -> str:
-    """The options whose different values make stored bytes unreadable, in words; empty if there are none."""
+    """Name the options whose different values make stored bytes unreadable, in words; empty if there are none."""
     old, new = stored.shaping_bytes(), wanted.shaping_bytes()
     names = [name for name in {**old, **new} if name in old and name in new and old[name] != new[name]]
     return ", ".join(f"{name}={old[name]!r} where this optimizer has {name}={new[name]!r}" for name in names)
-
-
-def join(plain: dict[str, Any], packed: Sequence[Tensor | None]) -> dict[str, Any]:
-    """A base optimizer's state_dict with ``packed`` preconditioners, given in the order of the groups' parameters.
-
-    What stood for them in it is taken out.
-    """
-    state = separate(plain)[0]["state"]
-    for key, data in zip(_keys(plain), packed, strict=True):
-        if data is not None:
-            state[key] = {**state.get(key, {}), STATE_KEY: data}
-    return {**plain, "state": state}
-
-
-def separate(state_dict: dict[str, Any]) -> tuple[dict[str, Any], list[Tensor | None]]:
-    """Undo :func:`join`."""
-    plain = {
-        key: {name: value for name, value in entry.items() if name != STATE_KEY}
-        for key, entry in state_dict["state"].items()
-    }
-    packed = [state_dict["state"].get(key, {}).get(STATE_KEY) for key in _keys(state_dict)]
-    return {**state_dict, "state": {key: entry for key, entry in plain.items() if entry}}, packed
-
-
-def check_loadable(
-    state_dict: dict[str, Any], groups: Sequence[dict[str, Any]], shapes: Sequence[tuple[str, Sequence[int]]]
-) -> None:
-    """Raise ValueError, with the option and both values or the parameter's name, unless ``state_dict`` fits.
-
-    ``shapes`` are the names and whole shapes of the parameters.
-    """
-    saved_groups = state_dict["param_groups"]
-    saved_sizes = [len(group["params"]) for group in saved_groups]
-    sizes = [len(group["params"]) for group in groups]
-    if saved_sizes != sizes:
-        raise ValueError(f"the state_dict has param groups of {saved_sizes} parameters, this optimizer of {sizes}")
-    for index, (saved, group) in enumerate(zip(saved_groups, groups, strict=True)):
-        version = saved.get(VERSION_KEY)
-        if version is None:
-            raise ValueError(f"param group {index} of the state_dict was not written by Shampoo4")
-        if version > FORMAT_VERSION:
-            raise ValueError(
-                f"the state_dict has format {version}, this version of Shampoo4 reads up to {FORMAT_VERSION}"
-            )
-        stored = PreconditionerOptions.of_group(saved)
-        refuse_former_levels(version, stored, f"param group {index} of the state_dict")
-        difference = shaping_difference(stored, PreconditionerOptions.of_group(group))
-        if difference:
-            raise ValueError(f"param group {index} of the state_dict has {difference}")
-
-    plain, packed = separate(state_dict)
-    options = [PreconditionerOptions.of_group(group) for group in saved_groups for _ in group["params"]]
-    for key, data, option, (name, whole) in zip(_keys(plain), packed, options, shapes, strict=True):
-        shape = matrix_shape(whole) if option.precondition else None
-        if shape and data is not None:
-            PackedState(option, data).check(Matrix(name, shape, option, data.device))
-        elif shape and key in plain["state"]:
-            raise ValueError(
-                f"the state_dict has a state of {name}, but no preconditioner: it is of another optimizer, or was "
-                "collected from optimizer.state. Save optimizer.state_dict(), or use sharded_shampoo4.checkpoint"
-            )
-        elif data is not None:
-            raise ValueError(f"the state_dict has a preconditioner of {name}, which is not preconditioned here")
-
-
-def _keys(state_dict: dict[str, Any]) -> list[Any]:
-    return [key for group in state_dict["param_groups"] for key in group["params"]]

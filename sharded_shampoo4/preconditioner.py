@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,10 +17,8 @@ from .factors import HEALTH, FactorPool, Index, factor_bytes
 from .labels import label
 from .layout import Block, count_parts, cut_blocks
 from .options import PreconditionerOptions
-from .plan import Owned
+from .plan import Owned, PlannedMatrix, Shard
 from .schedule import TOGETHER, Intervals, Phases, intervals_at
-
-_HEADER = struct.Struct("<qq")  # steps taken, root intervals passed
 
 # Bytes of factors for an element of their matrix that are worth a warning: twice the states of AdamW, and seven times
 # what 4-bit factors of a square matrix take. Such factors in float32 take 16.
@@ -134,39 +131,22 @@ class Matrix:
         """Bytes of one block's factors."""
         return factor_bytes(block.rows, self.options) + factor_bytes(block.columns, self.options)
 
-    @property
-    def packed_bytes(self) -> int:
-        """Length of the vector that saves a matrix's preconditioner: a header, then block by block its factors."""
-        return _HEADER.size + self.nbytes
+    def planned(self, shards: Sequence[Shard]) -> PlannedMatrix:
+        """Return what a plan must know of it, where these are the shards of all ranks.
 
-    @property
-    def header(self) -> Tensor:
-        """How far the preconditioner has come, as the first bytes of that vector."""
-        return torch.frombuffer(bytearray(_HEADER.pack(self.step, self.roots)), dtype=torch.uint8)
-
-    @header.setter
-    def header(self, data: Tensor) -> None:
-        step, roots = _HEADER.unpack(bytes(data[: _HEADER.size].tolist()))
-        self.step, self.roots = step, roots
-
-    def packed_ranges(self) -> Iterator[tuple[Block, slice]]:
-        """Every block, and where its factors stand in that vector."""
-        start = _HEADER.size
-        for block in self.blocks:
-            stop = start + self.block_bytes(block)
-            yield block, slice(start, stop)
-            start = stop
+        Blocks stand in one batch if their options, types and devices are equal. Other ranks number devices otherwise.
+        """
+        device = self.device if len(shards) == 1 else self.device.type
+        kind = (self.options, self.dtype, device)
+        return PlannedMatrix(
+            self.name, self.shape, tuple(self.blocks), tuple(shards), kind, self.options.scratch_mib, self.phases
+        )
 
 
 def fresh_block(matrix: Matrix, block: Block) -> Tensor:
     """The factors of a block of ``matrix`` before any step, as uint8."""
     owned = Owned(0, block)
     return Preconditioner([matrix], [[owned]]).to_bytes(owned)
-
-
-def fresh_bytes(matrix: Matrix) -> Tensor:
-    """The vector that saves a preconditioner which has taken no step."""
-    return torch.cat([matrix.header.to(matrix.device), *(fresh_block(matrix, block) for block in matrix.blocks)])
 
 
 def _is_due(step: int, interval: int, phase: int = 0) -> bool:

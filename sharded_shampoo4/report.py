@@ -1,17 +1,24 @@
-"""Words for users: tables, bytes, lists of names, warnings."""
+"""Words for users: what an optimizer says of itself, tables, bytes, lists of names, warnings."""
 
 from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch import Tensor
 
+from .factors import HEALTH
 from .layout import is_stack, matrix_shape
 from .options import PreconditionerOptions
 from .preconditioner import Matrix
+from .schedule import first_root
+
+if TYPE_CHECKING:
+    from .bindings import Bindings
+    from .members import Members
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 _NOT_THE_USERS = ("sharded_shampoo4", "torch", "contextlib")
@@ -56,10 +63,66 @@ def table(rows: Iterable[tuple[str, ...]]) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
-def describe_parameter(
-    name: str, whole: torch.Size, trained: bool, options: PreconditionerOptions, owners: str
-) -> tuple[tuple[str, ...], int]:
-    """A row of :meth:`Shampoo4.describe`'s table, and the bytes of the parameter's preconditioner."""
+# -- of an optimizer ---------------------------------------------------------------------------------------------------
+
+
+def health(bindings: Bindings) -> dict[str, dict[str, float]]:
+    """Measure :meth:`Shampoo4.health`; collective."""
+    worst = bindings.health()
+    return {
+        matrix.name: {
+            **dict(zip(HEALTH, worst[matrix.name], strict=True)),
+            "bytes": matrix.nbytes,
+            "steps": matrix.step,
+            "roots": matrix.roots,
+        }
+        for binding in bindings.all()
+        for matrix in binding.matrices
+    }
+
+
+def describe(bindings: Bindings, groups: Sequence[dict[str, Any]]) -> str:
+    """Write the table of :meth:`Shampoo4.describe`."""
+    owners = bindings.owners()
+    alone = bindings.ranks is None or bindings.ranks.size == 1
+    parameters = _parameters(bindings.members, groups)
+    described = [_describe_parameter(p, "0" if alone else owners.get(p.parameter, "?")) for p in parameters]
+    header = ("parameter", "shape", "preconditioned", "blocks", "owner", "bytes")
+    total = ("all", "", "", "", "", format_bytes(sum(size for _, size in described)))
+    return f"{table([header, *(row for row, _ in described), total])}\n{_progress(bindings, parameters)}".rstrip()
+
+
+class _Parameter(NamedTuple):
+    name: str
+    parameter: Tensor
+    shape: torch.Size  # of the whole
+    trained: bool
+    options: PreconditionerOptions
+
+
+def _parameters(members: Members, groups: Sequence[dict[str, Any]]) -> list[_Parameter]:
+    if not members.partitioned:
+        return [_Parameter(e.name, e.parameter, e.shape, e.trained, e.options) for e in members.entries(groups)]
+    given = [(name, p, options) for name, p, options in members.given() if p is not None]
+    return [_Parameter(name, p, members.host.shape(p), p.requires_grad, options) for name, p, options in given]
+
+
+def _progress(bindings: Bindings, parameters: Sequence[_Parameter]) -> str:
+    """How far preconditioning has come, in a sentence; empty where nothing is preconditioned."""
+    matrices = [matrix for binding in bindings.all() for matrix in binding.matrices]
+    steps = max((matrix.step for matrix in matrices), default=0)
+    roots = max((matrix.roots for matrix in matrices), default=0)
+    if roots:
+        return f"Preconditioned: inverse roots were computed {roots} times in {steps} steps."
+    begins = [first_root(p.options) for p in parameters if p.trained and p.options.precondition]
+    if not begins:
+        return ""
+    return f"Preconditioning begins with step {min(begins)}, after {steps} so far: until then the base works alone."
+
+
+def _describe_parameter(parameter: _Parameter, owners: str) -> tuple[tuple[str, ...], int]:
+    """A row of the table, and the bytes of the parameter's preconditioner."""
+    name, _, whole, trained, options = parameter
     shape = matrix_shape(whole)
     if not options.precondition:
         reason = "no: precondition=False"
@@ -73,9 +136,8 @@ def describe_parameter(
         blocks = f"{len(matrix.blocks)} of {', '.join(sizes)}"
         orders = {order for block in matrix.blocks for order in (block.rows, block.columns)}
         bits = sorted({options.bits if options.is_quantized(order) else 32 for order in orders})
-        kept = f"yes: {' and '.join(map(str, bits))} bits" + (
-            f", as {shape[0]} x {shape[1]}" if is_stack(whole) else ""
-        )
+        view = f", as {shape[0]} x {shape[1]}" if is_stack(whole) else ""
+        kept = f"yes: {' and '.join(map(str, bits))} bits{view}"
         size = format_bytes(matrix.nbytes)
         if matrix.is_costly:
             size += f", {matrix.bytes_per_element:.0f} per element"

@@ -34,7 +34,7 @@ FAULTS: dict[str, tuple[str, str, str]] = {
     "costly factors": ("preconditioner.py", "bytes_per_element > limit", "bytes_per_element > 100 * limit"),
     "keeping company": ("distributor.py", "company.part()", "pass"),
     "host group": ("groups.py", "= _HOST_GROUPS[group] = new_host_group(group)", "= _HOST_GROUPS[group] = group"),
-    "header": ("preconditioner.py", "_HEADER.pack(self.step, self.roots)", "_HEADER.pack(self.step, 0)"),
+    "header": ("packing.py", "_HEADER.pack(matrix.step, matrix.roots)", "_HEADER.pack(matrix.step, 0)"),
 }
 
 

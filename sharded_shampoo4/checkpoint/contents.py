@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..placement import Location, local_tensor
 from ..preconditioner import Matrix
-from ..state_dicts import MARK
+from ..state_dict import MARK
 from ..tensors import floats, is_low_bit
 from .subject import Held, Subject
 from .vectors import UNTRAINED, VALUES, Interval, block_key, key

@@ -12,10 +12,11 @@ from ..layout import Block
 from ..members import Entry
 from ..names import match_names, plain_names
 from ..options import PreconditionerOptions
-from ..packing import VERSION_KEY, refuse_former_levels, shaping_difference
+from ..packing import refuse_former_levels, shaping_difference
 from ..placement import is_dtensor, local_tensor
 from ..preconditioner import fresh_block
 from ..report import warn
+from ..state_dict import VERSION_KEY
 from ..tensors import is_low_bit
 from .contents import block_bytes, interval
 from .fit import Fit, fit

@@ -93,16 +93,12 @@ def fresh_states(rank: int, host: str) -> tuple[bool, str]:
     """Of an optimizer that is bound but has taken no step, and what is said of one that has."""
     training = Training(host)
     hosts.set_gradients(training.model, host, {})
-    training.optimizer._bindings.bind_all(
-        training.optimizer.param_groups, training.optimizer.state, training.optimizer, "state_dict()"
-    )
-    found = training.optimizer.state_dict()
     alone = Training("none")
-    alone.optimizer._bindings.bind_all(
-        alone.optimizer.param_groups, alone.optimizer.state, alone.optimizer, "state_dict()"
-    )
-    packed = [entry["preconditioner"] for entry in found["state"].values() if "preconditioner" in entry]
-    expected = [data.clone() for data in alone.optimizer._bindings.packed().values()]
+    packed, expected = [], []
+    for optimizer, found in ((training.optimizer, packed), (alone.optimizer, expected)):
+        optimizer.attach("state_dict()", None)
+        states = optimizer.state_dict()["state"].values()
+        found += [state["preconditioner"].clone() for state in states if "preconditioner" in state]
     same = len(packed) == 3 and all(torch.equal(a, b) for a, b in zip(packed, expected, strict=True))
     training.train(range(1))
     return same, hosts.said(training.optimizer.state_dict)

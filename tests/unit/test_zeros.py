@@ -9,7 +9,7 @@ import torch
 from support.directions import Directions
 from torch import Tensor, nn
 
-from sharded_shampoo4 import Shampoo4, checkpoint, packing
+from sharded_shampoo4 import Shampoo4, checkpoint, state_dict
 
 FAST = {"statistics_interval": 3, "root_interval": 6}
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -125,7 +125,7 @@ def saved_with_former_levels(tmp_path: Any) -> tuple[dict[str, Any], Any]:
     monkey.undo()
     state = optimizer.state_dict()
     for group in state["param_groups"]:
-        group[packing.VERSION_KEY] = 1
+        group[state_dict.VERSION_KEY] = 1
     return state, tmp_path
 
 
@@ -142,6 +142,6 @@ def test_a_state_dict_of_an_earlier_format_is_saved_in_the_present_one() -> None
     parameter = nn.Parameter(torch.randn(8, 8))
     optimizer = Shampoo4([parameter], **FAST)
     state = optimizer.state_dict()
-    state["param_groups"][0][packing.VERSION_KEY] = 1
+    state["param_groups"][0][state_dict.VERSION_KEY] = 1
     optimizer.load_state_dict(state)
-    assert optimizer.state_dict()["param_groups"][0][packing.VERSION_KEY] == packing.FORMAT_VERSION
+    assert optimizer.state_dict()["param_groups"][0][state_dict.VERSION_KEY] == state_dict.FORMAT_VERSION

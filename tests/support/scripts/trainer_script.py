@@ -40,6 +40,7 @@ import sharded_shampoo4.integrations.deepspeed  # noqa: F401  makes "Shampoo4" a
 from sharded_shampoo4.integrations.accelerate import consolidate
 from sharded_shampoo4.integrations.rehearsal import rehearse_on_cpu
 from sharded_shampoo4.integrations.transformers import ConsolidateStates, PortableTrainer, shampoo4
+from sharded_shampoo4.state_dict import own_pieces
 
 TIME_OUT = 240  # seconds
 STEPS, SAVED = 24, 9  # saved between two refreshes of the factors and between two of the roots
@@ -158,7 +159,7 @@ def whole(trainer: Trainer) -> dict[str, torch.Tensor]:
     """Every parameter and every packed preconditioner, gathered. Collective."""
     engine: Any = trainer.model_wrapped
     if hasattr(engine, "basic_optimizer"):  # DeepSpeed's: every process has a part of the preconditioners
-        pieces = engine.basic_optimizer._bindings.pieces()
+        pieces = own_pieces(engine.basic_optimizer._bindings)
         parameters = dict(engine.named_parameters())
         with deepspeed.zero.GatheredParameters(
             list(parameters.values()), enabled=engine.zero_optimization_stage() == 3

@@ -1,0 +1,329 @@
+"""What ``state_dict()`` holds: the base's states, the factors as bytes, and marks in ``optimizer.state`` for them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from torch import Tensor
+
+from .layout import matrix_shape
+from .names import match_names
+from .options import PreconditionerOptions
+from .packing import PackedPieces, PackedState, fresh_bytes, pack, pack_pieces, refuse_former_levels, shaping_difference
+from .placement import is_dtensor, shard_vector
+from .preconditioner import Matrix
+from .ranks import Company
+from .report import shorten
+
+if TYPE_CHECKING:
+    from .bindings import Bindings
+
+FORMAT_VERSION = 2  # 1: the code book "normal" had other levels, none of them zero
+VERSION_KEY = "preconditioner_format"  # in each parameter group
+STATE_KEY = "preconditioner"  # in state_dict()["state"][i]: one uint8 vector for each preconditioned parameter
+PIECES_KEY = "preconditioner_pieces"  # in state_dict(), where flat tensors have replaced the parameters (ZeRO)
+
+Unbound = PackedState | PackedPieces  # of parameters that are not bound (yet)
+_NOT_OPTIONS = ("params", "param_names")
+
+
+class _Mark:
+    """Stands in ``optimizer.state[p]["preconditioner"]`` for the factors of ``p``, which are kept elsewhere.
+
+    Whoever asks ``optimizer.state`` what a parameter has finds the key; ``state_dict()`` puts the factors in its place.
+    """
+
+    def __repr__(self) -> str:
+        return "<kept by Shampoo4: see state_dict()>"
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise TypeError(
+            "optimizer.state does not hold the factors of Shampoo4, so a copy of it would lose them: copy or save "
+            "optimizer.state_dict(), or use sharded_shampoo4.checkpoint"
+        )
+
+
+MARK = _Mark()
+
+
+def without_marks(state: Mapping[Any, Any]) -> dict[Any, Any]:
+    """States of the base alone; parameters for which nothing is left are left out."""
+    plain = {key: {name: v for name, v in entry.items() if v is not MARK} for key, entry in state.items()}
+    return {key: entry for key, entry in plain.items() if entry or not state[key]}
+
+
+def is_marked(state: Mapping[Tensor, Any], parameter: Tensor) -> bool:
+    """Whether ``state`` has, for ``parameter``, what stands for its factors."""
+    return state.get(parameter, {}).get(STATE_KEY) is MARK
+
+
+@contextlib.contextmanager
+def held_back(*hooks: dict[int, Any]) -> Iterator[None]:
+    """Keep registered hooks from being called in here."""
+    kept = [dict(registered) for registered in hooks]
+    for registered in hooks:
+        registered.clear()
+    try:
+        yield
+    finally:
+        for registered, own in zip(hooks, kept, strict=True):
+            registered.update(own)
+
+
+# -- writing -----------------------------------------------------------------------------------------------------------
+
+
+def packed_factors(bindings: Bindings, everywhere: bool) -> dict[Tensor, Tensor]:
+    """Return every preconditioner there is, as bytes; under FSDP2 and HSDP sharded as parameters are, and collective.
+
+    Args:
+        bindings: of the optimizer.
+        everywhere: whether all ranks call this, also where they hold whole parameters.
+
+    Raises:
+        RuntimeError: factors are spread over ranks that hold whole parameters, where programs save on one rank only.
+    """
+    bound = [parameter for binding in bindings.all() for parameter in binding.parameters]
+    if bindings.spread and bound and not everywhere and not any(map(is_dtensor, bound)):
+        fresh = _fresh_factors(bindings)
+        if fresh is None:
+            raise RuntimeError(
+                "the factors of Shampoo4 are spread over ranks: call optimizer.consolidate_state_dict() on every "
+                "rank before state_dict()"
+            )
+        return fresh
+    bindings.begin("state_dict()")
+    return all_factors(bindings)
+
+
+def all_factors(bindings: Bindings) -> dict[Tensor, Tensor]:
+    """Return every preconditioner there is, as bytes; on several ranks collective, and sharded where parameters are."""
+    packed: dict[Tensor, Tensor] = {}
+    company = Company(bindings.ranks) if bindings.ranks is not None else None
+    for binding in bindings.all():
+        assert company is not None
+        for index, parameter in enumerate(binding.parameters):
+            part = company.attempt(shard_vector, pack(binding, index), parameter)
+            if part is not None:
+                packed[parameter] = part
+    if company is not None:
+        company.part()
+    return {**packed, **{parameter: entry.data for parameter, entry in bindings.unbound.items()}}
+
+
+def _fresh_factors(bindings: Bindings) -> dict[Tensor, Tensor] | None:
+    """What all factors are while none has taken a step, without asking other ranks; None otherwise."""
+    pairs = [(p, m) for binding in bindings.all() for p, m in zip(binding.parameters, binding.matrices, strict=True)]
+    if any(matrix.step for _, matrix in pairs):
+        return None
+    packed = {parameter: fresh_bytes(matrix) for parameter, matrix in pairs}
+    return {**packed, **{parameter: entry.data for parameter, entry in bindings.unbound.items()}}
+
+
+def own_pieces(bindings: Bindings) -> dict[int, dict[str, Any]]:
+    """Return this rank's part of every preconditioner there is, by the place of the parameter among those given."""
+    found: dict[Tensor, Unbound] = dict(bindings.unbound)
+    for binding in bindings.all():
+        found.update({parameter: pack_pieces(binding, index) for index, parameter in enumerate(binding.parameters)})
+    places = {parameter: place for place, (_, parameter, _) in enumerate(bindings.members.given())}
+    pieces = {places[parameter]: entry for parameter, entry in found.items()}
+    return {place: entry.as_plain() for place, entry in sorted(pieces.items()) if isinstance(entry, PackedPieces)}
+
+
+def join(plain: dict[str, Any], packed: Sequence[Tensor | None]) -> dict[str, Any]:
+    """Return a base optimizer's state_dict with ``packed`` preconditioners, in the order of the groups' parameters.
+
+    What stood for them in it is taken out.
+    """
+    state = separate(plain)[0]["state"]
+    for key, data in zip(_keys(plain), packed, strict=True):
+        if data is not None:
+            state[key] = {**state.get(key, {}), STATE_KEY: data}
+    return {**plain, "state": state}
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+def read(
+    state_dict: dict[str, Any], bindings: Bindings, groups: Sequence[dict[str, Any]]
+) -> tuple[dict[str, Any], dict[Tensor, Unbound]]:
+    """Check a ``state_dict`` and take it apart.
+
+    Args:
+        state_dict: as :meth:`Shampoo4.state_dict` gave it.
+        bindings: of the optimizer.
+        groups: the optimizer's.
+
+    Returns:
+        the base's part, with its parameters in the order of ``groups``, and the factors.
+
+    Raises:
+        ValueError: it does not fit; with the option and both values, or the parameter's name.
+    """
+    members = bindings.members
+    state_dict = dict(state_dict)
+    pieces = state_dict.pop(PIECES_KEY, None)
+    if (pieces is not None) != members.partitioned:
+        whole, parts = "a state_dict with whole parameters", "one rank's part of a state_dict under ZeRO 1, 2 or 3"
+        found, wanted = (whole, parts) if pieces is None else (parts, whole)
+        raise ValueError(f"this is {found}, where {wanted} is needed")
+    current = [parameter for group in groups for parameter in group["params"]]
+    known = {entry.parameter: entry for entry in members.entries(groups)}
+    names = None if members.partitioned else members.names()
+    if names is not None:
+        state_dict = arranged(state_dict, names)
+    shapes = [(known[p].name, known[p].shape) if p in known else ("", p.shape) for p in current]
+    check_loadable(state_dict, groups, shapes)
+    plain, packed = separate(state_dict)
+    options = [PreconditionerOptions.of_group(group) for group in plain["param_groups"] for _ in group["params"]]
+    unbound = _read_pieces(pieces or {}, bindings)
+    for parameter, option, data in zip(current, options, packed, strict=True):
+        if data is not None:
+            unbound[parameter] = PackedState(option, data.detach().clone())
+    versioned = [{**group, VERSION_KEY: FORMAT_VERSION} for group in plain["param_groups"]]
+    return {**plain, "param_groups": versioned}, unbound
+
+
+def _read_pieces(stored: Mapping[int, Mapping[str, Any]], bindings: Bindings) -> dict[Tensor, Unbound]:
+    """Undo :func:`own_pieces`. Raises ValueError unless they are of these parameters, with options that fit."""
+    given, host = bindings.members.given(), bindings.members.host
+    unbound: dict[Tensor, Unbound] = {}
+    for place, plain in stored.items():
+        name, parameter, options = given[place] if place < len(given) else ("", None, None)
+        if parameter is None or options is None:
+            raise ValueError(f"the state_dict has a preconditioner of parameter {place}, which is not there")
+        piece = PackedPieces.of_plain(options, plain)
+        shape = matrix_shape(host.shape(parameter))
+        if not options.precondition or shape is None:
+            raise ValueError(f"the state_dict has a preconditioner of {name}, which is not preconditioned here")
+        piece.check(Matrix(name, shape, options, piece.data.device))
+        unbound[parameter] = piece
+    return unbound
+
+
+def separate(state_dict: dict[str, Any]) -> tuple[dict[str, Any], list[Tensor | None]]:
+    """Undo :func:`join`."""
+    plain = {
+        key: {name: value for name, value in entry.items() if name != STATE_KEY}
+        for key, entry in state_dict["state"].items()
+    }
+    packed = [state_dict["state"].get(key, {}).get(STATE_KEY) for key in _keys(state_dict)]
+    return {**state_dict, "state": {key: entry for key, entry in plain.items() if entry}}, packed
+
+
+def check_loadable(
+    state_dict: dict[str, Any], groups: Sequence[dict[str, Any]], shapes: Sequence[tuple[str, Sequence[int]]]
+) -> None:
+    """Raise ValueError, with the option and both values or the parameter's name, unless ``state_dict`` fits.
+
+    ``shapes`` are the names and whole shapes of the parameters.
+    """
+    saved_groups = state_dict["param_groups"]
+    saved_sizes = [len(group["params"]) for group in saved_groups]
+    sizes = [len(group["params"]) for group in groups]
+    if saved_sizes != sizes:
+        raise ValueError(f"the state_dict has param groups of {saved_sizes} parameters, this optimizer of {sizes}")
+    for index, (saved, group) in enumerate(zip(saved_groups, groups, strict=True)):
+        version = saved.get(VERSION_KEY)
+        if version is None:
+            raise ValueError(f"param group {index} of the state_dict was not written by Shampoo4")
+        if version > FORMAT_VERSION:
+            raise ValueError(
+                f"the state_dict has format {version}, this version of Shampoo4 reads up to {FORMAT_VERSION}"
+            )
+        stored = PreconditionerOptions.of_group(saved)
+        refuse_former_levels(version, stored, f"param group {index} of the state_dict")
+        difference = shaping_difference(stored, PreconditionerOptions.of_group(group))
+        if difference:
+            raise ValueError(f"param group {index} of the state_dict has {difference}")
+
+    plain, packed = separate(state_dict)
+    options = [PreconditionerOptions.of_group(group) for group in saved_groups for _ in group["params"]]
+    for key, data, option, (name, whole) in zip(_keys(plain), packed, options, shapes, strict=True):
+        shape = matrix_shape(whole) if option.precondition else None
+        if shape and data is not None:
+            PackedState(option, data).check(Matrix(name, shape, option, data.device))
+        elif shape and key in plain["state"]:
+            raise ValueError(
+                f"the state_dict has a state of {name}, but no preconditioner: it is of another optimizer, or was "
+                "collected from optimizer.state. Save optimizer.state_dict(), or use sharded_shampoo4.checkpoint"
+            )
+        elif data is not None:
+            raise ValueError(f"the state_dict has a preconditioner of {name}, which is not preconditioned here")
+
+
+def _keys(state_dict: dict[str, Any]) -> list[Any]:
+    return [key for group in state_dict["param_groups"] for key in group["params"]]
+
+
+def arranged(state_dict: dict[str, Any], names: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """``state_dict`` with its parameters in the groups and in the order of ``names``, if it knows names too.
+
+    torch itself loads by position, whatever the names.
+
+    Raises:
+        ValueError: it has other names, or several parameters of one name in another order; or a group here has
+            parameters of several groups there, whose options differ.
+    """
+    groups = state_dict["param_groups"]
+    given = [_names_of(group) for group in groups]
+    saved = [name for own in given if own is not None for name in own]
+    here = [name for own in names for name in own]
+    if any(own is None for own in given) or len(saved) != len(here):
+        return state_dict
+    by_torch = all(isinstance(key, str) for group in groups for key in group["params"])  # it has put them in order
+    double = sorted({name for own in (saved, here) for name in own if own.count(name) > 1})
+    found = {} if double else match_names(saved, here)
+    same = saved == here if double else [found.get(name) for name in saved] == here
+    if same and [len(group["params"]) for group in groups] == [len(own) for own in names]:
+        return state_dict
+    if double and not by_torch:
+        raise ValueError(
+            f"several parameters have the name {double[0]} and their order has changed: no telling which is which"
+        )
+    if len(found) < len(here):
+        if by_torch:
+            return state_dict
+        raise ValueError(
+            f"the state_dict is of parameters {shorten(name for name in saved if name not in found)}, this optimizer "
+            f"has {shorten(name for name in here if name not in found.values())}: to load by position, remove "
+            "param_names from the state_dict's param_groups"
+        )
+    places = {
+        found[name]: (number, key)
+        for number, (group, own) in enumerate(zip(groups, given, strict=True))
+        for name, key in zip(own or (), group["params"], strict=True)
+    }
+    return {
+        **state_dict,
+        "param_groups": [
+            _group_of([(name, *places[name]) for name in own], groups, number) for number, own in enumerate(names)
+        ],
+    }
+
+
+def _names_of(group: Mapping[str, Any]) -> list[str] | None:
+    """The names of a saved group's parameters; None if it does not tell."""
+    params = group["params"]
+    names = params if all(isinstance(key, str) for key in params) else group.get("param_names")
+    return list(names) if names is not None and len(names) == len(params) else None
+
+
+def _group_of(members: Sequence[tuple[str, int, Any]], groups: Sequence[dict[str, Any]], number: int) -> dict[str, Any]:
+    """A group with these members: their names, the saved groups that they are from, and their keys."""
+    sources: dict[int, str] = {}
+    for name, source, _ in members:
+        sources.setdefault(source, name)
+    first, *others = [groups[source] for source in sources] or [groups[min(number, len(groups) - 1)]]
+    for other, (source, name) in zip(others, list(sources.items())[1:], strict=True):
+        for option in (option for option in first if option not in _NOT_OPTIONS):
+            if first[option] != other.get(option):
+                raise ValueError(
+                    f"param group {number} has parameters of several groups of the state_dict, whose {option} differ: "
+                    f"{first[option]!r} of {next(iter(sources.values()))} and {other.get(option)!r} of {name}, in "
+                    f"group {source}; make the groups as they were"
+                )
+    return {**first, "params": [key for _, _, key in members], "param_names": [name for name, _, _ in members]}
