@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -12,7 +11,7 @@ import torch
 from .layout import is_stack, matrix_shape
 from .options import PreconditionerOptions
 from .preconditioner import COSTLY_BYTES, Matrix
-from .report import format_bytes
+from .report import format_bytes, warn
 from .schedule import first_root
 from .values import to_integer
 
@@ -60,11 +59,11 @@ class Advice:
         self.total_steps = None if total_steps is None else int(to_integer(total_steps))
         self._told: set[Hashable] = set()
 
-    def give(self, parameters: Sequence[Given], stacklevel: int) -> None:
+    def give(self, parameters: Sequence[Given]) -> None:
         """Warn of what is new in ``parameters``, which are all of the optimizer's."""
         topics = (self._on_intervals, self._on_stacks, self._on_costs, self._on_length)
         for message in [message for topic in topics for message in topic(parameters)]:
-            warnings.warn(message, stacklevel=stacklevel + 1)
+            warn(message)
 
     def _on_intervals(self, parameters: Sequence[Given]) -> Iterable[str]:
         intervals = {(g.options.statistics_interval, g.options.root_interval) for g in parameters if g.matrix()}

@@ -8,7 +8,6 @@ by the others.
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Hashable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import fields
 from typing import Any, NamedTuple
@@ -27,6 +26,7 @@ from .placement import process_group
 from .plan import Shard, Work
 from .preconditioner import Matrix, worse
 from .ranks import OWN_MODELS, Company, Ranks, has_waited
+from .report import shorten, warn
 from .schedule import Phases
 from .state_dict import MARK, STATE_KEY, Unbound, is_marked
 
@@ -373,10 +373,9 @@ class Bindings:
             if names & intact:
                 raise ValueError(f"optimizer.state of {min(names & intact)} was cleared, but not on rank {rank}")
         if replaced:
-            warnings.warn(
-                f"optimizer.state of {', '.join(replaced[:3])}{', ...' if len(replaced) > 3 else ''} was replaced "
-                "without the factors, which begin anew: use optimizer.load_state_dict()",
-                stacklevel=5,
+            warn(
+                f"optimizer.state of {shorten(replaced)} was replaced "
+                "without the factors, which begin anew: use optimizer.load_state_dict()"
             )
         for entry in entries:
             if entry.name in names:
@@ -406,7 +405,7 @@ class Bindings:
             return
         if not any(entry.flat for entry in entries):
             message = "Shampoo4 has no matrix to precondition: only the base optimizer is at work"
-            warnings.warn(message, stacklevel=5)
+            warn(message)
         elif not self.members.has_matrix():
             raise ValueError("Shampoo4 finds no matrix to precondition in what ZeRO has made of the parameters")
 
@@ -415,11 +414,10 @@ class Bindings:
         resumed = [e.name for e in chosen if e.flat and _steps(state, e.holder) and e.parameter not in self.unbound]
         if resumed:
             self.members.check_own_options()
-            warnings.warn(
-                f"the base optimizer's states of {', '.join(resumed[:3])}{', ...' if len(resumed) > 3 else ''} were "
+            warn(
+                f"the base optimizer's states of {shorten(resumed)} were "
                 "loaded without preconditioners (as from DeepSpeed's universal checkpoint): the factors start anew, "
-                "and directions are plain gradients until the next root step",
-                stacklevel=5,
+                "and directions are plain gradients until the next root step"
             )
 
     # -- states --------------------------------------------------------------------------------------------------------

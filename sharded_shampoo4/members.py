@@ -24,6 +24,7 @@ from .names import match_names, names_in, plain_name, plain_names
 from .options import OPTION_NAMES, PreconditionerOptions
 from .placement import Location, check_shared
 from .preconditioner import Matrix
+from .report import shorten
 from .schedule import Phases, stagger
 
 _TOGETHER: Phases = {}
@@ -502,8 +503,8 @@ def _recognize(
                 return members
     raise ValueError(
         f"param group {number} was given {len(before.members)} parameters of shapes "
-        f"{_few([member.shape for member in before.members])} and now has {len(params)} of shapes "
-        f"{_few([parameter.shape for parameter in params])}: no telling which is which"
+        f"{shorten(tuple(member.shape) for member in before.members)} and now has {len(params)} of shapes "
+        f"{shorten(tuple(parameter.shape) for parameter in params)}: no telling which is which"
     )
 
 
@@ -528,7 +529,3 @@ def _lasting(group: Mapping[str, Any]) -> dict[str, Any]:
 
 def _number(key: Hashable) -> tuple[int, ...]:
     return (key,) if isinstance(key, int) else (key[1],)  # type: ignore[index]
-
-
-def _few(shapes: Sequence[torch.Size]) -> str:
-    return ", ".join(str(tuple(shape)) for shape in shapes[:3]) + (", ..." if len(shapes) > 3 else "")

@@ -192,7 +192,7 @@ class Shampoo4(SteppingTogether):
         defaults = {"lr": lr, "weight_decay": weight_decay, **self.base.defaults, **options.as_group()}
         super().__init__(params, {**defaults, VERSION_KEY: FORMAT_VERSION})
         self._advice = Advice(total_steps)
-        self._advise(stacklevel=4)  # takes_preset is between this and the caller
+        self._advise()
 
     @staticmethod
     def paper_settings() -> dict[str, Any]:
@@ -227,9 +227,9 @@ class Shampoo4(SteppingTogether):
         self._members.add(param_group)
         self._advise()
 
-    def _advise(self, stacklevel: int = 3) -> None:
+    def _advise(self) -> None:
         if self._advice is not None:
-            self._advice.give(self._members.trained(), stacklevel)
+            self._advice.give(self._members.trained())
 
     def warn_if_short(self, total_steps: int) -> None:
         """Warn if a training of ``total_steps`` is so short that most of it would be the base optimizer's alone."""
