@@ -18,24 +18,29 @@ def _field(name: str, kind: Any, help: str, default: Any) -> tuple[str, Any, Any
     return name, kind | None, field(default=None, metadata=metadata)
 
 
-def _given(arguments: Any) -> dict[str, Any]:
-    """The options that were given, by name: keyword arguments of ``Shampoo4``, ``estimate_memory`` and ``shampoo4``.
-
-    Those that were not given are left out, so that they do not take the place of a preset's.
-    """
-    values = {option.name: getattr(arguments, option.name) for option in fields(arguments)}
-    return {name: value for name, value in values.items() if value is not None}
-
-
-# A dataclass with a field for the preset and for each option of PreconditionerOptions; None: not given.
-#
-#     options, training = HfArgumentParser((Shampoo4Arguments, TrainingArguments)).parse_args_into_dataclasses()
-#     optimizer = Shampoo4(model.named_parameters(), lr=training.learning_rate, **options.given())
-Shampoo4Arguments: Any = make_dataclass(
-    "Shampoo4Arguments",
+_Fields: Any = make_dataclass(
+    "_Fields",
     [
         _field("preset", Preset, PRESET_HELP, None),
         *(_field(name, TYPES[name], HELP[name], default) for name, default in DEFAULTS.items()),
     ],
-    namespace={"given": _given, "__doc__": "The options of Shampoo4 as a command line gives them; None: not given."},
 )
+
+
+class Shampoo4Arguments(_Fields):  # type: ignore[misc]
+    """A dataclass with a field for the preset and for every option of the preconditioner; None: not given.
+
+    parser = HfArgumentParser((Shampoo4Arguments, TrainingArguments))
+    options, training = parser.parse_args_into_dataclasses()
+    optimizer = Shampoo4(model.named_parameters(), lr=training.learning_rate, **options.given())
+    """
+
+    _argument_group_name = "Shampoo4"  # of these flags in --help
+
+    def given(self) -> dict[str, Any]:
+        """Return the options that were given, by name: keyword arguments of ``Shampoo4`` and ``estimate_memory``.
+
+        Those that were not given are left out, so that they do not take the place of a preset's.
+        """
+        values = {option.name: getattr(self, option.name) for option in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}

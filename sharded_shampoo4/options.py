@@ -232,7 +232,8 @@ def _chosen_intervals(statistics: Any, root: Any, total_steps: Any) -> tuple[Any
     if total_steps is not None:
         total_steps = to_integer(total_steps)
         check_integer("total_steps", total_steps, 1)
-    suited = 500 if total_steps is None else min(500, max(50, total_steps // 100))
+    longest = DEFAULTS["root_interval"]
+    suited = longest if total_steps is None else min(longest, max(50, total_steps // 100))
     if root is None:
         return (suited // 5 if statistics is None else statistics), suited
     given = to_integer(root)
