@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .exchange import Exchange
+from .exchange import Arrived, Exchange
 from .grafting import Grafting
 from .placement import local_tensor
 from .plan import Owned, Plan, Shard, Work
-from .preconditioner import Matrix, Preconditioner, fresh_block
+from .preconditioner import Due, Matrix, Preconditioner, fresh_block
 from .ranks import OWN_MODELS, Company, Ranks
 
 _WAYS_OUT = (
@@ -65,7 +65,7 @@ class Distributor:
         self.ranks = ranks
         self.parameters = [candidate.parameter for candidate in candidates]
         self.holders = [candidate.holder for candidate in candidates]
-        self._offsets = [candidate.offset for candidate in candidates]
+        self._spans = [_span(candidate) for candidate in candidates]  # of this rank's shards in flattened gradients
         self.matrices = [candidate.matrix for candidate in candidates]
         everyone = ranks.gather([candidate.describe() for candidate in candidates])
         _check_agreement(everyone)
@@ -98,14 +98,17 @@ class Distributor:
 
     def presence_changed(self) -> bool:
         """Whether a gradient that this rank can see came or went since the last step."""
-        seen = [self._holds(index) for index in range(len(self.parameters))]
-        before = self._present or (False,) * len(seen)
-        return any(s and (h.grad is not None) != b for s, h, b in zip(seen, self.holders, before, strict=True))
+        before = self._present or (False,) * len(self.holders)
+        return any(
+            (holder.grad is not None) != was_present and span is not None
+            for holder, span, was_present in zip(self.holders, self._spans, before, strict=True)
+        )
 
     def agree_on_presence(self) -> None:
         """Find out which parameters have a gradient on any rank; collective."""
-        held = [self._holds(index) and holder.grad is not None for index, holder in enumerate(self.holders)]
-        self._present = self.ranks.any(held)
+        self._present = self.ranks.any(
+            [span is not None and h.grad is not None for h, span in zip(self.holders, self._spans, strict=True)]
+        )
 
     def check_replicas(self) -> None:
         """Raise RuntimeError, on every rank, if ranks that hold the same elements have different gradients; collective.
@@ -140,20 +143,36 @@ class Distributor:
         What fails on one rank is raised on every rank, before any has changed a parameter. Gradients may then be
         anything, and factors may have absorbed them.
         """
-        company = self.exchange.company = Company(self.ranks)
-        present, matrices = self._present, self.matrices
+        company = Company(self.ranks)
         self._advance()
-        active = tuple(has and matrix.busy for has, matrix in zip(present, matrices, strict=True))
-        directed = tuple(has and matrix.rooted for has, matrix in zip(present, matrices, strict=True))
+        pairs = list(zip(self._present, self.matrices, strict=True))
+        active = tuple(present and matrix.busy for present, matrix in pairs)
+        directed = tuple(present and matrix.rooted for present, matrix in pairs)
+        due = Due.any(matrix for present, matrix in pairs if present)
         shards = company.attempt(self._gradient_shards) or []
         targets = company.attempt(self.grafting.targets, shards, directed) or []
         self.grafting.begin()
-        if any(active):
-            self.exchange.run(shards, targets, active, directed, self._directions)
-        if any(has and matrix.check_due for has, matrix in zip(present, matrices, strict=True)):
+        for arrived in self.exchange.gather(shards, targets, active, directed, company):
+            self.exchange.send_back(arrived, company.attempt(self._directions, arrived, due))
+        if due.check:
             company.attempt(self._raise_failure)
         self.grafting.apply(shards, targets, directed, self.ranks, company)
         company.part()
+
+    def _directions(self, arrived: Arrived, due: Due) -> Tensor | None:
+        """Let a batch of blocks take its step: its directions, or its gradients before the first roots."""
+        part, gradients = arrived.part, arrived.gradients
+        if gradients is None:
+            return None
+        if due.statistics:
+            self.preconditioner.absorb(part.number, part.chosen, gradients)
+        if due.root:
+            self.preconditioner.invert(part.number, part.chosen)
+        directions = self.preconditioner.precondition(part.number, part.chosen, gradients)
+        if directions is None:
+            return gradients
+        self.grafting.note(part.blocks, gradients, directions)
+        return directions
 
     def _advance(self) -> None:
         """Count a step of every matrix with a gradient."""
@@ -176,29 +195,19 @@ class Distributor:
         if failure is not None:
             raise failure
 
-    def _directions(self, number: int, chosen: list[int], gradients: Tensor) -> Tensor:
-        batch = self.preconditioner.batches[number]
-        directions = self.preconditioner.directions(batch, chosen, gradients)
-        if directions is not gradients:
-            self.grafting.note([batch.members[position] for position in chosen], gradients, directions)
-        return directions
-
-    def _holds(self, index: int) -> bool:
-        shard = self.plan.matrices[index].shards[self.ranks.rank]
-        return shard.start < shard.stop
-
     def _gradient_shard(self, index: int) -> Tensor:
-        """A flat view of this rank's shard of a gradient; empty where there is none."""
-        holder = self.holders[index]
-        if not (self._present[index] and self._holds(index)):
+        """This rank's shard of a gradient, contiguous, in its storage; empty where there is none."""
+        holder, span = self.holders[index], self._spans[index]
+        if span is None or not self._present[index]:
             return torch.empty(0, dtype=holder.dtype, device=holder.device)
         if holder.grad is None:  # it has one on another rank
             holder.grad = torch.zeros_like(holder)
-        if not local_tensor(holder.grad).is_contiguous():  # say, channels_last: its matrix could not be a view
+        gradient: Tensor = local_tensor(holder.grad)
+        if not gradient.is_contiguous():  # say, channels_last: its matrix could not be a view
             holder.grad = holder.grad.contiguous()
-        shard, offset = self.plan.matrices[index].shards[self.ranks.rank], self._offsets[index]
-        flat: Tensor = local_tensor(holder.grad).view(-1)[offset : offset + shard.stop - shard.start]
-        return flat
+            gradient = local_tensor(holder.grad)
+        start, stop = span
+        return gradient if stop - start == gradient.numel() else gradient.view(-1)[start:stop]
 
     def owners(self) -> dict[Tensor, str]:
         """The ranks that own blocks of each parameter."""
@@ -220,6 +229,12 @@ class Distributor:
         matrix.step, matrix.roots = 0, 0
         for owned in self.own_blocks(index).values():
             self.preconditioner.from_bytes(owned, fresh_block(matrix, owned.block))
+
+
+def _span(candidate: Candidate) -> tuple[int, int] | None:
+    """Where this rank's shard begins and ends in the flattened holder; None if it holds nothing."""
+    size = candidate.shard.stop - candidate.shard.start
+    return (candidate.offset, candidate.offset + size) if size > 0 else None
 
 
 def _digest(values: Tensor) -> int:

@@ -1,4 +1,4 @@
-"""Carries a plan out: gradient pieces to owners, directions back, batch by batch.
+"""Carries a plan out: gradients to the owners of blocks, directions back, batch by batch.
 
 Both ways go through ``all_to_all_single``. While one batch is computed, the gradients of the next and the directions of
 the previous one are under way: memory in flight is that of two batches each way, whatever the size of the model.
@@ -6,7 +6,7 @@ the previous one are under way: memory in flight is that of two batches each way
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -15,13 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .labels import label
-from .layout import Block
-from .plan import Incoming, Outgoing, Plan
+from .plan import Plan
 from .ranks import Company, Ranks
-
-# Given the number of one of this rank's batches, the positions in it that take part, and their gradients
-# (k, rows, columns): their directions.
-Compute = Callable[[int, list[int], Tensor], Tensor]
+from .routes import Part, Routes, Slots, Way
 
 
 def wire_dtype(dtypes: Sequence[torch.dtype], rounded: Sequence[bool]) -> torch.dtype:
@@ -31,23 +27,33 @@ def wire_dtype(dtypes: Sequence[torch.dtype], rounded: Sequence[bool]) -> torch.
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
-@dataclass(frozen=True)
-class Part:
-    """What takes part in one round: lists of pieces are indexed by the other rank."""
+@dataclass
+class Arrived:
+    """One of this rank's batches, or those of its blocks that take part.
 
-    number: int
-    chosen: list[int]  # positions in this rank's batch
-    send_gradients: list[list[Outgoing]]
-    receive_gradients: list[list[Incoming]]  # ``position`` counts the chosen ones
-    send_directions: list[list[Incoming]]
-    receive_directions: list[list[Outgoing]]
+    Attributes:
+        part: what takes part: the batch, the positions of the blocks in it, and their numbers in the plan.
+        gradients: (blocks, rows, columns); None if this rank has nothing to compute: no block takes part, or something
+            has failed. :meth:`Exchange.send_back` lets go of them.
+    """
+
+    part: Part
+    gradients: Tensor | None
 
 
 class Exchange:
-    """One rank's part in ``plan``, which ``ranks`` carry out.
+    """One rank's part in a plan.
 
-    What fails on this rank is kept in ``company``, and every collective of the step still takes place, with zeros for
-    what could not be computed: no rank waits for one that has left.
+    What fails on this rank is kept in the step's ``company``, and every collective of the step still takes place, with
+    zeros for what could not be computed: no rank waits for one that has left.
+
+    Args:
+        plan: who owns which block, and which rank holds which elements.
+        ranks: the ranks that carry it out.
+        devices: on which every matrix is computed; an offloaded shard may be on the host.
+        dtypes: in which every matrix is computed.
+        rounded: whether a matrix's gradients and directions are rounded to bfloat16, also where they need not travel:
+            ranks change no number.
     """
 
     def __init__(
@@ -60,199 +66,147 @@ class Exchange:
     ) -> None:
         self.plan = plan
         self.ranks = ranks
-        self.rank = ranks.rank
-        self.company = Company(ranks)  # of the step that is under way
-        self.devices = devices  # on which every matrix is computed; an offloaded shard may be on the host
-        self.dtypes = dtypes  # in which every matrix is computed
-        # Rounded to bfloat16, gradients and directions, also where they need not travel: ranks change no number.
+        self.devices = devices
+        self.dtypes = dtypes
         self.rounded = rounded
         self.wire = wire_dtype(dtypes, rounded)
-        self._rounds = [plan.round(self.rank, number) for number in range(plan.rounds)]
-        self._batches = plan.batches[self.rank]
-        self._parts = lru_cache(maxsize=8)(self._select)
+        self._parts = lru_cache(maxsize=8)(Routes(plan, ranks.rank).parts)
+        self._company = Company(ranks)  # of the step that is under way
+        self._targets: Sequence[Tensor] = ()
+        self._returning: _Message | None = None  # the last directions that were sent
 
-    @property
-    def bytes_sent(self) -> int:
-        """To other ranks, so far."""
-        return self.ranks.bytes_sent
-
-    def run(
+    def gather(
         self,
         shards: Sequence[Tensor],
         targets: Sequence[Tensor],
         active: tuple[bool, ...],
         directed: tuple[bool, ...],
-        compute: Compute,
-    ) -> None:
-        """Write what ``compute`` makes of the gradients' blocks to ``targets``.
+        company: Company,
+    ) -> Iterator[Arrived]:
+        """Give this rank's batches one after another; each must go to :meth:`send_back` before the next is asked for.
 
-        ``shards`` are this rank's flattened gradients of all matrices; the targets may be the same tensors. Blocks of
-        ``active`` matrices go to their owners; those of ``directed`` ones, a subset, come back. Both must be the same
-        on every rank. ``company`` has what failed.
+        Args:
+            shards: this rank's contiguous parts of all gradients.
+            targets: tensors like these that directions are written to; they may be the same.
+            active: for each matrix, whether its blocks go to their owners; the same on every rank.
+            directed: for each matrix, whether directions come back; of active ones only, and the same on every rank.
+            company: keeps what fails.
         """
+        self._company, self._targets, self._returning = company, targets, None
         parts = self._parts(active, directed)
-        with label("gather"):
-            gradients = self._send_gradients(parts[0], shards) if parts else None
-        arriving: _Arriving | None = None
+        following: _Message | None = None
         for index, part in enumerate(parts):
             with label("gather"):
-                following = self._send_gradients(parts[index + 1], shards) if index + 1 < len(parts) else None
-            assert gradients is not None
-            directions = self._compute(part, gradients, shards, compute)
+                message = following or self._post(part.gradients, shards)
+                following = self._post(parts[index + 1].gradients, shards) if index + 1 < len(parts) else None
+                arrived = Arrived(part, self._receive(part, message, shards))
+            yield arrived
+        if self._returning is not None:
             with label("send_back"):
-                if arriving is not None:
-                    arriving.write()
-                arriving = self._send_directions(part, directions, targets)
-            gradients = following
-        if arriving is not None:
-            with label("send_back"):
-                arriving.write()
+                self._finish(self._returning)
+            self._returning = None
 
-    def _select(self, active: tuple[bool, ...], directed: tuple[bool, ...]) -> list[Part]:
-        """The rounds in which anything takes part, on whatever rank, and what does."""
-        parts = []
-        for number, whole in enumerate(self._rounds):
-            batches = [batches[number] for batches in self.plan.batches if number < len(batches)]
-            if not any(active[owned.matrix] for batch in batches for owned in batch):
-                continue
-            mine = self._batches[number] if number < len(self._batches) else []
-            chosen = [position for position, owned in enumerate(mine) if active[owned.matrix]]
-            place = {position: index for index, position in enumerate(chosen)}
+    def send_back(self, arrived: Arrived, directions: Tensor | None) -> None:
+        """Send the directions of a batch, (blocks, rows, columns), to whoever holds the gradients.
 
-            def incoming(pieces: list[Incoming], wanted: Callable[[Incoming], bool]) -> list[Incoming]:
-                return [p._replace(position=place[p.position]) for p in pieces if p.position in place and wanted(p)]  # noqa: B023
+        Args:
+            arrived: what :meth:`gather` gave.
+            directions: None if there are none.
+        """
+        with label("send_back"):
+            arrived.gradients = None
+            if self._returning is not None:
+                self._finish(self._returning)
+            way = arrived.part.directions
+            rounded = self._company.attempt(self._round, arrived.part, directions)
+            batch = [] if rounded is None else [rounded]
+            self._company.attempt(_copy_here, way, batch, self._targets)
+            self._returning = self._post(way, batch)
 
-            def is_directed(piece: Incoming) -> bool:
-                return directed[mine[piece.position].matrix]  # noqa: B023
+    # -- gradients -----------------------------------------------------------------------------------------------------
 
-            parts.append(
-                Part(
-                    number,
-                    chosen,
-                    [[p for p in pieces if active[p.matrix] and p.gives_gradient] for pieces in whole.to_owner],
-                    [incoming(pieces, lambda p: p.gives_gradient) for pieces in whole.from_holder],
-                    [incoming(pieces, is_directed) for pieces in whole.from_holder],
-                    [[p for p in pieces if directed[p.matrix]] for pieces in whole.to_owner],
-                )
-            )
-        return parts
+    def _receive(self, part: Part, message: _Message, shards: Sequence[Tensor]) -> Tensor | None:
+        """The gradients of this rank's blocks in a batch."""
+        gradients = self._company.attempt(self._gather_here, part, shards) if part.chosen else None
+        message.wait()
+        if gradients is None:
+            return None
+        self._company.attempt(message.write, [gradients])
+        return self._company.attempt(self._round, part, gradients)
 
-    def _send_gradients(self, part: Part, shards: Sequence[Tensor]) -> _Arriving:
-        """Start the gradients' way to their owners."""
-
-        def outgoing() -> list[list[Tensor]]:
-            return [[self._view(shards, p.matrix, p.piece) for p in pieces] for pieces in part.send_gradients]
-
-        return self._start(outgoing, _sizes(part.send_gradients), _sizes(part.receive_gradients))
-
-    def _compute(self, part: Part, arriving: _Arriving, shards: Sequence[Tensor], compute: Compute) -> Tensor | None:
-        """Put the gradients of this rank's blocks together and have their directions computed."""
-        with label("gather"):
-            gathered = self.company.attempt(self._gather_own, part, shards) if part.chosen else None
-            if gathered is None:
-                arriving.wait()
-                return None
-            gradients, places = gathered
-            arriving.write(places)
-        return self.company.attempt(self._directions, part, gradients, compute)
-
-    def _gather_own(self, part: Part, shards: Sequence[Tensor]) -> tuple[Tensor, list[list[Tensor]]]:
-        """The gradients of this rank's blocks with what it holds of them, and the places for what others hold."""
-        matrix, block = self._batches[part.number][part.chosen[0]]
-        shape = (len(part.chosen), block.rows, block.columns)
+    def _gather_here(self, part: Part, shards: Sequence[Tensor]) -> Tensor:
+        """Memory for the gradients of a batch, with what this rank holds of them."""
+        matrix, block = self.plan.blocks[part.blocks[0]]
+        shape = (len(part.blocks), block.rows, block.columns)
         gradients = torch.empty(shape, dtype=self.dtypes[matrix], device=self.devices[matrix])
-        places = [[gradients[p.position][p.piece.slices] for p in pieces] for pieces in part.receive_gradients]
-        here = part.send_gradients[self.rank]
-        _copy(places[self.rank], [self._view(shards, p.matrix, p.piece) for p in here])
-        places[self.rank] = []
-        return gradients, places
+        _copy_here(part.gradients, shards, [gradients])
+        return gradients
 
-    def _directions(self, part: Part, gradients: Tensor, compute: Compute) -> Tensor:
-        if not self.rounded[self._batches[part.number][part.chosen[0]].matrix]:
-            return compute(part.number, part.chosen, gradients)
-        gradients = gradients.to(torch.bfloat16).to(gradients.dtype)
-        return compute(part.number, part.chosen, gradients).to(torch.bfloat16).to(gradients.dtype)
+    def _round(self, part: Part, batch: Tensor | None) -> Tensor | None:
+        if batch is None or not self.rounded[self.plan.blocks[part.blocks[0]].matrix]:
+            return batch
+        return batch.to(torch.bfloat16).to(batch.dtype)
 
-    def _send_directions(self, part: Part, directions: Tensor | None, targets: Sequence[Tensor]) -> _Arriving:
-        """Start the directions' way back; those that stay here are written at once."""
+    # -- messages ------------------------------------------------------------------------------------------------------
 
-        def outgoing() -> list[list[Tensor]]:
-            if directions is None:
-                return [[] for _ in part.send_directions]
-            return [[directions[p.position][p.piece.slices] for p in pieces] for pieces in part.send_directions]
-
-        def places() -> list[list[Tensor]]:
-            views = [[self._view(targets, p.matrix, p.piece) for p in pieces] for pieces in part.receive_directions]
-            _copy(views[self.rank], outgoing()[self.rank])
-            views[self.rank] = []
-            return views
-
-        written = self.company.attempt(places)
-        arriving = self._start(outgoing, _sizes(part.send_directions), _sizes(part.receive_directions))
-        arriving.places = written or []
-        return arriving
-
-    def _start(self, outgoing: Callable[[], list[list[Tensor]]], sent: list[int], sizes: list[int]) -> _Arriving:
-        """Send views to ranks, a list for each with ``sent`` elements, and expect ``sizes`` elements from each."""
+    def _post(self, way: Way, sources: Sequence[Tensor]) -> _Message:
+        """Start to send what goes from ``sources`` to other ranks, and to receive what they send."""
         if self.ranks.size == 1:
-            return _Arriving(self, None, [])
-        sent[self.rank] = sizes[self.rank] = 0
+            return _Message(way.incoming, None, self.ranks)
         device = self.devices[0]
-
-        def packed() -> Tensor:
-            views = [view for rank, views in enumerate(outgoing()) if rank != self.rank for view in views]
-            flat = [view.to(self.wire).reshape(-1) for view in views]
-            return torch.cat(flat).to(device) if flat else torch.empty(0, dtype=self.wire, device=device)
-
-        send = self.company.attempt(packed)
+        send = self._company.attempt(self._pack, way.outgoing, sources)
         if send is None:
-            send = torch.zeros(sum(sent), dtype=self.wire, device=device)
-        receive = self.company.buffer(lambda: torch.empty(sum(sizes), dtype=self.wire, device=device))
+            send = torch.zeros(way.outgoing.elements, dtype=self.wire, device=device)
+        receive = self._company.buffer(lambda: torch.empty(way.incoming.elements, dtype=self.wire, device=device))
         self.ranks.bytes_sent += send.numel() * send.element_size()
-        work = self.ranks.start_all_to_all(receive, send, sizes, sent)
-        return _Arriving(self, work, list(receive.split(sizes)), send)
+        work = self.ranks.start_all_to_all(receive, send, way.received, way.sent)
+        return _Message(way.incoming, work, self.ranks, receive, send)
 
-    def _view(self, shards: Sequence[Tensor], matrix: int, piece: Block) -> Tensor:
-        """A piece of a matrix in this rank's shard of it."""
-        planned, shard = self.plan.matrices[matrix], shards[matrix]
-        width = planned.shape[1]
-        offset = piece.row * width + piece.column - planned.shards[self.rank].start
-        return shard.as_strided((piece.rows, piece.columns), (width, 1), shard.storage_offset() + offset)
+    def _pack(self, slots: Slots, sources: Sequence[Tensor]) -> Tensor:
+        views = slots.views(sources)
+        packed = torch.empty(slots.elements, dtype=self.wire, device=views[0].device if views else self.devices[0])
+        _copy(slots.cut(packed), views)
+        return packed.to(self.devices[0])
+
+    def _finish(self, message: _Message) -> None:
+        """Wait for directions, and write them to their targets."""
+        message.wait()
+        self._company.attempt(message.write, self._targets)
 
 
-class _Arriving:
-    """Elements on their way from every other rank."""
+class _Message:
+    """Elements that arrive from all other ranks, for the places in ``slots``; without ``work``, nothing does."""
 
     def __init__(
-        self, exchange: Exchange, work: dist.Work | None, received: list[Tensor], sent: Tensor | None = None
+        self,
+        slots: Slots,
+        work: dist.Work | None,
+        ranks: Ranks,
+        received: Tensor | None = None,
+        sent: Tensor | None = None,
     ) -> None:
-        self._exchange = exchange
+        self._slots = slots
         self._work = work
+        self._ranks = ranks
         self._received = received
         self._sent = sent  # must live until the work is done
-        self.places: list[list[Tensor]] = []
 
     def wait(self) -> None:
         if self._work is not None:
-            with self._exchange.ranks.explaining():
+            with self._ranks.explaining():
                 self._work.wait()
 
-    def write(self, places: list[list[Tensor]] | None = None) -> None:
-        """Wait, and write what came from each rank to its ``places``, in order."""
-        self.wait()
-        if self._work is not None:
-            self._exchange.company.attempt(self._write, self.places if places is None else places)
-
-    def _write(self, places: list[list[Tensor]]) -> None:
-        for views, received in zip(places, self._received, strict=True):
-            if views:
-                parts = received.to(views[0].device).split([view.numel() for view in views])
-                _copy(views, [part.view(view.shape) for part, view in zip(parts, views, strict=True)])
+    def write(self, targets: Sequence[Tensor]) -> None:
+        """Put what has arrived into its places in ``targets``."""
+        if self._received is not None and self._slots:
+            views = self._slots.views(targets)
+            _copy(views, self._slots.cut(self._received.to(views[0].device)))
 
 
-def _sizes(pieces: Sequence[Sequence[Incoming]] | Sequence[Sequence[Outgoing]]) -> list[int]:
-    """How many elements the pieces for each rank have."""
-    return [sum(piece.piece.rows * piece.piece.columns for piece in part) for part in pieces]
+def _copy_here(way: Way, sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
+    """Copy the pieces that stay on this rank."""
+    before, after = way.here
+    _copy(after.views(targets), before.views(sources))
 
 
 def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:

@@ -100,6 +100,7 @@ class FactorPool:
             name: torch.zeros((count, *shape), dtype=dtype, device=device)
             for name, (shape, dtype) in factor_layout(order, options).items()
         }
+        self._views: dict[tuple[str, int, int], Tensor] = {}  # of those tensors, which stay where they are
         self.dtype_of_scales: torch.dtype = getattr(torch, options.scale_dtype)
         self.implicit = "root" not in self.tensors and "root.diagonal" not in self.tensors
         identity = torch.eye(order, dtype=torch.float32, device=device).unsqueeze(0)
@@ -139,19 +140,28 @@ class FactorPool:
     def _decode(self, name: str, where: Index) -> Tensor:
         """The matrices (k, n, n), float32, that were encoded under ``name``."""
         if name in self.tensors:
-            return self.tensors[name][where]
+            return self._stored(name, where)
         dequantize = quantization.dequantize_compiled if self.options.compile else quantization.dequantize
         matrices = dequantize(
-            self.tensors[f"{name}.codes"][where],
-            self.tensors[f"{name}.scales"][where],
+            self._stored(f"{name}.codes", where),
+            self._stored(f"{name}.scales", where),
             self.order,
             codebook=self.options.codebook,
             bits=self.options.bits,
             block=self.options.quant_block_size,
         )
         if f"{name}.diagonal" in self.tensors:
-            matrices.diagonal(dim1=-2, dim2=-1).copy_(self.tensors[f"{name}.diagonal"][where])
+            matrices.diagonal(dim1=-2, dim2=-1).copy_(self._stored(f"{name}.diagonal", where))
         return matrices
+
+    def _stored(self, key: str, where: Index) -> Tensor:
+        """What is stored of some factors; views of neighbors are made once."""
+        if not isinstance(where, slice):
+            return self.tensors[key][where]
+        place = key, where.start, where.stop
+        if place not in self._views:
+            self._views[place] = self.tensors[key][where]
+        return self._views[place]
 
     def _commit(self, where: Index, new: dict[str, Tensor], kind: int, wanted: Tensor | None = None) -> None:
         """Store ``new`` for the factors whose numbers are finite; the others keep what they had, and are counted.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 from .labels import label
-from .plan import Owned, Plan
+from .plan import Plan
 from .preconditioner import Matrix, index_tensor
 from .ranks import Company, Ranks
 
@@ -24,27 +25,31 @@ class Grafting:
 
     def __init__(self, plan: Plan, matrices: Sequence[Matrix]) -> None:
         self._matrices = matrices
-        self._block_index = {owned: index for index, owned in enumerate(plan.blocks)}
         self._matrix_of_block = [owned.matrix for owned in plan.blocks]
-        self._squares: Tensor | None = None  # (blocks, 2): of gradients and of directions
+        # Numbers of blocks, and their norms: of gradients and of directions.
+        self._noted: list[tuple[tuple[int, ...], Tensor, Tensor]] = []
 
     def begin(self) -> None:
         """Start a step."""
-        self._squares = None
+        self._noted = []
 
-    def note(self, members: Sequence[Owned], gradients: Tensor, directions: Tensor) -> None:
-        """Graft ``directions`` (k, m, n) of blocks with equal options at once, or remember their norms."""
-        scope = self._matrices[members[0].matrix].options.grafting
+    def note(self, blocks: tuple[int, ...], gradients: Tensor, directions: Tensor) -> None:
+        """Graft directions at once, or remember their norms.
+
+        Args:
+            blocks: the numbers in the plan of blocks with equal options.
+            gradients: (blocks, rows, columns).
+            directions: (blocks, rows, columns); scaled in place if they are grafted by block.
+        """
+        scope = self._matrices[self._matrix_of_block[blocks[0]]].options.grafting
         if scope == "none":
             return
         with label("graft"):
-            norms = torch.stack([block_norms(gradients), block_norms(directions)], dim=1)
+            norms = block_norms(gradients), block_norms(directions)
             if scope == "block":
-                directions.mul_(_ratio(norms).to(directions.dtype).view(-1, 1, 1))
-                return
-            squares = self._all_squares()
-            indices = index_tensor([self._block_index[owned] for owned in members], squares.device)
-            squares.index_copy_(0, indices, norms.square().to(squares.device))
+                directions.mul_(_ratio(*norms).to(directions.dtype).view(-1, 1, 1))
+            else:
+                self._noted.append((blocks, *norms))
 
     def targets(self, shards: Sequence[Tensor], directed: Sequence[bool]) -> list[Tensor]:
         """Where directions are to be written: into the gradients, but into float32 vectors beside low-precision ones.
@@ -73,7 +78,8 @@ class Grafting:
         if not grafted:
             return
         with label("graft"):
-            squares = company.buffer(self._all_squares)
+            squares = company.buffer(self._no_squares)
+            company.attempt(self._square, squares)
             ranks.sum(squares)
             company.attempt(self._scale, shards, targets, grafted, squares)
 
@@ -82,15 +88,19 @@ class Grafting:
     ) -> None:
         sums = torch.zeros(len(self._matrices), 2, dtype=torch.float64, device=squares.device)
         sums.index_add_(0, index_tensor(self._matrix_of_block, squares.device), squares)
-        exact = _ratio(sums.sqrt())
-        ratios = {dtype: exact.to(dtype).unbind() for dtype in {self._matrices[index].dtype for index in grafted}}
-        for index in grafted:
-            shard, target = shards[index], targets[index]
-            ratio = ratios[self._matrices[index].dtype][index].to(shard.device)
-            if target is shard:
-                shard.mul_(ratio)
-            else:
-                shard.copy_(target.mul_(ratio))
+        exact = _ratio(*sums.sqrt().unbind(1))
+        kinds = {(self._matrices[index].dtype, shards[index].device) for index in grafted}
+        ratios = {kind: exact.to(kind[0]).to(kind[1]).unbind() for kind in kinds}
+        held = [index for index in grafted if shards[index].numel()]
+        if not held:
+            return
+        torch._foreach_mul_(
+            [targets[index] for index in held],
+            [ratios[self._matrices[index].dtype, shards[index].device][index] for index in held],
+        )
+        rounded = [index for index in held if targets[index] is not shards[index]]
+        if rounded:
+            torch._foreach_copy_([shards[index] for index in rounded], [targets[index] for index in rounded])
 
     def _grafted(self, directed: Sequence[bool]) -> list[int]:
         """The matrices whose directions take the norm of the parameter's whole gradient."""
@@ -100,20 +110,27 @@ class Grafting:
             if is_directed and matrix.options.grafting == "parameter"
         ]
 
-    def _all_squares(self) -> Tensor:
-        if self._squares is None:
-            device = self._matrices[0].device
-            self._squares = torch.zeros(len(self._block_index), 2, dtype=torch.float64, device=device)
-        return self._squares
+    def _no_squares(self) -> Tensor:
+        device = self._matrices[0].device
+        return torch.zeros(len(self._matrix_of_block), 2, dtype=torch.float64, device=device)
+
+    def _square(self, squares: Tensor) -> None:
+        """Write the squared norms that this rank has noted to ``squares`` (blocks, 2)."""
+        if not self._noted:
+            return
+        blocks, gradients, directions = zip(*self._noted, strict=True)
+        norms = torch.stack([torch.cat([n.to(squares.device) for n in part]) for part in (gradients, directions)], 1)
+        squares.index_copy_(0, index_tensor(list(chain(*blocks)), squares.device), norms.square())
+        self._noted = []
 
 
 def _is_low_precision(shard: Tensor) -> bool:
     return shard.dtype not in (torch.float32, torch.float64)
 
 
-def _ratio(norms: Tensor) -> Tensor:
-    """Factors that give directions the norms of their gradients; ``norms`` (k, 2) of gradients and directions."""
-    return norms[:, 0] / (norms[:, 1] + 1e-12)
+def _ratio(gradients: Tensor, directions: Tensor) -> Tensor:
+    """Factors that give directions of these norms the norms of their gradients."""
+    return gradients / (directions + 1e-12)
 
 
 def block_norms(blocks: Tensor) -> Tensor:
@@ -125,8 +142,8 @@ def block_norms(blocks: Tensor) -> Tensor:
     if blocks.device.type != "cpu":
         return _exact_norms(blocks)
     norms: Tensor = torch.linalg.vector_norm(torch.linalg.vector_norm(blocks, dim=2), dim=1, dtype=torch.float64)
-    extreme = ~((norms > _SMALL) & (norms < _LARGE))  # also what is not finite
-    if extreme.any():
+    extreme = [index for index, norm in enumerate(norms.tolist()) if not _SMALL < norm < _LARGE]  # or not finite
+    if extreme:
         norms[extreme] = _exact_norms(blocks[extreme])
     return norms
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from .labels import label
 from .layout import Block, count_parts, cut_blocks
 from .options import PreconditionerOptions
 from .plan import Owned, PlannedMatrix, Shard
-from .schedule import TOGETHER, Intervals, Phases, intervals_at
+from .schedule import TOGETHER, Intervals, Phase, Phases, intervals_at
 
 # Bytes of factors for an element of their matrix that are worth a warning: twice the states of AdamW, and seven times
 # what 4-bit factors of a square matrix take. Such factors in float32 take 16.
@@ -75,17 +76,16 @@ class Matrix:
     @property
     def busy(self) -> bool:
         """Whether this step needs the gradient at all."""
-        if self.rooted:
-            return True
-        statistics, roots = self._phases_in_use
-        return any(_is_due(self.step, self.intervals.statistics, phase) for phase in statistics) or any(
-            _is_due(self.step, self.intervals.root, phase) for phase in roots
-        )
+        return self.rooted or self.due.statistics or self.due.root
+
+    @property
+    def due(self) -> Due:
+        """What is due in this step for any of its factors."""
+        return _due(self.step, self.intervals, self._phases_in_use)
 
     @functools.cached_property
-    def _phases_in_use(self) -> tuple[set[int], set[int]]:
-        phases = [phase for block in self.blocks for phase in self.phases.get(block, TOGETHER)]
-        return {phase.statistics for phase in phases}, {phase.root for phase in phases}
+    def _phases_in_use(self) -> frozenset[Phase]:
+        return frozenset(phase for block in self.blocks for phase in self.phases.get(block, TOGETHER))
 
     def statistics_due(self, block: Block, side: int) -> bool:
         """Whether the left (side 0) or right (1) factor of a block absorbs the gradient in this step."""
@@ -94,11 +94,6 @@ class Matrix:
     def root_due(self, block: Block, side: int) -> bool:
         """Whether the left (side 0) or right (1) factor of a block recomputes its root in this step."""
         return _is_due(self.step, self.intervals.root, self.phases.get(block, TOGETHER)[side].root)
-
-    @property
-    def check_due(self) -> bool:
-        """Whether an interval ends: when failures are looked for."""
-        return _is_due(self.step, self.intervals.statistics) or _is_due(self.step, self.intervals.root)
 
     @functools.cached_property
     def nbytes(self) -> int:
@@ -149,6 +144,35 @@ def fresh_block(matrix: Matrix, block: Block) -> Tensor:
     return Preconditioner([matrix], [[owned]]).to_bytes(owned)
 
 
+class Due(NamedTuple):
+    """What a step has to do.
+
+    Attributes:
+        statistics: whether any factor absorbs the gradient.
+        root: whether any factor recomputes its inverse root.
+        check: whether an interval ends, when failures are looked for.
+    """
+
+    statistics: bool
+    root: bool
+    check: bool
+
+    @classmethod
+    def any(cls, matrices: Iterable[Matrix]) -> Due:
+        """What is due for any of ``matrices``."""
+        found = {matrix.due for matrix in matrices}
+        return cls(*(any(due[kind] for due in found) for kind in range(3)))
+
+
+@functools.lru_cache(maxsize=256)
+def _due(step: int, intervals: Intervals, phases: frozenset[Phase]) -> Due:
+    return Due(
+        any(_is_due(step, intervals.statistics, phase.statistics) for phase in phases),
+        any(_is_due(step, intervals.root, phase.root) for phase in phases),
+        _is_due(step, intervals.statistics) or _is_due(step, intervals.root),
+    )
+
+
 def _is_due(step: int, interval: int, phase: int = 0) -> bool:
     return interval > 0 and (step - phase) % interval == 0
 
@@ -164,10 +188,6 @@ def worse(first: list[float] | None, second: list[float]) -> list[float]:
 Sides = tuple[list[int], list[int]]  # which of some blocks' left factors, and which of their right factors
 
 
-def _sides(which: Callable[[int], list[int]]) -> Sides:
-    return which(0), which(1)
-
-
 class BlockBatch:
     """Equal-shaped blocks whose left factors are neighbors in one pool and right factors in another (or the same)."""
 
@@ -177,6 +197,10 @@ class BlockBatch:
         self.members = members
         self.left, self.left_start = left, left_start
         self.right, self.right_start = right, right_start
+        self._whole = (
+            slice(left_start, left_start + len(members)),
+            slice(right_start, right_start + len(members)),
+        )
 
     def absorb(self, chosen: Sequence[int], due: Sides, gradients: Tensor) -> None:
         """Statistics step of those of the ``chosen`` members that are ``due``, by sides.
@@ -222,12 +246,7 @@ class BlockBatch:
 
     def _runs(self, chosen: Sequence[int]) -> tuple[Index, Index]:
         """Like :meth:`_positions`, but as slices where all members are chosen: views instead of copies."""
-        if len(chosen) < len(self.members):
-            return self._positions(chosen)
-        return (
-            slice(self.left_start, self.left_start + len(chosen)),
-            slice(self.right_start, self.right_start + len(chosen)),
-        )
+        return self._positions(chosen) if len(chosen) < len(self.members) else self._whole
 
 
 def _some(gradients: Tensor, which: Sequence[int]) -> Tensor:
@@ -269,25 +288,45 @@ class Preconditioner:
             for offset, owned in enumerate(members):
                 self._places[owned] = (pools[left], left_start + offset), (pools[right], right_start + offset)
 
-    def directions(self, batch: BlockBatch, chosen: Sequence[int], gradients: Tensor) -> Tensor:
-        """Let the ``chosen`` members of ``batch`` take their step with ``gradients`` (k, rows, columns).
+    def absorb(self, number: int, chosen: Sequence[int], gradients: Tensor) -> None:
+        """Absorb gradients into the statistics that are due in this step.
 
-        Statistics and roots as they are due; returns the directions, grafted if grafting is by block, else raw.
+        Args:
+            number: of a batch.
+            chosen: positions in it.
+            gradients: of the chosen blocks, (chosen, rows, columns).
         """
-        members = [batch.members[position] for position in chosen]
-        pairs = [(self.matrices[index], block) for index, block in members]
-        absorbing = _sides(lambda side: [k for k, (m, block) in enumerate(pairs) if m.statistics_due(block, side)])
-        if any(absorbing):
+        due = self._sides(number, chosen, Matrix.statistics_due)
+        if any(due):
             with label("statistics"):
-                batch.absorb(chosen, absorbing, gradients)
-        inverting = _sides(lambda side: [k for k, (m, block) in enumerate(pairs) if m.root_due(block, side)])
-        if any(inverting):
+                self.batches[number].absorb(chosen, due, gradients)
+
+    def invert(self, number: int, chosen: Sequence[int]) -> None:
+        """Recompute the inverse roots of the ``chosen`` blocks of a batch that are due in this step."""
+        due = self._sides(number, chosen, Matrix.root_due)
+        if any(due):
             with label("roots"):
-                batch.invert(chosen, inverting)
-        if not any(matrix.rooted for matrix, _ in pairs):
-            return gradients
+                self.batches[number].invert(chosen, due)
+
+    def precondition(self, number: int, chosen: Sequence[int], gradients: Tensor) -> Tensor | None:
+        """Directions of the ``chosen`` blocks of a batch before grafting, (chosen, rows, columns).
+
+        None before the first roots, where the direction is the gradient.
+        """
+        batch = self.batches[number]
+        if not any(self.matrices[batch.members[position].matrix].rooted for position in chosen):
+            return None
         with label("precondition"):
             return batch.precondition(chosen, gradients)
+
+    def _sides(self, number: int, chosen: Sequence[int], is_due: Callable[[Matrix, Block, int], bool]) -> Sides:
+        """Which of the ``chosen`` blocks of a batch have a left factor that is due, and which a right one."""
+        members = [self.batches[number].members[position] for position in chosen]
+
+        def due(side: int) -> list[int]:
+            return [k for k, (index, block) in enumerate(members) if is_due(self.matrices[index], block, side)]
+
+        return due(0), due(1)
 
     def failure(self) -> RuntimeError | None:
         """What to say if a factor's statistics or roots have failed ``max_failures`` times in a row.

@@ -220,12 +220,16 @@ def dequantize(codes: Tensor, scales: Tensor, length: int, *, codebook: str, bit
         found = tables.pairs.index_select(0, flat.view(torch.uint16).int())
     else:
         found = tables.words.index_select(0, _words(codes, bits).flatten())
-    values = found.view(torch.float32).view(*codes.shape[:-1], -1)[..., :length].contiguous()
+    values = found.view(torch.float32).view(*codes.shape[:-1], -1)
+    if values.shape[-1] > length:
+        values = values[..., :length].contiguous()
     whole = length // block
+    if whole * block == length:
+        values.view(*codes.shape[:-1], whole, block).mul_(scales.unsqueeze(-1))
+        return values
     if whole:
         values[..., : whole * block].unflatten(-1, (whole, block)).mul_(scales[..., :whole, None])
-    if whole * block < length:
-        values[..., whole * block :].mul_(scales[..., whole:])
+    values[..., whole * block :].mul_(scales[..., whole:])
     return values
 
 

@@ -26,7 +26,7 @@ FAULTS: dict[str, tuple[str, str, str]] = {
     "Bjorck constant": ("eigenbasis.py", "1.5 * basis - 0.5 *", "1.5 * basis - 0.499 *"),
     "owner choice": ("plan.py", "owners[index] = owner", "owners[index] = owner = 0"),
     "offset of a piece": ("plan.py", "column=piece.column - block.column)", "column=0)"),
-    "graft norm": ("grafting.py", "(norms[:, 1] + 1e-12)", "(norms[:, 1] + 1e-4)"),
+    "graft norm": ("grafting.py", "(directions + 1e-12)", "(directions + 1e-4)"),
     "step count": ("preconditioner.py", "self.step += 1", "self.step += 1 if self.step else 2"),
     "checksum": ("checkpoint/files.py", "if found != checksum:", "if len(found) != len(checksum):"),
     "schedule phase": ("schedule.py", "(phase + (after != phase) + turn", "(phase + turn"),

@@ -19,6 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from sharded_shampoo4 import Shampoo4, checkpoint, distributor, linalg
 from sharded_shampoo4.distributor import Distributor
+from sharded_shampoo4.exchange import Exchange
 from sharded_shampoo4.factors import FactorPool
 from sharded_shampoo4.grafting import Grafting
 from sharded_shampoo4.preconditioner import Preconditioner
@@ -46,8 +47,8 @@ PLACES: dict[str, tuple[Any, str, int]] = {
     "last batch": (Distributor, "_directions", -1),
     "statistics": (FactorPool, "absorb", 0),
     "roots": (FactorPool, "invert", 0),
-    "products": (Preconditioner, "directions", 1),
-    "packing": (torch, "cat", 0),
+    "products": (Preconditioner, "precondition", 1),
+    "packing": (Exchange, "_pack", 0),
     "writing": (torch, "_foreach_copy_", 0),
     "writing the last": (torch, "_foreach_copy_", -1),
     "norms": (Grafting, "note", 0),

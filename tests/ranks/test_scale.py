@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sharded_shampoo4 import MemoryEstimate, Shampoo4, estimate_memory, plan
-from sharded_shampoo4.exchange import Exchange
+from sharded_shampoo4.distributor import Distributor
 from sharded_shampoo4.layout import cut_blocks, matrix_shape
 from sharded_shampoo4.plan import Plan, PlannedMatrix, Shard
 
@@ -106,14 +106,14 @@ def most_in_flight(host: str, depth: int, batch_elements: int, monkeypatch: pyte
     optimizer = Shampoo4(hosts.named(model, host).items(), **EVERY_STEP, min_quant_numel=0)
     train(model, host, optimizer, 4)
     alive = MostAlive()
-    run: Callable[..., None] = Exchange.run
+    precondition = Distributor.precondition
 
-    def watched(*args: Any) -> None:
+    def watched(distributor: Distributor) -> None:
         with alive:
-            run(*args)
+            precondition(distributor)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Exchange, "run", watched)
+        patch.setattr(Distributor, "precondition", watched)
         train(model, host, optimizer, 1)
     return alive.most
 

@@ -38,7 +38,7 @@ def due(steps: int, **options: Any) -> tuple[list[int], list[int]]:
             statistics.append(step)
         if matrix.root_due(block, 0):
             roots.append(step)
-        assert matrix.check_due == (step in statistics or step in roots)
+        assert matrix.due.check == (step in statistics or step in roots)
         assert matrix.rooted == bool(roots) and matrix.roots == len(roots)
     return statistics, roots
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Sequence
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from sharded_shampoo4.layout import Block, cut_blocks, interval_pieces
 from sharded_shampoo4.plan import Plan, PlannedMatrix, Shard
+from sharded_shampoo4.routes import Routes, Way
 
 
 @settings(max_examples=300, deadline=None)
@@ -82,6 +85,62 @@ def test_every_element_travels_once_there_and_back(plan: Plan) -> None:
     assert sent == plan.elements_sent()
     owned = sorted(member for batches in plan.batches for batch in batches for member in batch)
     assert owned == sorted(plan.blocks)
+
+
+def carry(ways: Sequence[Way], sources: Sequence[Sequence[Tensor]], targets: Sequence[Sequence[Tensor]]) -> None:
+    """Do for all ranks what an exchange does for each."""
+    sent = []
+    for way, tensors in zip(ways, sources, strict=True):
+        vectors = [view.flatten() for view in way.outgoing.views(tensors)]
+        sent.append(torch.cat([torch.empty(0, dtype=torch.int64), *vectors]).split(way.sent))
+    for rank, (way, tensors) in enumerate(zip(ways, targets, strict=True)):
+        received = [message[rank] for message in sent]
+        assert [len(part) for part in received] == way.received
+        pairs = zip(way.incoming.views(tensors), way.incoming.cut(torch.cat(received)), strict=True)
+        before, after = way.here
+        for view, values in [*pairs, *zip(after.views(tensors), before.views(sources[rank]), strict=True)]:
+            assert view.shape == values.shape
+            view.copy_(values)
+
+
+@settings(max_examples=150, deadline=None)
+@given(plans(), st.data())
+def test_routes_bring_chosen_gradients_to_the_owners_and_directions_back(plan: Plan, data: st.DataObject) -> None:
+    """Gradients count their elements, directions are gradients plus 1000; what stays away is -1."""
+    flags = st.lists(st.booleans(), min_size=len(plan.matrices), max_size=len(plan.matrices))
+    active = data.draw(flags)
+    directed = [a and d for a, d in zip(active, data.draw(flags), strict=True)]
+    everyone = range(plan.world_size)
+    held = [[torch.arange(*matrix.shards[rank][:2]) for matrix in plan.matrices] for rank in everyone]
+    padded = [[torch.cat([torch.zeros(2, dtype=torch.int64), shard])[2:] for shard in shards] for shards in held]
+    written = [[torch.full_like(shard, -1) for shard in shards] for shards in held]
+    numbers = [torch.arange(matrix.shape[0] * matrix.shape[1]).view(matrix.shape) for matrix in plan.matrices]
+    for parts in zip(*(Routes(plan, rank).parts(active, directed) for rank in everyone), strict=True):
+        blocks = [[plan.blocks[number] for number in part.blocks] for part in parts]
+        batches = [
+            [torch.full((len(members), members[0].block.rows, members[0].block.columns), -1)] if members else []
+            for members in blocks
+        ]
+        carry([part.gradients for part in parts], padded, batches)
+        for part, rank, members, batch in zip(parts, everyone, blocks, batches, strict=True):
+            assert members == [plan.batches[rank][part.number][position] for position in part.chosen]
+            for values, (index, block) in zip(batch[0] if batch else [], members, strict=True):
+                assert active[index] and torch.equal(values, numbers[index][block.slices])
+        carry([part.directions for part in parts], [[batch + 1000 for batch in some] for some in batches], written)
+    for shards, directions in zip(held, written, strict=True):
+        for shard, values, comes_back in zip(shards, directions, directed, strict=True):
+            assert torch.equal(values, shard + 1000 if comes_back else torch.full_like(shard, -1))
+
+
+def test_blocks_that_lie_alike_are_copied_as_one() -> None:
+    """A matrix that is cut by rows, in one process: all of its blocks in a batch are one piece."""
+    whole = (Shard(0, 12 * 4),)
+    tall = PlannedMatrix("tall", (12, 4), tuple(cut_blocks((12, 4), 4, "even")), whole)
+    wide = PlannedMatrix("wide", (4, 12), tuple(cut_blocks((4, 12), 4, "even")), whole)
+    (part,) = Routes(Plan([tall, wide], 1), 0).parts([True, True], [True, True])
+    tensors = [torch.zeros(12, 4), torch.zeros(4, 12)]
+    shapes = [tuple(view.shape) for view in part.gradients.here[0].views(tensors)]
+    assert shapes == [(48,), (3, 4, 4)]
 
 
 def sharded_rows(name: str, shape: tuple[int, int], world_size: int, limit: int = 1024) -> PlannedMatrix:
