@@ -17,11 +17,11 @@ from torch.distributed.tensor import DTensor
 # isort: split
 import memory_report  # found through launching
 from bench.blocks import blocks_of
+from bench.measure import state_bytes
 from memory import models, rules
 from memory.rules import Layout
 
 from sharded_shampoo4 import Shampoo4, estimate_memory
-from sharded_shampoo4.tensors import tensor_bytes
 
 assert Path(memory_report.__file__).parent == launching.LAUNCH
 
@@ -69,11 +69,11 @@ def test_every_reported_model_has_a_published_count() -> None:
 
 def step(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of an optimizer's states after a step on gradients of ones."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            parameter.grad = torch.ones_like(parameter)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    return tensor_bytes(optimizer.state.values())
+    return state_bytes(optimizer.state, parameters)
 
 
 def test_adamw_and_muon_keep_what_torchs_do() -> None:
