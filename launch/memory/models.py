@@ -14,6 +14,7 @@ All image models have 1000 classes and 224 x 224 images, except the small ones o
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -90,6 +91,7 @@ def build(name: str, layers: int | None = None) -> nn.Module:
     return model
 
 
+@functools.lru_cache(maxsize=512)
 def shapes_of(name: str, layers: int | None = None) -> Shapes:
     """Names and shapes of the trained parameters, tied ones once, in the order of ``model.named_parameters()``."""
     with torch.device("meta"):
