@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # node.sh CONFIG [FLAGS OF train_vit.py]: one node's part of a job on several. To be started once on each node, there:
-# by srun, as slurm/job.sh does it, or as a pod's command. Slurm, or Kubeflow's PET_* variables, say which node it is.
+# by srun, as slurm/train.sbatch does it, or as a pod's command. Slurm, or Kubeflow's PET_* variables, say which node it is.
 set -euo pipefail
 config=$1
 shift

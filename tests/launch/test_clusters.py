@@ -20,7 +20,8 @@ import yaml
 from support.launching import LAUNCH, ROOT, SCRIPTS, environment, free_port, losses
 
 CONFIGS = ("ddp", "fsdp2", "hsdp", "zero3")
-BASH = [LAUNCH / "node.sh", LAUNCH / "slurm/job.sh", *(LAUNCH / f"slurm/{config}.sbatch" for config in CONFIGS)]
+JOB = "launch/slurm/train.sbatch"
+BASH = [LAUNCH / "node.sh", LAUNCH / "slurm/train.sbatch"]
 MANIFESTS = ("trainjob", "pytorchjob")
 FLAGS = (
     *("--max_train_steps", 12, "--max_train_samples", 640, "--max_eval_samples", 128, "--num_hidden_layers", 2),
@@ -74,25 +75,27 @@ def test_scripts_are_sound(script: Path) -> None:
         subprocess.run(["shellcheck", script], check=True)
 
 
-def test_sbatch_files_ask_for_what_a_requeued_job_needs() -> None:
-    asked = []
-    for config in CONFIGS:
-        lines = (LAUNCH / f"slurm/{config}.sbatch").read_text().splitlines()
-        options = dict((line.removeprefix("#SBATCH --") + "=").split("=")[:2] for line in lines if "#SBATCH" in line)
-        assert options.pop("job-name") == f"vit-{config}"
-        assert lines[-1] == f'exec bash launch/slurm/job.sh {config} "$@"'
-        asked.append(options)
-    assert all(options == asked[0] for options in asked)
-    assert {"nodes": "2", "ntasks-per-node": "1", "requeue": "", "open-mode": "append"}.items() <= asked[0].items()
-    assert re.fullmatch(r"B:USR1@\d+", asked[0]["signal"])  # to the batch shell alone; job.sh hands it on
-    assert "%j" in asked[0]["output"]  # the same after a requeue, hence append
+def test_the_sbatch_file_asks_for_what_a_requeued_job_needs() -> None:
+    lines = (ROOT / JOB).read_text().splitlines()
+    options = dict((line.removeprefix("#SBATCH --") + "=").split("=")[:2] for line in lines if "#SBATCH" in line)
+    assert {"nodes": "2", "ntasks-per-node": "1", "requeue": "", "open-mode": "append"}.items() <= options.items()
+    assert re.fullmatch(r"B:USR1@\d+", options["signal"])  # to the batch shell alone, which hands it on
+    assert "%j" in options["output"]  # the same after a requeue, hence append
+    first_command = next(number for number, line in enumerate(lines) if line and not line.startswith("#"))
+    assert not any("#SBATCH" in line for line in lines[first_command:]), "Slurm reads none after the first command"
+
+
+def test_a_job_needs_a_configuration(cluster: Path) -> None:
+    env = job_environment(cluster)
+    failed = subprocess.run(["bash", JOB], cwd=cluster, env=env, capture_output=True, text=True, timeout=30)
+    assert failed.returncode != 0 and "which file of launch/configs" in failed.stderr
 
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_each_node_launches_its_own_part(config: str, cluster: Path) -> None:
     launches = recorded_launches(cluster)
     next(launches)
-    command = ["bash", f"launch/slurm/{config}.sbatch", "--learning_rate", "0.1"]
+    command = ["bash", JOB, config, "--learning_rate", "0.1"]
     env = job_environment(cluster, SLURM_GPUS_ON_NODE=8, SLURM_CPUS_PER_TASK=16)
     subprocess.run(command, cwd=cluster, env=env, check=True, timeout=30)
     nodes = sorted(launches, key=lambda arguments: option(arguments, "--machine_rank"))
@@ -117,7 +120,7 @@ def test_each_node_launches_its_own_part(config: str, cluster: Path) -> None:
 def test_a_job_that_fails_is_not_requeued(cluster: Path) -> None:
     stand_in(cluster / "bin/accelerate", "exit 1")
     env = job_environment(cluster)
-    failed = subprocess.run(["bash", "launch/slurm/ddp.sbatch"], cwd=cluster, env=env, timeout=30)
+    failed = subprocess.run(["bash", JOB, "ddp"], cwd=cluster, env=env, timeout=30)
     assert failed.returncode == 1
     assert not (cluster / "requeued").exists()
 
@@ -125,7 +128,7 @@ def test_a_job_that_fails_is_not_requeued(cluster: Path) -> None:
 @pytest.mark.slow
 def test_usr1_saves_and_requeues_and_the_next_start_goes_on(cluster: Path) -> None:
     """Two nodes with a process each, as two launchers here; losses equal those of an uninterrupted run on two pods."""
-    command = list(map(str, ("bash", "launch/slurm/fsdp2.sbatch", *FLAGS)))
+    command = list(map(str, ("bash", JOB, "fsdp2", *FLAGS)))
     env, output = job_environment(cluster, MASTER_PORT=free_port()), cluster / "runs/vit-7"
     with (cluster / "log").open("w+") as log:
         job = subprocess.Popen(command, cwd=cluster, env=env, stdout=log, stderr=log)

@@ -1,7 +1,8 @@
 """Every file of launch/configs, launched for three steps on the CPU: it runs what it claims. And train_trainer.py.
 
-Files that test_accelerate.py launches, for longer, are not launched again. There, each launcher really runs; here all
-workers are forked (support/forked.py). The JSON files are launched as torchrun does.
+So do the flags of ``accelerate launch`` that launch/README.md names for bf16 and for two machines. Files that
+test_accelerate.py launches, for longer, are not launched again. There, each launcher really runs; here all workers are
+forked (support/forked.py). The JSON files are launched as torchrun does.
 
 All but one of each kind are slow.
 """
@@ -53,20 +54,20 @@ class Claim:
 
 FSDP2 = Claim("FSDP2 on 2 processes", sharded_between_passes=True)
 BOTH = ("offload_optimizer", "offload_param")
+BF16, TWO_MACHINES = "--mixed_precision bf16", "--num_machines 2"
+# A file, and flags of accelerate launch beside it.
 CLAIMS = {
     "single.yaml": Claim("one process"),
-    "ddp-bf16.yaml": Claim("DDP on 2 processes", computes_in="bfloat16"),
-    "ddp-2nodes.yaml": Claim("DDP on 2 processes"),
+    f"ddp.yaml {BF16}": Claim("DDP on 2 processes", computes_in="bfloat16"),
+    f"ddp.yaml {TWO_MACHINES}": Claim("DDP on 2 processes"),
     "fsdp1.yaml": Claim("FSDP1 on 2 processes"),
-    "fsdp2-bf16.yaml": Claim(FSDP2.host, computes_in="bfloat16", sharded_between_passes=True),
-    "fsdp2-grad-op.yaml": Claim(FSDP2.host),
-    "fsdp2-2nodes.yaml": FSDP2,
-    "hsdp-2nodes.yaml": Claim("HSDP 2x2 on 4 processes", sharded_between_passes=True),
+    f"fsdp2.yaml {BF16}": Claim(FSDP2.host, computes_in="bfloat16", sharded_between_passes=True),
+    "fsdp2.yaml --fsdp_reshard_after_forward false": Claim(FSDP2.host),
+    f"fsdp2.yaml {TWO_MACHINES}": FSDP2,
+    f"hsdp.yaml {TWO_MACHINES}": Claim("HSDP 2x2 on 4 processes", sharded_between_passes=True),
     "zero1.yaml": Claim("ZeRO-1 on 2 processes"),
-    "zero1.json": Claim("ZeRO-1 on 2 processes", names_the_optimizer=True),
-    "zero2-client.json": Claim("ZeRO-2 on 2 processes"),
-    "zero3-bf16.yaml": Claim("ZeRO-3 on 2 processes", computes_in="bfloat16"),
-    "zero3-2nodes.yaml": Claim("ZeRO-3 on 2 processes"),
+    f"zero3.yaml {BF16}": Claim("ZeRO-3 on 2 processes", computes_in="bfloat16"),
+    f"zero3.yaml {TWO_MACHINES} --deepspeed_multinode_launcher standard": Claim("ZeRO-3 on 2 processes"),
     "zero3-offload.yaml": Claim("ZeRO-3 on 2 processes", offloaded=BOTH),
     "zero3-offload.json": Claim("ZeRO-3 on 2 processes", offloaded=BOTH, names_the_optimizer=True),
     "zero3-offload-client.json": Claim("ZeRO-3 on 2 processes", offloaded=BOTH),
@@ -99,13 +100,14 @@ STEPS = 23  # of an epoch: 1437 images, 64 a step
 
 
 def by_file(name: str, folder: Path) -> list[Process]:
-    """Train by a file of launch/configs as it stands: a result for every launcher that this takes."""
+    """Train by a file of launch/configs and flags beside it: a result for every launcher that this takes."""
+    name, *flags = name.split()
     file, script = LAUNCH / "configs" / name, (SCRIPT, "--output_dir", folder, *FLAGS)
     if file.suffix == ".json":
         return [forked.run(*TORCHRUN, *script, "--deepspeed_config", file)]
-    if "2nodes" not in name:
-        return [forked.run(*ACCELERATE, file, *script)]
-    meeting = ("--main_process_ip", "127.0.0.1", "--main_process_port", free_port())
+    if "--num_machines" not in flags:
+        return [forked.run(*ACCELERATE, file, *flags, *script)]
+    meeting = (*flags, "--main_process_ip", "127.0.0.1", "--main_process_port", free_port())
     return forked.run_machines([(*ACCELERATE, file, *meeting, "--machine_rank", rank, *script) for rank in range(2)])
 
 
@@ -135,7 +137,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 
 def test_every_file_is_launched() -> None:
-    assert {path.name for path in (LAUNCH / "configs").iterdir()} == CLAIMS.keys() | ELSEWHERE
+    files = {name.split()[0] for name in CLAIMS}
+    assert {path.name for path in (LAUNCH / "configs").iterdir()} == files | ELSEWHERE
 
 
 @pytest.mark.parametrize("name", slow_but_for(["fsdp1.yaml", "zero3-offload.json"], CLAIMS))

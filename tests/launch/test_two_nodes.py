@@ -52,10 +52,10 @@ def folder(tmp_path: Path) -> Path:
 
 
 def submit(slurm: Slurm, folder: Path, config: str, *flags: object) -> str:
-    """Submit a file of launch/slurm for two processes on each node, and give the job's number."""
+    """Submit launch/slurm/train.sbatch for two processes on each node, and give the job's number."""
     options = ("--parsable", f"--chdir={folder}", "--gpus-per-node=0", "--time=00:20:00")
-    file = folder / f"launch/slurm/{config}.sbatch"
-    return slurm.run("sbatch", *options, file, *FLAGS, *flags, env={**programs(), "PROCS_PER_NODE": "2"})
+    file = folder / "launch/slurm/train.sbatch"
+    return slurm.run("sbatch", *options, file, config, *FLAGS, *flags, env={**programs(), "PROCS_PER_NODE": "2"})
 
 
 def wait(slurm: Slurm, job: str, *states: str, seconds: float = 300) -> None:
@@ -75,7 +75,7 @@ def said(folder: Path) -> str:
 
 def test_a_job_asked_to_stop_is_requeued_and_goes_on(slurm: Slurm, folder: Path) -> None:
     job = submit(slurm, folder, "fsdp2", "--max_train_steps", 30)
-    output = folder / f"runs/vit-fsdp2-{job}"
+    output = folder / f"runs/vit-{job}"
     deadline = time.monotonic() + 200
     while not ((log := output / "metrics.jsonl").exists() and log.read_text().count("\n") >= 3):
         assert time.monotonic() < deadline and slurm.state(job)["JobState"] in ("PENDING", "RUNNING"), said(folder)
@@ -95,10 +95,10 @@ def test_a_job_asked_to_stop_is_requeued_and_goes_on(slurm: Slurm, folder: Path)
 
 
 @pytest.mark.parametrize(("config", "host"), [("ddp", "DDP"), ("hsdp", "HSDP 2x2"), ("zero3", "ZeRO-3")], ids=str)
-def test_every_sbatch_file_trains_on_both_nodes(config: str, host: str, slurm: Slurm, folder: Path) -> None:
+def test_every_configuration_trains_on_both_nodes(config: str, host: str, slurm: Slurm, folder: Path) -> None:
     job = submit(slurm, folder, config, "--max_train_steps", 7)
     wait(slurm, job, "COMPLETED")
-    results = json.loads((folder / f"runs/vit-{config}-{job}/all_results.json").read_text())
+    results = json.loads((folder / f"runs/vit-{job}/all_results.json").read_text())
     assert (results["processes"], results["steps"]) == (4, 7), results
     assert host in results["host"]
 
