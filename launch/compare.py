@@ -6,9 +6,9 @@
     python launch/compare.py --output_dir runs/modes --modes -- --dataset_name fashion-mnist --decay_all
 
 What stands after ``--`` goes to train_vit.py. A run that has finished is not made again, one that was cut off goes on.
-``--ablation`` varies code book, what is quantised, rectification and bits, as the paper's table 3 does, and prints the
+``--ablation`` varies code book, what is quantized, rectification and bits, as the paper's table 3 does, and prints the
 errors of its tables 1 and 5 on a preconditioner of the 32-bit run. ``--modes`` takes each option that makes the state
-smaller or the steps more even by itself, and those of ``compact_settings()`` together.
+smaller or the steps more even by itself, and those of the compact preset together.
 
 A table over seeds and ``comparison.png``: training loss by step and by time, accuracy by epoch, state bytes. "kept" is
 the share of 32-bit Shampoo's gain over AdamW in the last epoch's training loss, over the seeds that all three have.
@@ -31,15 +31,13 @@ from plots import LIGHT_GREY, SERIES, format_bytes, picture
 from quantization_errors import print_errors
 from rich.console import Console
 from rich.table import Table
+from vit.optim import OPTIMIZERS as NAMED
 from vit.report import read_lines
 
 TRAIN = Path(__file__).with_name("train_vit.py")
 
 # What is compared: flags of train_vit.py by the folder's name.
-OPTIMIZERS: dict[str, tuple[str, ...]] = {
-    name: ("--optimizer", name)
-    for name in ("adamw", "shampoo32", "shampoo4", "shampoo4-naive", "shampoo4-compact", "sgd")
-}
+OPTIMIZERS: dict[str, tuple[str, ...]] = {name: ("--optimizer", name) for name in NAMED}
 _VARIANTS: dict[str, tuple[str, ...]] = {
     "naive": ("--optimizer", "shampoo4-naive"),
     "tree": ("--optimizer", "shampoo4", "--codebook", "dynamic_tree"),
@@ -58,11 +56,11 @@ _MODES: dict[str, tuple[str, ...]] = {
     "iterations": ("--refresh_iterations", "2"),
     "staggered": ("--refresh", "staggered"),
     "products": ("--matmul_dtype", "bfloat16"),
+    "compact-staggered": ("--preset", "compact", "--refresh", "staggered"),
 }
 MODES = {
     **{name: OPTIMIZERS[name] for name in ("adamw", "shampoo32", "shampoo4", "shampoo4-compact")},
     **{name: ("--optimizer", "shampoo4", *flags) for name, flags in _MODES.items()},
-    "compact-staggered": (*OPTIMIZERS["shampoo4-compact"], "--refresh", "staggered"),
 }
 # How tables say that an option differs from its default; the first four are part of the compact preset.
 _WORDS: dict[tuple[str, Any], str] = {
@@ -88,7 +86,8 @@ def label_of(results: dict[str, Any]) -> str:
         return f"{by_deepspeed['type']} of a DeepSpeed configuration"
     if not name.startswith("shampoo4"):
         return {"adamw": "AdamW", "shampoo32": "32-bit Shampoo", "sgd": "SGD"}[name]
-    options = results["optimizer_options"]
+    # Older runs have all options in one place.
+    options = {**results["options"], **NAMED[name], **results.get("optimizer_options", {})}
     own = [(key, tuple(value) if isinstance(value, list) else value) for key, value in options.items()]
     found = [place for place in _WORDS if place in own]
     preset = list(_WORDS)[:4]
@@ -137,8 +136,7 @@ def read_runs(folders: Sequence[Path]) -> Runs:
     if len({label.rpartition(", ")[2] for label in runs}) == 1:  # all as long: no need to say it
         runs = {label.rpartition(", ")[0]: seeds for label, seeds in runs.items()}
     order = ("AdamW", "SGD", "32-bit", "4-bit", "3-bit", "8-bit")
-    place = {label: next((i for i, start in enumerate(order) if label.startswith(start)), len(order)) for label in runs}
-    labels = sorted(runs, key=place.__getitem__)
+    labels = sorted(runs, key=lambda label: next((i for i, each in enumerate(order) if label.startswith(each)), 6))
     return {label: dict(sorted(runs[label].items())) for label in labels}
 
 
@@ -222,17 +220,12 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, l
     add = parser.add_argument
     add("runs", nargs="*", type=Path, help="output folders of finished runs")
     add("--output_dir", type=Path, help="make runs in this folder, and compare what it holds")
-    add(
-        "--optimizers",
-        nargs="+",
-        choices=list(OPTIMIZERS),
-        default=list(OPTIMIZERS)[:4],
-        help="what to train (all but compact and sgd)",
-    )
+    usual = ["adamw", "shampoo32", "shampoo4", "shampoo4-naive"]
+    add("--optimizers", nargs="+", choices=list(OPTIMIZERS), default=usual, help="what to train (all but compact, sgd)")
     add("--seeds", nargs="+", type=int, default=[0], help="one run of each optimizer for each (0)")
     sets = parser.add_mutually_exclusive_group()
     for name, help in (
-        ("--ablation", "code book, what is quantised, rectification, 4 and 3 bits"),
+        ("--ablation", "code book, what is quantized, rectification, 4 and 3 bits"),
         ("--modes", "roots, scales, levels, QR steps, staggered factors, bfloat16 products, compact settings"),
     ):
         sets.add_argument(name, action="store_true", help=help)
@@ -262,12 +255,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     draw(runs, args.output)
     print(f"picture  {args.output}")
     if args.ablation:
-        newest = max((args.output_dir / f"shampoo32-seed{args.seeds[0]}").glob("checkpoint-*"), key=_step)
-        print_errors(newest / "shampoo4")
-
-
-def _step(folder: Path) -> int:
-    return int(folder.name.rpartition("-")[2])
+        (checkpoint,) = (args.output_dir / f"shampoo32-seed{args.seeds[0]}").glob("checkpoint-*/shampoo4")
+        print_errors(checkpoint)
 
 
 if __name__ == "__main__":

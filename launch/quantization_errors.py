@@ -29,7 +29,7 @@ from sharded_shampoo4.options import PreconditionerOptions
 BLOCK = 64  # elements that share a scale
 MATRIX_EPS = 1e-6
 RECTIFY_STEPS = 4
-# Code book, bits, what is quantised, whether the eigenbasis is rectified: as in table 1, then with 3 bits and "normal".
+# Code book, bits, what is quantized, whether the eigenbasis is rectified: as in table 1, then with 3 bits and "normal".
 WAYS = [
     *((book, 8, "A", False) for book in ("dynamic_tree", "linear2")),
     *(
@@ -135,29 +135,25 @@ def _compare(found: Tensor, exact: Tensor) -> tuple[float, float]:
 
 
 def print_errors(folder: Path) -> None:
-    """The table for the largest preconditioner of a checkpoint, and for a synthetic matrix."""
+    """Print the tables for the largest preconditioner of a checkpoint, and for a synthetic matrix."""
     name, matrix = largest_preconditioner(folder)
     spectrum = torch.linalg.eigvalsh(matrix)
     name += f" (condition {(spectrum[-1] / spectrum[0].clamp_min(1e-30)).item():.3g})"
     matrices = {name: matrix, "two eigenvalues, order 1200": two_eigenvalues()}
+    title = "error of A^(-1/4): relative / angle in degrees"
     found = {name: errors(each) for name, each in matrices.items()}
-    table = Table(title="error of A^(-1/4): relative / angle in degrees")
-    for column in ("code book", "bits", "quantised", "rectified", *found):
-        table.add_column(column, justify="left" if column in ("code book", "quantised") else "right")
-    for way in WAYS:
-        codebook, bits, what, rectified = way
-        cells = [f"{error:.4f} / {angle:.3f}" for error, angle in (each[way] for each in found.values())]
-        table.add_row(codebook, str(bits), what, "yes" if rectified else "", *cells)
-    console = Console(width=150)
-    console.print(table)
+    _print_table(title, ("code book", "bits", "quantized", "rectified"), found)
     layouts = {name: layout_errors(each) for name, each in matrices.items()}
-    table = Table(title="error of A^(-1/4) as factors store it: relative / angle in degrees / bits an element")
-    for column in ("layout", "bits", *layouts):
-        table.add_column(column, justify="left" if column == "layout" else "right")
-    for layout, bits in next(iter(layouts.values())):
-        cells = [each[layout, bits] for each in layouts.values()]
-        table.add_row(layout, str(bits), *(f"{error:.4f} / {angle:.3f} / {size:.2f}" for error, angle, size in cells))
-    console.print(table)
+    _print_table(f"{title} / bits an element, as factors store it", ("layout", "bits"), layouts)
+
+
+def _print_table(title: str, keys: tuple[str, ...], found: dict[str, dict[Any, tuple[float, ...]]]) -> None:
+    """A line for each way that all of ``found`` have, with the numbers of each."""
+    table = Table(*keys, *found, title=title)
+    for way in next(iter(found.values())):
+        words = [("yes" if part else "") if isinstance(part, bool) else str(part) for part in way]
+        table.add_row(*words, *(" / ".join(f"{number:.4g}" for number in each[way]) for each in found.values()))
+    Console(width=150).print(table)
 
 
 def main() -> None:
