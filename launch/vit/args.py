@@ -178,12 +178,6 @@ class TrainingArguments:
             raise ValueError(f"--checkpointing_steps must be 'epoch' or at least 1, got {every}")
 
 
-class ShampooArguments(Shampoo4Arguments):
-    """The options of Shampoo4, in a group of their own."""
-
-    _argument_group_name = "Shampoo4 (not for --optimizer adamw and sgd; intervals are 10 and 50 here)"
-
-
 @dataclass
 class Arguments:
     """All options of a run, every default settled."""
@@ -201,9 +195,10 @@ class Arguments:
 def parse_args(argv: Sequence[str] | None = None) -> Arguments:
     """Parse and check the command line, and the recipe that it names; a wrong one ends the program with a message."""
     parser = HfArgumentParser(
-        (DataArguments, ModelArguments, TrainingArguments, ShampooArguments),
+        (DataArguments, ModelArguments, TrainingArguments, Shampoo4Arguments),
         description="Train a vision transformer, with 4-bit Shampoo or an optimizer to compare it with: one process, "
-        "or many under torchrun, accelerate launch or deepspeed. launch/README.md shows how.",
+        "or many under torchrun, accelerate launch or deepspeed. launch/README.md shows how. Runs are short here: "
+        "Shampoo's intervals are 10 and 50 steps unless they or a preset are given.",
         usage="%(prog)s [options]",
         allow_abbrev=False,
     )
