@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
@@ -20,9 +19,9 @@ from .base_options import check_group, expand_preset
 from .bindings import Bindings
 from .context import own_arithmetic
 from .distributor import Distributor
-from .hosts import Host, find_host
-from .joining import Joinable, SteppingTogether, notify
-from .members import Entry, Members
+from .hosts import Host
+from .joining import Joinable, notify
+from .members import Members
 from .options import (
     PRESETS,
     Bits,
@@ -40,24 +39,13 @@ from .options import (
     Split,
     takes_preset,
 )
-from .packing import PackedState
 from .placement import check_process_group, local_tensor
-from .state_dict import (
-    FORMAT_VERSION,
-    PIECES_KEY,
-    VERSION_KEY,
-    all_factors,
-    held_back,
-    join,
-    own_pieces,
-    packed_factors,
-    read,
-    without_marks,
-)
+from .saving import SavedStates
+from .state_dict import FORMAT_VERSION, VERSION_KEY
 from .tensors import tensor_bytes
 
 
-class Shampoo4(SteppingTogether):
+class Shampoo4(SavedStates):
     """Shampoo with preconditioners kept as eigenvalues and a 4-bit eigenbasis (Wang et al., NeurIPS 2024).
 
     Every parameter with a matrix view (size-1 dimensions dropped, reshaped to (first, rest), rank 2) is cut into
@@ -293,20 +281,11 @@ class Shampoo4(SteppingTogether):
             in_earnest = any(self.state.values()) or any(bool(gradient.any()) for gradient in gradients)
         return not binding.ranks.any([in_earnest])[0]
 
-    def _current(self) -> list[Tensor]:
-        """What stands in the groups, in their order."""
-        return [parameter for group in self.param_groups for parameter in group["params"]]
-
     @property
     def process_group(self) -> dist.ProcessGroup | Literal["alone"] | None:
         """The ranks that were given to the constructor."""
         chosen: dist.ProcessGroup | Literal["alone"] | None = self._process_group
         return chosen
-
-    @property
-    def host(self) -> Host:
-        """The framework that arranges the parameters: known for good from the first step on."""
-        return self._members.host
 
     def use_host(self, host: Host) -> None:
         """Be told by a framework's adapter where parameters lie that cannot tell it themselves (FSDP1)."""
@@ -322,118 +301,6 @@ class Shampoo4(SteppingTogether):
         self._members.follow(self.param_groups)
         self._members.name_by(model, anew)
         self._members.plain_names()
-
-    # -- states --------------------------------------------------------------------------------------------------------
-
-    def attach(self, calling: str, model: torch.nn.Module | None) -> tuple[Bindings, list[Entry]]:
-        """Bind all parameters as they are now, between steps; collective. For portable checkpoints.
-
-        Args:
-            calling: the call in which that is done, for messages.
-            model: wrapped as it is, which tells names that are missing, or None.
-
-        Returns:
-            what is bound, and a record of every parameter in the groups.
-        """
-        return self._bindings, self._bindings.bind_all(self.param_groups, self.state, self, calling, model)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's states and, for each preconditioned parameter, its factors as one uint8 vector.
-
-        ``["state"][i]["preconditioner"]`` is a copy; the base's tensors are the live ones, as in torch. Everything
-        loads with ``torch.load(weights_only=True)``. Under DeepSpeed's ZeRO 1, 2 and 3, which save every rank's state,
-        it holds this rank's part of the factors instead, in ``["preconditioner_pieces"]``.
-        """
-        before, after = self._optimizer_state_dict_pre_hooks, self._optimizer_state_dict_post_hooks
-        for prepare in list(before.values()):
-            prepare(self)
-        with held_back(before, after):
-            found = self._joined_state_dict()
-        for change in list(after.values()):
-            replaced = change(self, found)
-            found = found if replaced is None else replaced
-        return found
-
-    def _joined_state_dict(self) -> dict[str, Any]:
-        """The base's states with the factors, before hooks have seen them."""
-        if self._members.partitioned:
-            if not set(map(id, self.state)) <= set(map(id, self._current())):
-                raise RuntimeError("ZeRO 3 takes its tensors out of the optimizer between steps: use save_checkpoint()")
-            return {**super().state_dict(), PIECES_KEY: own_pieces(self._bindings)}
-        self._bindings.let_go(self.param_groups, self.state)
-        packed = self._packed(everywhere=find_host(self, self._current()).engine is not None)
-        return join(super().state_dict(), [packed.get(parameter) for parameter in self._current()])
-
-    @own_arithmetic()
-    def consolidate_state_dict(self) -> None:
-        """Gather all factors on every rank, on the host, so that :meth:`state_dict` can be called on any of them.
-
-        Collective. Needed before ``state_dict()`` where ranks hold whole parameters or flat ones (DDP, FSDP1): programs
-        call it on one rank only there. Valid until the next step.
-        """
-        if self._bindings.spread and not self._members.partitioned:
-            self._bindings.begin("consolidate_state_dict()")
-            self._consolidated = {parameter: data.cpu() for parameter, data in all_factors(self._bindings).items()}
-
-    @own_arithmetic()
-    def _packed(self, everywhere: bool = False) -> dict[Tensor, Tensor]:
-        """The factors that a state_dict holds, without those of parameters whose states were cleared."""
-        self.host.check_state_dict()
-        cleared = self._bindings.cleared(self.state)
-        packed = self._consolidated or packed_factors(self._bindings, everywhere)
-        return {parameter: data for parameter, data in packed.items() if parameter not in cleared}
-
-    @own_arithmetic()
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` gave. Hyperparameters come from ``state_dict``, as in torch.
-
-        Raises:
-            ValueError: it was not written by this optimizer, or with options or shapes that store other bytes; nothing
-                has been changed then.
-        """
-        self.host.check_state_dict()
-        before, after = self._optimizer_load_state_dict_pre_hooks, self._optimizer_load_state_dict_post_hooks
-        state_dict = dict(state_dict)
-        for change in list(before.values()):
-            replaced = change(self, state_dict)
-            state_dict = state_dict if replaced is None else replaced
-        with held_back(before, after):
-            plain, unbound = read(state_dict, self._bindings, self.param_groups)
-            super().load_state_dict(plain)
-            self.base.load(plain, self)
-            self._members.adopt(self.param_groups)
-            self._consolidated = {}
-            self._bindings.load(unbound)
-            if not self._members.partitioned:
-                self._bindings.mark_loaded(self.state)
-        for finish in list(after.values()):
-            finish(self)
-
-    def __getstate__(self) -> dict[str, Any]:
-        if self._bindings.spread:
-            raise RuntimeError("a Shampoo4 that is spread over ranks cannot be copied or pickled: use state_dict()")
-        if self._process_group not in (None, "alone"):
-            raise RuntimeError("a Shampoo4 that has a process_group cannot be copied or pickled: use state_dict()")
-        self._bindings.let_go(self.param_groups, self.state)
-        state = super().__getstate__()
-        state["state"] = defaultdict(dict, without_marks(self.state))
-        own = {"_process_group": self._process_group, "base": self.base}
-        options = {p: PreconditionerOptions.of_group(group) for group in self.param_groups for p in group["params"]}
-        packed = {p: PackedState(options[p], data) for p, data in self._packed().items() if p in options}
-        return {**state, **own, "_consolidated": {}, "_unbound": packed}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        unbound = state.pop("_unbound", None)
-        super().__setstate__(state)
-        if unbound is not None:  # a copy: torch's load_state_dict calls this too, with the parameters as they are
-            self._process_group = state.get("_process_group")
-            Joinable.__init__(self)
-            self._members, self._advice = Members(), Advice()
-            for group in self.param_groups:
-                self._members.add(group)
-            self._bindings = Bindings(self._members, self.base.name, self._process_group)
-            self._bindings.load(unbound)
-            self._bindings.mark_loaded(self.state)
 
     # -- reports -------------------------------------------------------------------------------------------------------
 
