@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sharded_shampoo4 import Shampoo4, checkpoint
 from sharded_shampoo4.checkpoint.files import write_manifest
+from sharded_shampoo4.members import Members
 from sharded_shampoo4.options import PreconditionerOptions
 
 
@@ -243,6 +244,20 @@ def test_flipped_bits_never_load_as_numbers(tmp_path: Path) -> None:
         path.write_bytes(whole)
     assert snapshot(optimizer) == before
     checkpoint.load(optimizer, tmp_path)
+
+
+def test_parameters_are_listed_once_for_a_save_and_once_for_a_load(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = Training("none")
+    training.train(FIRST)
+    listed = []
+    calls = Members.calls
+    monkeypatch.setattr(Members, "calls", lambda self, groups: listed.append(1) or calls(self, groups))
+    checkpoint.save(training.optimizer, tmp_path, model=training.model)
+    assert len(listed) == 1
+    checkpoint.load(training.optimizer, tmp_path, model=training.model)
+    assert len(listed) == 2
 
 
 def test_a_new_save_replaces_the_old_one_and_leaves_nothing_else(tmp_path: Path) -> None:
