@@ -19,6 +19,7 @@ from .placement import local_tensor
 from .plan import Owned, Plan, Shard, Work
 from .preconditioner import Due, Matrix, Preconditioner, fresh_block
 from .ranks import OWN_MODELS, Company, Ranks
+from .report import shorten
 
 _WAYS_OUT = (
     f"{OWN_MODELS}; torch's ZeroRedundancyOptimizer, which gives every rank some parameters, takes "
@@ -280,12 +281,14 @@ def _try_solvers(device: torch.device, dtypes: Iterable[str]) -> None:
 def _check_agreement(everyone: list[list[tuple[str, tuple[int, int], dict[str, Any], Shard]]]) -> None:
     """Raise ValueError unless all ranks have the same parameters with the same options."""
     first = everyone[0]
+    names = [name for name, *_ in first]
     for rank, other in enumerate(everyone):
-        if [name for name, *_ in other] != [name for name, *_ in first]:
+        others = [name for name, *_ in other]
+        if others != names:
             raise ValueError(
-                f"ranks precondition different parameters: rank 0 {_few([d[0] for d in first])}, "
-                f"rank {rank} {_few([d[0] for d in other])}: they must give Shampoo4 the same ones in the same order. "
-                f"It spreads its work by itself; {_WAYS_OUT}"
+                f"ranks precondition different parameters: rank 0 {len(names)} ({shorten(names)}), "
+                f"rank {rank} {len(others)} ({shorten(others)}): they must give Shampoo4 the same ones in the same "
+                f"order. It spreads its work by itself; {_WAYS_OUT}"
             )
         for (name, shape, options, _), (_, other_shape, other_options, _) in zip(first, other, strict=True):
             if shape != other_shape:
@@ -299,7 +302,3 @@ def _check_agreement(everyone: list[list[tuple[str, tuple[int, int], dict[str, A
                         f"{option} of {name} is {value!r} on rank 0 and {other_options[option]!r} on rank {rank}; "
                         f"{OWN_MODELS}"
                     )
-
-
-def _few(names: list[str]) -> str:
-    return f"{len(names)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
