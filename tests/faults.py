@@ -26,6 +26,7 @@ FAULTS: dict[str, tuple[str, str, str]] = {
     "Bjorck constant": ("eigenbasis.py", "1.5 * basis - 0.5 *", "1.5 * basis - 0.499 *"),
     "owner choice": ("plan.py", "owners[index] = owner", "owners[index] = owner = 0"),
     "offset of a piece": ("plan.py", "column=piece.column - block.column)", "column=0)"),
+    "pieces as one": ("routes.py", "step == side[start + 1].offset - side[start].offset", "True"),
     "graft norm": ("grafting.py", "(directions + 1e-12)", "(directions + 1e-4)"),
     "step count": ("preconditioner.py", "self.step += 1", "self.step += 1 if self.step else 2"),
     "checksum": ("checkpoint/files.py", "if found != checksum:", "if len(found) != len(checksum):"),
