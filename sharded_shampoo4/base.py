@@ -226,7 +226,7 @@ class Base:
             if not portable:
                 raise ValueError(
                     f"base={self.name} of {self.rule.__module__} keeps {key} of {name} ({kind}), which is neither a "
-                    "number nor an elementwise state that can dequantise itself: a portable checkpoint cannot hold it. "
+                    "number nor an elementwise state that can dequantize itself: a portable checkpoint cannot hold it. "
                     "Save optimizer.state_dict() with torch.save, or use another base, such as torchao's low-bit "
                     "optimizers"
                 )
