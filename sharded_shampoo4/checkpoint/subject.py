@@ -31,8 +31,7 @@ class Held(NamedTuple):
     @property
     def length(self) -> int:
         """Elements of this rank's part."""
-        length: int = self.location.stop - self.location.start
-        return length
+        return self.location.stop - self.location.start
 
     @property
     def in_holder(self) -> slice:
