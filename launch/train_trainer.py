@@ -6,7 +6,8 @@
         launch/train_trainer.py
     torchrun --nproc_per_node 2 launch/train_trainer.py --deepspeed launch/configs/zero2.json
 
-The optimizer is given to the Trainer, or, with --deepspeed, named in that file. A run that was stopped goes on, by any
+The optimizer is given to the Trainer, with the options of Shampoo4 on the command line, or, with --deepspeed, named in
+that file. A run that was stopped goes on, by any
 of these commands, with --resume_from_checkpoint: a checkpoint's folder, or "latest". Without a GPU all of them run on
 the CPU.
 """
@@ -26,6 +27,7 @@ from sklearn.model_selection import train_test_split
 from transformers import EvalPrediction, HfArgumentParser, TrainingArguments, ViTConfig, ViTForImageClassification
 from transformers.trainer_utils import set_seed
 
+from sharded_shampoo4.arguments import Shampoo4Arguments
 from sharded_shampoo4.integrations.rehearsal import describe_distribution, inner_optimizer, rehearse_on_cpu
 from sharded_shampoo4.integrations.transformers import PortableTrainer, shampoo4
 
@@ -35,8 +37,6 @@ class ExampleArguments:
     """What the Trainer's own arguments do not say."""
 
     num_hidden_layers: int = field(default=4, metadata={"help": "of the ViT"})
-    statistics_interval: int = field(default=10, metadata={"help": "steps between statistics (not for --deepspeed)"})
-    root_interval: int = field(default=50, metadata={"help": "steps between inverse roots (not for --deepspeed)"})
 
 
 DEFAULTS = {
@@ -54,6 +54,8 @@ DEFAULTS = {
     "ddp_find_unused_parameters": False,
     "dataloader_pin_memory": torch.accelerator.is_available(),
     "use_cpu": not torch.accelerator.is_available(),
+    "statistics_interval": 10,  # for so short a run
+    "root_interval": 50,
 }
 
 
@@ -61,11 +63,10 @@ class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFo
     """The text above as it stands, and every default."""
 
 
-def parse_args() -> tuple[ExampleArguments, TrainingArguments]:
+def parse_args() -> tuple[ExampleArguments, Any, TrainingArguments]:
     """The command line; TrainingArguments start the process group, which the rehearsal has to do before them."""
-    parser = HfArgumentParser(
-        (ExampleArguments, TrainingArguments), description=__doc__, usage="%(prog)s [options]", formatter_class=Help
-    )
+    kinds = (ExampleArguments, Shampoo4Arguments, TrainingArguments)
+    parser = HfArgumentParser(kinds, description=__doc__, usage="%(prog)s [options]", formatter_class=Help)
     parser.set_defaults(**DEFAULTS)
     if parser.parse_args().deepspeed:
         import sharded_shampoo4.integrations.deepspeed  # noqa: F401  makes "Shampoo4" a type of optimizer
@@ -76,7 +77,7 @@ def parse_args() -> tuple[ExampleArguments, TrainingArguments]:
 
 
 def digits() -> list[list[dict[str, Any]]]:
-    """Images of 8x8 grey pixels to train on, and a fifth, by class, to evaluate on."""
+    """Images of 8x8 gray pixels to train on, and a fifth, by class, to evaluate on."""
     images, labels = load_digits(return_X_y=True)
     pixels = torch.tensor(images, dtype=torch.float32).div(8).sub(1).reshape(-1, 1, 8, 8)
     items = [{"pixel_values": image, "labels": int(label)} for image, label in zip(pixels, labels, strict=True)]
@@ -91,21 +92,20 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
 def main() -> None:
     """Train, and print the accuracy on the evaluation images."""
     logging.basicConfig(level=logging.WARNING)
-    example, args = parse_args()
+    example, shampoo, args = parse_args()
     set_seed(args.seed)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
     config = ViTConfig(
         image_size=8, patch_size=2, num_channels=1, num_labels=10, num_hidden_layers=example.num_hidden_layers, **sizes
     )
     training, evaluation = digits()
-    intervals = {"statistics_interval": example.statistics_interval, "root_interval": example.root_interval}
     trainer = PortableTrainer(
         ViTForImageClassification(config),
         args,
         train_dataset=training,
         eval_dataset=evaluation,
         compute_metrics=accuracy,
-        optimizer_cls_and_kwargs=None if args.deepspeed else shampoo4(args, **intervals),
+        optimizer_cls_and_kwargs=None if args.deepspeed else shampoo4(args, **shampoo.given()),
     )
     resume = args.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=True if resume == "latest" else resume)
