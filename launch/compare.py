@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from plots import LIGHT_GREY, SERIES, format_bytes, picture
+from plots import LIGHT_GRAY, SERIES, format_bytes, picture
 from quantization_errors import print_errors
 from rich.console import Console
 from rich.table import Table
@@ -194,7 +194,7 @@ def draw(runs: Runs, path: Path) -> None:
 
         held = {label: next(iter(seeds.values()))["state_bytes"] for label, seeds in runs.items()}
         base, own = ([value[key] / 1e6 for value in held.values()] for key in ("base", "preconditioner"))
-        bars.barh(list(held), base, color=LIGHT_GREY, label="base optimizer")
+        bars.barh(list(held), base, color=LIGHT_GRAY, label="base optimizer")
         bars.barh(list(held), own, left=base, color=colors)
         bars.legend(loc="lower right", bbox_to_anchor=(1, 1))
         bars.invert_yaxis()

@@ -20,7 +20,7 @@ from typing import Any
 
 from memory.models import SIZES, VITS, parameter_count, shapes_of, title
 from memory.rules import HOSTS, OPTIMIZERS, Footprint, Layout, footprint
-from plots import BLUE, LIGHT_GREY, MIDDLE_GREY, RED, format_bytes, picture, write_json
+from plots import BLUE, LIGHT_GRAY, MIDDLE_GRAY, RED, format_bytes, picture, write_json
 from rich.console import Console
 from rich.table import Table
 
@@ -169,8 +169,8 @@ def _draw_bars(axes: Any, one: Footprint) -> None:
     states = [held / GB for held in one.states.values()]
     weights, gradients = one.weights / GB, one.gradients / GB
     colors = [RED if optimizer == "shampoo4" else BLUE for optimizer in one.states]
-    axes.barh(names, weights, color=LIGHT_GREY, label="weights")
-    axes.barh(names, gradients, left=weights, color=MIDDLE_GREY, label="gradients")
+    axes.barh(names, weights, color=LIGHT_GRAY, label="weights")
+    axes.barh(names, gradients, left=weights, color=MIDDLE_GRAY, label="gradients")
     axes.barh(names, states, left=weights + gradients, color=colors, label="optimizer state")
     for position, state in enumerate(states):
         total = weights + gradients + state

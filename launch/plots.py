@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-RED, BLUE, GREY = "#c8452d", "#2a6fbb", "#5f6b76"  # RED is for this project's own optimizer where others are beside it
-LIGHT_GREY, MIDDLE_GREY = "#b9c2cb", "#8a96a3"  # of bars that are context
-SERIES = (GREY, BLUE, RED, "#d9a441", "#7a5195", "#3a9e6f", "#b0547f", "#6b7a1f", "#1f8a9e", "#9e6b3a")
+RED, BLUE, GRAY = "#c8452d", "#2a6fbb", "#5f6b76"  # RED is for this project's own optimizer where others are beside it
+LIGHT_GRAY, MIDDLE_GRAY = "#b9c2cb", "#8a96a3"  # of bars that are context
+SERIES = (GRAY, BLUE, RED, "#d9a441", "#7a5195", "#3a9e6f", "#b0547f", "#6b7a1f", "#1f8a9e", "#9e6b3a")
 
 _STYLE: dict[Any, Any] = {
     "font.size": 11,

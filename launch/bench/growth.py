@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from plots import BLUE, GREY, RED, picture, write_json
+from plots import BLUE, GRAY, RED, picture, write_json
 from rich.console import Console
 from rich.table import Table
 
@@ -18,7 +18,7 @@ from .blocks import blocks_of, step_flops
 from .measure import Row, measure, setting
 from .optimizers import ADAMW, shampoo4_with_blocks
 
-KINDS = {"ordinary": BLUE, "refresh": RED, "adamw": GREY}  # of steps, and their colors
+KINDS = {"ordinary": BLUE, "refresh": RED, "adamw": GRAY}  # of steps, and their colors
 GRADIENTS = 2  # sets that are replayed
 
 
@@ -111,7 +111,7 @@ def draw_growth(rows: Sequence[Row], path: Path) -> None:
             label = "AdamW" if kind == "adamw" else f"Shampoo4, {kind}"
             line(times, [row["milliseconds"][kind] / 1e3 for row in rows], color, label)
         line(states, [row["state_bytes"]["shampoo4"] / 1e6 for row in rows], RED, "Shampoo4, 4 bits, with AdamW's")
-        line(states, [row["state_bytes"]["adamw"] / 1e6 for row in rows], GREY, "AdamW")
+        line(states, [row["state_bytes"]["adamw"] / 1e6 for row in rows], GRAY, "AdamW")
         times.set_title("seconds of a step")
         states.set_title("MB of optimizer state")
         for axes in (times, states):

@@ -24,7 +24,7 @@ _DECODE_ROWS = 256  # rows decoded together
 
 
 def natural_channels(data: ImageData) -> int:
-    """1 when the first training image is grey, 3 otherwise."""
+    """1 when the first training image is gray, 3 otherwise."""
     image = next(_decoded(data.train.select(range(1)), data.image_column))
     return 1 if image.mode in ("1", "L", "I", "I;16", "F") else 3
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from plots import BLUE, GREY, RED, format_bytes, picture
+from plots import BLUE, GRAY, RED, format_bytes, picture
 
 
 class MetricsLog:
@@ -120,7 +120,7 @@ def plot_curves(lines: list[dict[str, Any]], path: Path, title: str) -> None:
             accuracy.annotate(f"{last['eval_accuracy']:.2%}", place, ha="right", color=RED, **offset)
         accuracy.set_title("evaluation accuracy")
         accuracy.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.4g}%")
-        _draw(rate, train, "learning_rate", "", GREY, marker="")
+        _draw(rate, train, "learning_rate", "", GRAY, marker="")
         rate.set_title("learning rate")
         rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
         for axes in (loss, accuracy, rate):
@@ -151,7 +151,7 @@ def plot_health(lines: list[dict[str, Any]], path: Path, title: str) -> None:
         errors.set(title="distance from orthogonal", ylim=(0, None))
         errors.legend()
         eigenvalues.plot(steps, over_steps("largest_eigenvalue", max), "o-", color=BLUE, label="largest")
-        eigenvalues.plot(steps, over_steps("smallest_eigenvalue", min), "o-", color=GREY, label="smallest")
+        eigenvalues.plot(steps, over_steps("smallest_eigenvalue", min), "o-", color=GRAY, label="smallest")
         eigenvalues.set_yscale("symlog", linthresh=1e-12)
         eigenvalues.set_title("eigenvalues of the statistics")
         eigenvalues.legend()

@@ -73,12 +73,12 @@ def _load_splits(args: DataArguments) -> DatasetDict:
 
 
 def _load_digits() -> DatasetDict:
-    """1,797 grey images of 8x8, in 17 grey levels, from scikit-learn's own files."""
+    """1,797 gray images of 8x8, in 17 gray levels, from scikit-learn's own files."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    grey = np.rint(digits.images * (255 / 16)).astype(np.uint8)
-    return DatasetDict({"train": _from_arrays(grey, digits.target, [str(name) for name in digits.target_names])})
+    gray = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+    return DatasetDict({"train": _from_arrays(gray, digits.target, [str(name) for name in digits.target_names])})
 
 
 def _load_fashion(folder: str | None) -> DatasetDict:

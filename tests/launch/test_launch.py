@@ -277,11 +277,11 @@ def test_fashion_mnist_missing_tells_how_to_get_it(tmp_path: Path, monkeypatch: 
 
 def test_image_folder_and_stored_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    colours = {"blue": (0, 0, 255), "red": (255, 0, 0)}
-    for (name, colour), index in itertools.product(colours.items(), range(5)):
+    colors = {"blue": (0, 0, 255), "red": (255, 0, 0)}
+    for (name, color), index in itertools.product(colors.items(), range(5)):
         path = tmp_path / "photos" / name / f"{index}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (12 + index, 10), colour).save(path)
+        Image.new("RGB", (12 + index, 10), color).save(path)
     data = load_image_data(parse_args(["--train_dir", str(tmp_path / "photos")]).data)
     assert data.label_names == ["blue", "red"] and natural_channels(data) == 3
     assert (len(data.train), sorted(data.validation["label"][:])) == (8, [0, 1])
