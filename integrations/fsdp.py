@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,7 +17,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sharded_shampoo4.hosts import Host
-from sharded_shampoo4.placement import Location, check_size, interval
+from sharded_shampoo4.placement import check_size
+from sharded_shampoo4.planning.blocks import Shard, make_shard
 
 # The functions of torch that bring an optimizer's states into the form that FSDP1 gives them.
 _STATES_OF_FSDP1 = (
@@ -28,17 +28,31 @@ _STATES_OF_FSDP1 = (
 )
 
 
+class Place(NamedTuple):
+    """What FSDP1 knows of a parameter.
+
+    Attributes:
+        shape: of the whole parameter.
+        shard: that this rank holds.
+        device: where FSDP1 computes, if it has offloaded the parameter to the host; else None.
+    """
+
+    shape: torch.Size
+    shard: Shard
+    device: torch.device | None = None
+
+
 class FSDP1Host(Host):
-    """FSDP1. ``locations`` are those of its parameters, which :func:`bind` reads off the model."""
+    """FSDP1. ``places`` are those of its parameters, which :func:`bind` reads off the model."""
 
     name_parts = ("_fsdp_wrapped_module",)
 
-    def __init__(self, locations: Mapping[Tensor, Location]) -> None:
-        self.locations = dict(locations)
+    def __init__(self, places: Mapping[Tensor, Place]) -> None:
+        self.places = dict(places)
 
     @classmethod
     def find(cls, optimizer: Optimizer | None, parameters: Sequence[Tensor]) -> Host | None:
-        """Return a host without locations if FSDP1 has any of ``parameters``: then :func:`bind` is still to come."""
+        """Return a host without places if FSDP1 has any of ``parameters``: then :func:`bind` is still to come."""
         return cls({}) if any(map(_is_of_fsdp1, parameters)) else None
 
     @staticmethod
@@ -57,27 +71,27 @@ class FSDP1Host(Host):
 
     def shape(self, parameter: Tensor) -> torch.Size:
         """Return the shape of the whole parameter."""
-        location = self.locations.get(parameter)
-        return parameter.shape if location is None else location.shape
+        place = self.places.get(parameter)
+        return parameter.shape if place is None else place.shape
 
     def check_parameter(self, name: str, parameter: Tensor, holder: Tensor, preconditioned: bool) -> None:
         """Raise ValueError for parameters that :func:`bind` has not told about: they look like vectors."""
-        if preconditioned and parameter not in self.locations:
+        if preconditioned and parameter not in self.places:
             _refuse_unbound(name, parameter)
 
-    def locate(self, name: str, parameter: Tensor, holder: Tensor) -> tuple[Location, int]:
-        """Return the interval of ``parameter`` on this rank; it begins at the first element of the holder."""
-        location = self.locations.get(parameter)
-        if location is None:
+    def locate(self, name: str, parameter: Tensor, holder: Tensor) -> tuple[Shard, int]:
+        """Return the shard of ``parameter`` on this rank; it begins at the first element of the holder."""
+        place = self.places.get(parameter)
+        if place is None:
             _refuse_unbound(name, parameter)
             return super().locate(name, parameter, holder)
-        check_size(name, parameter, location)
-        return location, 0
+        check_size(name, parameter, place.shard, place.shape)
+        return place.shard, 0
 
     def compute_device(self, holder: Tensor) -> torch.device:
         """Return where FSDP1 computes, also if it keeps the parameter on the host."""
-        location = self.locations.get(holder)
-        told = None if location is None else location.device
+        place = self.places.get(holder)
+        told = None if place is None else place.device
         return super().compute_device(holder) if told is None else told
 
     def check_state_dict(self) -> None:
@@ -111,7 +125,7 @@ def bind(optimizer: Any, model: nn.Module) -> None:
         optimizer = optimizer.optimizer
     if not hasattr(optimizer, "use_host"):
         raise TypeError(f"bind needs a Shampoo4 optimizer, not {type(optimizer).__name__}")
-    optimizer.use_host(FSDP1Host(_bound_locations(model, getattr(optimizer, "process_group", None))))
+    optimizer.use_host(FSDP1Host(_places(model, getattr(optimizer, "process_group", None))))
 
 
 def _is_of_fsdp1(parameter: Tensor) -> bool:
@@ -136,22 +150,22 @@ def _refuse_unbound(name: str, parameter: Tensor) -> None:
         )
 
 
-def _bound_locations(model: nn.Module, chosen: dist.ProcessGroup | str | None) -> dict[Tensor, Location]:
-    """The locations of all parameters that FSDP1 shards in ``model``, among the ``chosen`` ranks or all."""
+def _places(model: nn.Module, chosen: dist.ProcessGroup | str | None) -> dict[Tensor, Place]:
+    """The places of all parameters that FSDP1 shards in ``model``, among the ``chosen`` ranks or all."""
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     units = FullyShardedDataParallel.fsdp_modules(model)
     if not units:
         raise ValueError("the model has no FullyShardedDataParallel (FSDP1) module: only under FSDP1 is bind needed")
-    locations: dict[Tensor, Location] = {}
+    found: dict[Tensor, Place] = {}
     for unit in units:
         if unit._handle is not None:  # None: it has no parameters of its own
-            locations.update(_unit_locations(unit, chosen))
-    return locations
+            found.update(_unit_places(unit, chosen))
+    return found
 
 
-def _unit_locations(unit: Any, chosen: dist.ProcessGroup | str | None) -> Iterator[tuple[Tensor, Location]]:
-    """The parameters that one FSDP1 module shards, and their locations."""
+def _unit_places(unit: Any, chosen: dist.ProcessGroup | str | None) -> Iterator[tuple[Tensor, Place]]:
+    """The parameters that one FSDP1 module shards, and their places."""
     flat = unit._handle.flat_param
     if flat._params is None:
         raise ValueError("FSDP1 was made with use_orig_params=False, which leaves no matrices to precondition")
@@ -169,7 +183,7 @@ def _unit_locations(unit: Any, chosen: dist.ProcessGroup | str | None) -> Iterat
                 "contiguous before the model is wrapped"
             )
         start, stop = (shard.intra_param_start_idx, shard.intra_param_end_idx + 1) if shard.in_shard else (0, 0)
-        yield parameter, replace(interval(torch.Size(shape), start, stop, replica), device=computes)
+        yield parameter, Place(torch.Size(shape), make_shard(start, stop, replica), computes)
 
 
 def _unit_replica(unit: Any, chosen: dist.ProcessGroup | str | None) -> int:

@@ -29,14 +29,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sharded_shampoo4.hosts import FlatTensor, Host
-from sharded_shampoo4.placement import Location, interval
+from sharded_shampoo4.planning.blocks import Shard, make_shard
 from sharded_shampoo4.values import to_integer
 
 
 class Fragment(NamedTuple):
-    """A parameter's interval on this rank, and where it begins in the flat tensor."""
+    """A parameter's shard on this rank, and where it begins in the flat tensor."""
 
-    location: Location
+    shard: Shard
     offset: int
 
 
@@ -122,7 +122,7 @@ class ZeroHost(Host):
                 "deepspeed.initialize at stage 3"
             )
 
-    def locate(self, name: str, parameter: Tensor, holder: Tensor) -> tuple[Location, int]:
+    def locate(self, name: str, parameter: Tensor, holder: Tensor) -> tuple[Shard, int]:
         """Return the interval of ``parameter`` that ``holder`` has on this rank, and where it begins there.
 
         Raises:
@@ -140,13 +140,13 @@ class ZeroHost(Host):
             _check_against_mapping(name, parameter, fragment)
         return fragment
 
-    def frozen_part(self, name: str, parameter: Tensor) -> tuple[Tensor, Location]:
+    def frozen_part(self, name: str, parameter: Tensor) -> tuple[Tensor, Shard]:
         """Return this rank's elements of a frozen parameter, and where they lie in it."""
         if not _is_initialized_partitioned(parameter):
             return super().frozen_part(name, parameter)
-        location = _stage_3_interval(parameter)
-        held: Tensor = parameter.ds_tensor.data.view(-1)[: location.stop - location.start]  # type: ignore[attr-defined]
-        return held, location
+        shard = _stage_3_interval(parameter)
+        held: Tensor = parameter.ds_tensor.data.view(-1)[: shard.length]  # type: ignore[attr-defined]
+        return held, shard
 
     def compute_device(self, holder: Tensor) -> torch.device:
         """Return the accelerator, also if ``holder`` is a flat tensor that is offloaded.
@@ -335,11 +335,11 @@ def _follow(holder: Any, path: str) -> Any:
     return getattr(holder, last, _ABSENT)
 
 
-def _stage_3_interval(parameter: Any) -> Location:
+def _stage_3_interval(parameter: Any) -> Shard:
     """Equal parts of each parameter, the last ones padded or empty."""
     size, shape = parameter.partition_numel(), _whole_shape(parameter)
     start = min(dist.get_rank(parameter.ds_process_group) * size, shape.numel())
-    return interval(shape, start, min(start + size, shape.numel()), 0)
+    return make_shard(start, min(start + size, shape.numel()))
 
 
 def _locate_stage_3(name: str, parameter: Any, flat: Tensor) -> Fragment:
@@ -348,9 +348,9 @@ def _locate_stage_3(name: str, parameter: Any, flat: Tensor) -> Fragment:
     shape = _whole_shape(parameter)
     if flat is not parameter._z3_optimizer.fp32_partitioned_groups_flat[number] or size != parameter.partition_numel():
         raise ValueError(f"ZeRO 3 has moved {name} of shape {tuple(shape)} since it was started")
-    location = _stage_3_interval(parameter)
-    _check_inside(name, offset, location, flat)
-    return Fragment(location, offset)
+    shard = _stage_3_interval(parameter)
+    _check_inside(name, offset, shard, flat)
+    return Fragment(shard, offset)
 
 
 def _locate_flat(name: str, parameter: Any, flat: Tensor) -> Fragment:
@@ -365,22 +365,17 @@ def _locate_flat(name: str, parameter: Any, flat: Tensor) -> Fragment:
         )
     first = dist.get_rank(group) * flat.numel()  # of this rank's elements in the buffer
     begin, numel = parameter.storage_offset(), parameter.numel()
-    location = interval(
-        parameter.shape,
-        min(max(first - begin, 0), numel),
-        min(max(first + flat.numel() - begin, 0), numel),
-        0,
-    )
-    offset = begin + location.start - first if location.stop else 0
-    _check_inside(name, offset, location, flat)
-    return Fragment(location, offset)
+    shard = make_shard(min(max(first - begin, 0), numel), min(max(first + flat.numel() - begin, 0), numel))
+    offset = begin + shard.start - first if shard.stop else 0
+    _check_inside(name, offset, shard, flat)
+    return Fragment(shard, offset)
 
 
 def _check_against_mapping(name: str, parameter: Any, fragment: Fragment) -> None:
     """Compare with what ZeRO says of its float32 weights."""
-    mapping, (location, offset) = parameter._hp_mapping, fragment
+    mapping, (shard, offset) = parameter._hp_mapping, fragment
     expected = (0, 0) if mapping is None else (mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel)
-    found = (offset, location.stop - location.start)
+    found = (offset, shard.length)
     if found != expected:
         raise ValueError(f"ZeRO's records of {name} disagree: (start, elements) are {expected} and {found}")
 
@@ -394,6 +389,6 @@ def _check_group(name: str, group: dist.ProcessGroup) -> None:
         )
 
 
-def _check_inside(name: str, offset: int, location: Location, flat: Tensor) -> None:
-    if offset < 0 or offset + location.stop - location.start > flat.numel():
+def _check_inside(name: str, offset: int, shard: Shard, flat: Tensor) -> None:
+    if offset < 0 or offset + shard.length > flat.numel():
         raise ValueError(f"the part of {name} does not lie inside ZeRO's flat tensor of {flat.numel()} elements")

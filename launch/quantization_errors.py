@@ -22,8 +22,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from sharded_shampoo4 import Shampoo4, checkpoint, eigenbasis, quantization
-from sharded_shampoo4.factors import FactorPool
+from sharded_shampoo4 import Shampoo4, checkpoint
+from sharded_shampoo4.numerics import eigenbasis, quantization
+from sharded_shampoo4.numerics.factors import FactorPool
 from sharded_shampoo4.options import PreconditionerOptions
 
 BLOCK = 64  # elements that share a scale
@@ -66,7 +67,7 @@ def largest_preconditioner(folder: Path) -> tuple[str, Tensor]:
     ]
     optimizer = Shampoo4(groups, base={"AdamW": "adamw", "SGD": "sgd", "Adagrad": "adagrad"}[manifest["base"]])
     checkpoint.load(optimizer, folder)
-    pools = [pool for binding in optimizer._bindings.all() for pool in binding.preconditioner.pools]
+    pools = [pool for binding in optimizer._session.all() for pool in binding.preconditioner.pools]
     pool = max((pool for pool in pools if "statistics" in pool.tensors), key=lambda pool: pool.order)
     return f"a preconditioner of order {pool.order}", pool.tensors["statistics"][0].double()
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .layout import is_stack, matrix_shape
+from .numerics.preconditioner import COSTLY_BYTES, Matrix
 from .options import PreconditionerOptions
-from .preconditioner import COSTLY_BYTES, Matrix
+from .planning.blocks import is_stack, matrix_shape
+from .planning.schedule import first_root
 from .report import format_bytes, warn
-from .schedule import first_root
 from .values import to_integer
 
 # The factors of costly parameters are worth a warning if together they take at least so many bytes, and at least so

@@ -7,45 +7,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from .exchange import Arrived, Exchange
+from .agreement import gather_shards
+from .comm.exchange import Arrived, Exchange
+from .comm.ranks import OWN_MODELS, DeferredErrors, Ranks
 from .grafting import Grafting
+from .held import HeldParameter
+from .numerics.preconditioner import Due, Matrix, Preconditioner, fresh_block
 from .placement import local_tensor
-from .plan import Owned, Plan, Shard, Work
-from .preconditioner import Due, Matrix, Preconditioner, fresh_block
-from .ranks import OWN_MODELS, Company, Ranks
-from .report import shorten
-
-_WAYS_OUT = (
-    f"{OWN_MODELS}; torch's ZeroRedundancyOptimizer, which gives every rank some parameters, takes "
-    "optimizer_class=functools.partial(Shampoo4, process_group='alone')"
-)
+from .planning.plan import Owned, Plan, Work
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class Candidate:
-    """A parameter to precondition: itself, its matrix, and the shard of it that this rank holds.
-
-    The shard's gradient is that of ``holder``, from element ``offset`` on.
-    """
-
-    parameter: Tensor
-    matrix: Matrix
-    shard: Shard
-    holder: Tensor
-    offset: int
-
-    def describe(self) -> tuple[str, tuple[int, int], dict[str, Any], Shard]:
-        """What the ranks must tell each other of it."""
-        arithmetic = {"device": self.matrix.device.type, "dtype": str(self.matrix.dtype)}
-        return self.matrix.name, self.matrix.shape, {**asdict(self.matrix.options), **arithmetic}, self.shard
 
 
 class Distributor:
@@ -55,26 +30,29 @@ class Distributor:
 
     Args:
         ranks: the ranks that hold the parameters between them.
-        candidates: the parameters to precondition, in the same order on every rank.
+        held: the parameters to precondition, in the same order on every rank.
+        matrices: their matrices, with fresh factors.
         others: the work that every rank has by other distributors.
 
     Raises:
         ValueError: on every rank alike, where ranks disagree or shards do not tile.
     """
 
-    def __init__(self, ranks: Ranks, candidates: Sequence[Candidate], others: Work | None = None) -> None:
+    def __init__(
+        self,
+        ranks: Ranks,
+        held: Sequence[HeldParameter],
+        matrices: Sequence[Matrix],
+        others: Work | None = None,
+    ) -> None:
         self.ranks = ranks
-        self.parameters = [candidate.parameter for candidate in candidates]
-        self.holders = [candidate.holder for candidate in candidates]
-        self._spans = [_span(candidate) for candidate in candidates]  # of this rank's shards in flattened gradients
-        self.matrices = [candidate.matrix for candidate in candidates]
-        everyone = ranks.gather([candidate.describe() for candidate in candidates])
-        _check_agreement(everyone)
-        planned = [
-            matrix.planned([described[index][3] for described in everyone])
-            for index, matrix in enumerate(self.matrices)
-        ]
+        self.parameters = [parameter.parameter for parameter in held]
+        self.holders = [parameter.holder for parameter in held]
+        self._spans = [_span(parameter) for parameter in held]  # of this rank's shards in flattened gradients
+        self.matrices = list(matrices)
+        shards = gather_shards(ranks, self.matrices, [parameter.shard for parameter in held])
         with ranks.together():
+            planned = [matrix.planned([own[index] for own in shards]) for index, matrix in enumerate(self.matrices)]
             self.plan = Plan(planned, ranks.size, others)
             self.preconditioner = Preconditioner(self.matrices, self.plan.batches[ranks.rank])
             self.grafting = Grafting(self.plan, self.matrices)
@@ -82,7 +60,7 @@ class Distributor:
             rounded = [matrix.options.exchange_dtype == "bfloat16" for matrix in self.matrices]
             self.exchange = Exchange(self.plan, ranks, devices, dtypes, rounded)
         try_out(ranks, self.matrices)
-        self.has_stepped = False  # whether the base optimizer has made a step with this binding
+        self.has_stepped = False  # whether the base optimizer has made a step with this one
         self._replicas_differ = ranks.size > 1  # as far as is known
         self._present: tuple[bool, ...] = ()  # which parameters had a gradient on any rank in the last step
 
@@ -144,21 +122,21 @@ class Distributor:
         What fails on one rank is raised on every rank, before any has changed a parameter. Gradients may then be
         anything, and factors may have absorbed them.
         """
-        company = Company(self.ranks)
+        errors = DeferredErrors(self.ranks)
         self._advance()
         pairs = list(zip(self._present, self.matrices, strict=True))
         active = tuple(present and matrix.busy for present, matrix in pairs)
         directed = tuple(present and matrix.rooted for present, matrix in pairs)
         due = Due.any(matrix for present, matrix in pairs if present)
-        shards = company.attempt(self._gradient_shards) or []
-        targets = company.attempt(self.grafting.targets, shards, directed) or []
+        shards = errors.attempt(self._gradient_shards) or []
+        targets = errors.attempt(self.grafting.targets, shards, directed) or []
         self.grafting.begin()
-        for arrived in self.exchange.gather(shards, targets, active, directed, company):
-            self.exchange.send_back(arrived, company.attempt(self._directions, arrived, due))
+        for arrived in self.exchange.gather(shards, targets, active, directed, errors):
+            self.exchange.send_back(arrived, errors.attempt(self._directions, arrived, due))
         if due.check:
-            company.attempt(self._raise_failure)
-        self.grafting.apply(shards, targets, directed, self.ranks, company)
-        company.part()
+            errors.attempt(self._raise_failure)
+        self.grafting.apply(shards, targets, directed, self.ranks, errors)
+        errors.raise_together()
 
     def _directions(self, arrived: Arrived, due: Due) -> Tensor | None:
         """Let a batch of blocks take its step: its directions, or its gradients before the first roots."""
@@ -232,10 +210,10 @@ class Distributor:
             self.preconditioner.from_bytes(owned, fresh_block(matrix, owned.block))
 
 
-def _span(candidate: Candidate) -> tuple[int, int] | None:
+def _span(held: HeldParameter) -> tuple[int, int] | None:
     """Where this rank's shard begins and ends in the flattened holder; None if it holds nothing."""
-    size = candidate.shard.stop - candidate.shard.start
-    return (candidate.offset, candidate.offset + size) if size > 0 else None
+    place = held.in_holder
+    return (place.start, place.stop) if held.shard.length else None
 
 
 def _digest(values: Tensor) -> int:
@@ -276,29 +254,3 @@ def _try_solvers(device: torch.device, dtypes: Iterable[str]) -> None:
         matrix = torch.eye(8, dtype=getattr(torch, name), device=device)
         torch.linalg.qr(matrix)
         torch.linalg.eigh(matrix)
-
-
-def _check_agreement(everyone: list[list[tuple[str, tuple[int, int], dict[str, Any], Shard]]]) -> None:
-    """Raise ValueError unless all ranks have the same parameters with the same options."""
-    first = everyone[0]
-    names = [name for name, *_ in first]
-    for rank, other in enumerate(everyone):
-        others = [name for name, *_ in other]
-        if others != names:
-            raise ValueError(
-                f"ranks precondition different parameters: rank 0 {len(names)} ({shorten(names)}), "
-                f"rank {rank} {len(others)} ({shorten(others)}): they must give Shampoo4 the same ones in the same "
-                f"order. It spreads its work by itself; {_WAYS_OUT}"
-            )
-        for (name, shape, options, _), (_, other_shape, other_options, _) in zip(first, other, strict=True):
-            if shape != other_shape:
-                raise ValueError(
-                    f"{name} has shape {shape} on rank 0 and {other_shape} on rank {rank}, but ranks must have the "
-                    f"same parameters: {_WAYS_OUT}"
-                )
-            for option, value in options.items():
-                if other_options[option] != value:
-                    raise ValueError(
-                        f"{option} of {name} is {value!r} on rank 0 and {other_options[option]!r} on rank {rank}; "
-                        f"{OWN_MODELS}"
-                    )

@@ -8,10 +8,10 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from .comm.ranks import DeferredErrors, Ranks
 from .labels import label
-from .plan import Plan
-from .preconditioner import Matrix, index_tensor
-from .ranks import Company, Ranks
+from .numerics.preconditioner import Matrix, index_tensor
+from .planning.plan import Plan
 
 _SMALL, _LARGE = 1e-12, 1e18  # norms of blocks between which the squares of float32 rows are exact enough
 
@@ -68,20 +68,20 @@ class Grafting:
         targets: Sequence[Tensor],
         directed: Sequence[bool],
         ranks: Ranks,
-        company: Company,
+        errors: DeferredErrors,
     ) -> None:
         """Scale the directions in this rank's ``targets`` and leave them in its ``shards``.
 
-        What fails is kept in ``company``.
+        What fails is kept in ``errors``.
         """
         grafted = self._grafted(directed)
         if not grafted:
             return
         with label("graft"):
-            squares = company.buffer(self._no_squares)
-            company.attempt(self._square, squares)
+            squares = errors.buffer(self._no_squares)
+            errors.attempt(self._square, squares)
             ranks.sum(squares)
-            company.attempt(self._scale, shards, targets, grafted, squares)
+            errors.attempt(self._scale, shards, targets, grafted, squares)
 
     def _scale(
         self, shards: Sequence[Tensor], targets: Sequence[Tensor], grafted: Sequence[int], squares: Tensor

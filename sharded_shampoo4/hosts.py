@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import placement
-from .placement import Location
+from .planning.blocks import Shard
 
 # Subclasses of Host, or where they are: "module:class".
 ADAPTERS: list[str | type[Host]] = [
@@ -83,17 +83,17 @@ class Host:
     def check_parameter(self, name: str, parameter: Tensor, holder: Tensor, preconditioned: bool) -> None:
         """Raise ValueError, saying what to do, if a parameter cannot be trained; ``holder`` stands in its group."""
 
-    def locate(self, name: str, parameter: Tensor, holder: Tensor) -> tuple[Location, int]:
-        """Return the interval of ``parameter`` on this rank, and where it begins in the flattened ``holder``.
+    def locate(self, name: str, parameter: Tensor, holder: Tensor) -> tuple[Shard, int]:
+        """Return the shard of ``parameter`` on this rank, and where it begins in the flattened ``holder``.
 
         The holder is what stands in the group: the parameter itself, or a flat tensor.
         """
         return placement.locate(name, parameter), 0
 
-    def frozen_part(self, name: str, parameter: Tensor) -> tuple[Tensor, Location]:
+    def frozen_part(self, name: str, parameter: Tensor) -> tuple[Tensor, Shard]:
         """Return this rank's elements of a parameter that is not trained, and which elements of the whole these are."""
-        location, _ = self.locate(name, parameter, parameter)
-        return placement.local_tensor(parameter).detach(), location
+        shard, _ = self.locate(name, parameter, parameter)
+        return placement.local_tensor(parameter).detach(), shard
 
     def compute_device(self, holder: Tensor) -> torch.device:
         """Return the device on which the gradient of ``holder`` is exchanged and preconditioned."""

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from .bindings import Bindings
+from .session import Session
 
 if dist.is_available():
     from torch.distributed.algorithms.join import Join
@@ -29,9 +29,9 @@ else:  # torch without torch.distributed
 
 
 class SteppingTogether(Optimizer, Joinable):
-    """An optimizer whose ranks step together, with a process group to choose, and its ``Bindings``."""
+    """An optimizer whose ranks step together, with a process group to choose, and its ``Session``."""
 
-    _bindings: Bindings
+    _session: Session
     _process_group: Any
 
     @staticmethod
@@ -41,7 +41,7 @@ class SteppingTogether(Optimizer, Joinable):
 
         @functools.wraps(hooked)
         def step(self: SteppingTogether, *arguments: Any, **options: Any) -> Any:
-            with self._bindings.leaving_word(self.param_groups):
+            with self._session.leaving_word(self.param_groups):
                 return hooked(self, *arguments, **options)
 
         return step
@@ -59,7 +59,7 @@ class SteppingTogether(Optimizer, Joinable):
     @property
     def join_process_group(self) -> Any:
         """The ranks that step together."""
-        return self._bindings.process_group(self.param_groups) or dist.group.WORLD
+        return self._session.process_group(self.param_groups) or dist.group.WORLD
 
 
 class Refusal(JoinHook):  # type: ignore[misc,unused-ignore]
@@ -78,4 +78,4 @@ class Refusal(JoinHook):  # type: ignore[misc,unused-ignore]
             "Join([model, optimizer], throw_on_early_termination=True), which ends the epoch on all ranks, or a loader "
             "with drop_last=True"
         )
-        optimizer._bindings.bind(optimizer.param_groups, optimizer.state, optimizer, error)
+        optimizer._session.current(optimizer.param_groups, optimizer.state, optimizer, error)

@@ -10,147 +10,36 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from .advice import Given
+from .held import HeldParameter, Signature, describe_tensors
 from .hosts import FlatTensor, Host, find_host
-from .layout import matrix_shape
 from .names import match_names, names_in, plain_name, plain_names
 from .options import OPTION_NAMES, PreconditionerOptions
-from .placement import Location, check_shared
-from .preconditioner import Matrix
-from .report import shorten
-from .schedule import Phases, stagger
+from .placement import check_shared
+from .planning.blocks import matrix_shape
+from .planning.schedule import Phases, stagger
+from .recognition import Member, MemberGroup, lasting_options, recognize
 
-_TOGETHER: Phases = {}
 _NO_PHASES: Mapping[tuple[int, str], Phases] = {}
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A parameter that takes part in a step.
-
-    Attributes:
-        name: for messages.
-        parameter: in the group; the one that was given, where the group has a flat tensor instead.
-        options: of its group.
-        shape: of the whole parameter.
-        holder: what stands in the group: its gradient holds this rank's elements.
-        flat: whether the holder is a flat tensor with parts of several parameters.
-        trained: whether it takes part in the training.
-        group: number of the group that it was given in.
-        host: that knows where it lies.
-        key: equal for all parameters that ``step()`` is given together, and on every rank.
-    """
-
-    name: str
-    parameter: Tensor
-    options: PreconditionerOptions
-    shape: torch.Size
-    holder: Tensor
-    flat: bool
-    trained: bool
-    group: int
-    host: Host = field(compare=False, repr=False)
-    key: Hashable = None
-
-    @property
-    def device(self) -> torch.device:
-        """Where its gradient is preconditioned."""
-        return self.host.compute_device(self.holder)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """In what its direction is computed."""
-        return torch.promote_types(self.parameter.dtype, torch.float32)
-
-    @property
-    def view(self) -> tuple[int, int] | None:
-        """Rows and columns of its matrix; None if it is not preconditioned."""
-        return matrix_shape(self.shape) if self.options.precondition and self.trained else None
-
-    def matrix(self, schedule: Mapping[tuple[int, str], Phases]) -> Matrix | None:
-        """Its matrix, with fresh factors that are due as ``schedule`` says; None if it is not preconditioned."""
-        shape = self.view
-        if shape is None:
-            return None
-        phases = schedule.get((self.group, self.name), _TOGETHER)
-        return Matrix(self.name, shape, self.options, self.device, self.dtype, phases=phases)
-
-    def locate(self) -> tuple[Location, int]:
-        """The interval that this rank holds, and where it begins in the flattened holder."""
-        return self.host.locate(self.name, self.parameter, self.holder)
-
-
-class Signature(NamedTuple):
-    """What a step depends on: two steps with equal signatures are about the same tensors, options and gradients' types.
-
-    Attributes:
-        first: id of the first tensor.
-        tensors: all that is asked of each tensor in the groups.
-        options: of all groups of the optimizer.
-        version: of what is known of the parameters.
-    """
-
-    first: int
-    tensors: list[tuple[Any, ...]]
-    options: list[list[Any]]
-    version: int
-
-
-@dataclass(eq=False)
-class _Member:
-    """A parameter as it was given. The references are weak: hosts that replace parameters want the old ones freed."""
-
-    name: str  # without what wrappers put into names
-    named: bool  # by whoever made the optimizer, or by DeepSpeed's engine
-    given: weakref.ReferenceType[Tensor]
-    held: weakref.ReferenceType[Tensor]  # what stands in the group: the one that was given, or one that replaced it
-    shape: torch.Size
-    trained: bool
-    plain: str | None = None  # its name in the model, once that is known
-    label: str = ""  # for messages: the name, made different from all others
-
-
-@dataclass
-class _Given:
-    """One group and the parameters in it."""
-
-    group: dict[str, Any]
-    members: list[_Member]
-    options: dict[str, Any]  # as they were, but for those that change all the time
-
-    def parameters(self) -> list[Tensor]:
-        """Those that were given and are still there."""
-        return [parameter for parameter in (member.given() for member in self.members) if parameter is not None]
-
-    def trained_shapes(self) -> Iterator[tuple[str, torch.Size]]:
-        """Names and whole shapes of those that were to be trained when they were given."""
-        return ((member.label, member.shape) for member in self.members if member.trained)
-
-    def is_in_place(self, params: Sequence[Tensor]) -> bool:
-        """Whether ``params`` are the ones that were given or, if they were replaced, those seen last."""
-        return len(params) == len(self.members) and all(
-            member.held() is parameter for member, parameter in zip(self.members, params, strict=True)
-        )
 
 
 class Members:
     """All parameters that an optimizer was given, by groups."""
 
     def __init__(self) -> None:
-        self._given: list[_Given] = []
+        self._given: list[MemberGroup] = []
         self._host: Host | None = None  # once it is known for good
         self._described: list[tuple[int, str, torch.Size, PreconditionerOptions]] = []
         self._schedule: Mapping[tuple[int, str], Phases] = {}  # of what is described
         self._version = 0  # of names, groups and host
         self.changes = 0  # how often other parameters than before were found in the groups
-        self.replaced: list[tuple[weakref.ReferenceType[Tensor], _Member]] = []  # since they were last looked at
+        self.replaced: list[tuple[weakref.ReferenceType[Tensor], Member]] = []  # since they were last looked at
 
     def add(self, group: dict[str, Any]) -> None:
         """Remember the parameters of a new group."""
@@ -160,8 +49,8 @@ class Members:
         host, members = self._host or find_host(None, params), []
         for name, parameter in zip(names, params, strict=True):
             reference, shape = weakref.ref(parameter), host.shape(parameter)
-            members.append(_Member(plain_name(name), named, reference, reference, shape, parameter.requires_grad))
-        self._given.append(_Given(group, members, _lasting(group)))
+            members.append(Member(plain_name(name), named, reference, reference, shape, parameter.requires_grad))
+        self._given.append(MemberGroup(group, members, lasting_options(group)))
         self._relabel()
 
     def follow(self, groups: Sequence[dict[str, Any]]) -> None:
@@ -182,14 +71,14 @@ class Members:
             return
         known = self._by_tensor()
         standing = {id(known[parameter]) for group in groups for parameter in group["params"] if parameter in known}
-        found: list[_Given] = []
-        held: list[tuple[_Member, Tensor]] = []
+        found: list[MemberGroup] = []
+        held: list[tuple[Member, Tensor]] = []
         for number, group in enumerate(groups):
             before = self._before(group, number, len(groups), known)
-            members = _recognize(group["params"], number, before, known, standing)
+            members = recognize(group["params"], number, before, known, standing)
             held += zip(members, group["params"], strict=True)
-            options = _lasting(group) if before is None else before.options
-            found.append(_Given(group, members, options))
+            options = lasting_options(group) if before is None else before.options
+            found.append(MemberGroup(group, members, options))
         if len({id(member) for member, _ in held}) < len(held):
             raise ValueError("a parameter stands in the param groups twice")
         for member, parameter in held:
@@ -206,13 +95,13 @@ class Members:
         """Take over new dictionaries of the same groups, as ``Optimizer.load_state_dict`` makes them."""
         kept = [given for given in self._given if given.members]  # DeepSpeed drops empty groups
         for given, group in zip(self._given if len(groups) == len(self._given) else kept, groups, strict=True):
-            given.group, given.options = group, _lasting(group)
+            given.group, given.options = group, lasting_options(group)
         self._version += 1
         self._write_names()
 
-    def _by_tensor(self) -> dict[Tensor, _Member]:
+    def _by_tensor(self) -> dict[Tensor, Member]:
         """Every parameter that was given, or has replaced one."""
-        found: dict[Tensor, _Member] = {}
+        found: dict[Tensor, Member] = {}
         for given in self._given:
             for member in given.members:
                 for parameter in (member.given(), member.held()):
@@ -220,7 +109,9 @@ class Members:
                         found[parameter] = member
         return found
 
-    def _before(self, group: dict[str, Any], number: int, count: int, known: Mapping[Tensor, _Member]) -> _Given | None:
+    def _before(
+        self, group: dict[str, Any], number: int, count: int, known: Mapping[Tensor, Member]
+    ) -> MemberGroup | None:
         """What ``group``, or the one that it stands for, was: the same dictionary, or one with the same parameters."""
         members = [known[parameter] for parameter in group["params"] if parameter in known]
         for given in self._given:
@@ -302,7 +193,7 @@ class Members:
                     member.plain = plain
         self._relabel()
 
-    def check(self, entries: Sequence[Entry], chosen: Any) -> None:
+    def check(self, entries: Sequence[HeldParameter], chosen: Any) -> None:
         """Raise ValueError if the host runs with what was not tested, or other ranks than ``chosen`` share parameters.
 
         ``chosen`` is the optimizer's ``process_group``.
@@ -373,7 +264,7 @@ class Members:
             self._schedule = dict(zip(matrices, stagger(list(matrices.values())), strict=True))
         return self._schedule
 
-    def entries(self, groups: Sequence[dict[str, Any]]) -> list[Entry]:
+    def entries(self, groups: Sequence[dict[str, Any]]) -> list[HeldParameter]:
         """What ``groups``, all of the optimizer's or some, hold now.
 
         Raises:
@@ -382,12 +273,12 @@ class Members:
         self.follow(groups)
         return [entry for group in groups for entry in self._entries(group)]
 
-    def calls(self, groups: Sequence[dict[str, Any]]) -> list[list[Entry]]:
+    def calls(self, groups: Sequence[dict[str, Any]]) -> list[list[HeldParameter]]:
         """What each of the calls of ``step()`` that make one optimizer step is about, in their order."""
         if not self.partitioned:
             return [self.entries(groups)]
         host = self.host
-        by_key: dict[Hashable, list[Entry]] = {}
+        by_key: dict[Hashable, list[HeldParameter]] = {}
         for number, given in enumerate(self._given):
             options = PreconditionerOptions.of_group(given.group)
             for flat in host.flat_tensors(number, given.group["params"], given.parameters()):
@@ -397,7 +288,7 @@ class Members:
 
     def signature(self, groups: Sequence[dict[str, Any]]) -> Signature:
         """All that decides what :meth:`entries` gives, and how these are preconditioned, as cheaply as possible."""
-        tensors = [_describe(parameter) for group in groups for parameter in group["params"]]
+        tensors = describe_tensors(groups)
         options = [[given.group.get(name) for name in OPTION_NAMES] for given in self._given]
         first = tensors[0][0] if tensors else 0
         return Signature(first, tensors, options, self._version)
@@ -414,7 +305,7 @@ class Members:
     def plain_names(self) -> dict[str, str]:
         """What portable checkpoints call each parameter: its name without what wrappers put into it.
 
-        By the names of its :class:`Entry`.
+        By the names of its :class:`HeldParameter`.
 
         Raises:
             ValueError: a parameter has no name, or two have the same.
@@ -441,7 +332,7 @@ class Members:
             return None
         return [[member.name for member in given.members] for given in self._given]
 
-    def _entries(self, group: dict[str, Any]) -> Iterator[Entry]:
+    def _entries(self, group: dict[str, Any]) -> Iterator[HeldParameter]:
         params: list[Tensor] = group["params"]
         if not params:
             return
@@ -454,7 +345,7 @@ class Members:
             for member, parameter in zip(given.members, params, strict=True):
                 trained = parameter.requires_grad or parameter.grad is not None
                 shape = host.shape(parameter)
-                yield Entry(member.label, parameter, options, shape, parameter, False, trained, number, host)
+                yield HeldParameter(member.label, parameter, options, shape, parameter, False, trained, number, host)
             return
         flats = {id(flat.tensor): flat for flat in host.flat_tensors(number, params, given.parameters())}
         for parameter in params:
@@ -465,7 +356,7 @@ class Members:
                 )
             yield from self._entries_in(flats[id(parameter)], number, options)
 
-    def _entries_in(self, flat: FlatTensor, number: int, options: PreconditionerOptions) -> Iterator[Entry]:
+    def _entries_in(self, flat: FlatTensor, number: int, options: PreconditionerOptions) -> Iterator[HeldParameter]:
         """The parameters in a flat tensor."""
         host = self.host
         names = {member.given(): member.label for member in self._given[number].members}
@@ -473,58 +364,9 @@ class Members:
             shape = host.shape(parameter)
             if parameter not in names:
                 raise ValueError(f"a flat tensor of param group {number} has a parameter of another group: {shape}")
-            yield Entry(names[parameter], parameter, options, shape, flat.tensor, True, True, number, host, flat.call)
-
-
-def _recognize(
-    params: Sequence[Tensor],
-    number: int,
-    before: _Given | None,
-    known: Mapping[Tensor, _Member],
-    standing: set[int],
-) -> list[_Member]:
-    """The members that ``params``, in group ``number``, are: by identity, and by order and shape where replaced.
-
-    ``before`` is what the group was, ``standing`` the ids of all members that stand in some group as they are.
-    """
-    found = [known.get(parameter) for parameter in params]
-    new = [parameter for parameter, member in zip(params, found, strict=True) if member is None]
-    if not new:
-        return [member for member in found if member is not None]
-    if before is None:
-        raise ValueError(f"param group {number} is none of those that Shampoo4 was given: use add_param_group()")
-    free = [member for member in before.members if id(member) not in standing]
-    for chosen in (free, [member for member in free if _is_trained(member)]):
-        if [member.shape for member in chosen] == [parameter.shape for parameter in new]:
-            replaced = iter(chosen)
-            members = [member or next(replaced) for member in found]
-            places = [before.members.index(member) for member in members if member in before.members]
-            if places == sorted(places):
-                return members
-    raise ValueError(
-        f"param group {number} was given {len(before.members)} parameters of shapes "
-        f"{shorten(tuple(member.shape) for member in before.members)} and now has {len(params)} of shapes "
-        f"{shorten(tuple(parameter.shape) for parameter in params)}: no telling which is which"
-    )
-
-
-def _describe(tensor: Tensor) -> tuple[Any, ...]:
-    """What of a tensor and its gradient a step depends on."""
-    gradient = tensor.grad
-    kind = None if gradient is None else (gradient.dtype, gradient.layout)
-    return id(tensor), tensor.requires_grad, tensor.dtype, tensor.device, tensor.shape, kind
-
-
-def _is_trained(member: _Member) -> bool:
-    parameter = member.given()
-    return parameter is not None and bool(parameter.requires_grad)
-
-
-def _lasting(group: Mapping[str, Any]) -> dict[str, Any]:
-    """A group's options without those that schedulers change."""
-    return {
-        k: v for k, v in group.items() if k not in ("params", "param_names", "lr", "initial_lr", "momentum", "betas")
-    }
+            yield HeldParameter(
+                names[parameter], parameter, options, shape, flat.tensor, True, True, number, host, flat.call
+            )
 
 
 def _number(key: Hashable) -> tuple[int, ...]:

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from .base import Base
-from .exchange import wire_dtype
-from .layout import matrix_shape
+from .comm.exchange import wire_dtype
+from .numerics.preconditioner import Matrix
 from .options import OPTION_NAMES, PreconditionerOptions, apply_preset
-from .plan import Plan, Shard
-from .preconditioner import Matrix
+from .planning.blocks import Shard, matrix_shape
+from .planning.plan import Plan
+from .planning.schedule import stagger
 from .report import format_bytes, table
-from .schedule import stagger
 
 _HOSTS = ("none", "ddp", "fsdp2", "hsdp", "zero0", "zero1", "zero2", "zero3")
 

@@ -16,7 +16,6 @@ from . import report
 from .advice import Advice
 from .base import Base
 from .base_options import check_group, expand_preset
-from .bindings import Bindings
 from .context import own_arithmetic
 from .distributor import Distributor
 from .hosts import Host
@@ -41,6 +40,7 @@ from .options import (
 )
 from .placement import check_process_group, local_tensor
 from .saving import SavedStates
+from .session import Session
 from .state_dict import FORMAT_VERSION, VERSION_KEY
 from .tensors import tensor_bytes
 
@@ -175,7 +175,7 @@ class Shampoo4(SavedStates):
         lr, weight_decay = self.base.arguments["lr"], self.base.arguments.get("weight_decay", 0.0)
         self._members = Members()
         self._advice: Advice | None = None  # given for all groups at once
-        self._bindings = Bindings(self._members, self.base.name, process_group)
+        self._session = Session(self._members, self.base.name, process_group)
         self._consolidated: dict[Tensor, Tensor] = {}  # all factors, until the next step
         defaults = {"lr": lr, "weight_decay": weight_decay, **self.base.defaults, **options.as_group()}
         super().__init__(params, {**defaults, VERSION_KEY: FORMAT_VERSION})
@@ -241,45 +241,45 @@ class Shampoo4(SavedStates):
             with torch.enable_grad():
                 loss = closure()
         with own_arithmetic():
-            binding = self._bindings.bind(self.param_groups, self.state, self)
+            distributor = self._session.current(self.param_groups, self.state, self)
             self._consolidated = {}
-            if self._is_dry_step(binding):
+            if self._is_dry_step(distributor):
                 self.host.check_state_dict()
                 self.base.make_states(self.param_groups, self.state)
             else:
-                binding.precondition()
-                with self._together_at_first(binding):
+                distributor.precondition()
+                with self._together_at_first(distributor):
                     self.base.step(self.param_groups, self.state)
-            self._bindings.mark_stepped(self.state)
+            self._session.mark_stepped(self.state)
         return loss
 
     @contextlib.contextmanager
-    def _together_at_first(self, binding: Distributor) -> Iterator[None]:
+    def _together_at_first(self, distributor: Distributor) -> Iterator[None]:
         """Raise on every rank what a first base step raises on one: it takes the memory for the base's states.
 
         What is to be said of the training's length is said here too: warnings may be errors.
         """
-        if binding.has_stepped:
+        if distributor.has_stepped:
             yield
             return
-        with binding.ranks.together():
+        with distributor.ranks.together():
             self._take_length_of_host()
             yield
-        binding.has_stepped = True
+        distributor.has_stepped = True
 
     def _take_length_of_host(self) -> None:
         total_steps = self.host.total_steps
         if total_steps is not None and self._advice is not None and self._advice.total_steps is None:
             self.warn_if_short(total_steps)
 
-    def _is_dry_step(self, binding: Distributor) -> bool:
+    def _is_dry_step(self, distributor: Distributor) -> bool:
         """Whether this is a framework's step with zero gradients, made so that the optimizer creates its states."""
-        if not binding.matrices or any(matrix.step for matrix in binding.matrices) or self._members.partitioned:
+        if not distributor.matrices or any(matrix.step for matrix in distributor.matrices) or self._members.partitioned:
             return False
-        with binding.ranks.together():
+        with distributor.ranks.together():
             gradients = [local_tensor(p.grad) for p in self._current() if p.grad is not None]
             in_earnest = any(self.state.values()) or any(bool(gradient.any()) for gradient in gradients)
-        return not binding.ranks.any([in_earnest])[0]
+        return not distributor.ranks.any([in_earnest])[0]
 
     @property
     def process_group(self) -> dist.ProcessGroup | Literal["alone"] | None:
@@ -289,7 +289,7 @@ class Shampoo4(SavedStates):
 
     def use_host(self, host: Host) -> None:
         """Be told by a framework's adapter where parameters lie that cannot tell it themselves (FSDP1)."""
-        self._bindings.use_host(host)
+        self._session.use_host(host)
         self._advise()
 
     def _take_names(self, model: torch.nn.Module, anew: bool) -> None:
@@ -306,7 +306,7 @@ class Shampoo4(SavedStates):
 
     def state_bytes(self) -> dict[str, int]:
         """Bytes of the states on this rank, measured: ``{"preconditioner": int, "base": int}``."""
-        return {"preconditioner": self._bindings.nbytes, "base": tensor_bytes(self.state.values())}
+        return {"preconditioner": self._session.nbytes, "base": tensor_bytes(self.state.values())}
 
     def traffic_bytes(self) -> int:
         """Count the bytes of gradients and directions that this rank has sent to other ranks so far.
@@ -316,7 +316,7 @@ class Shampoo4(SavedStates):
             and 16 bytes a block for the norms of grafting) is not counted. ``estimate_memory(...).traffic`` predicts
             how many an ordinary step adds.
         """
-        return 0 if self._bindings.ranks is None else self._bindings.ranks.bytes_sent
+        return 0 if self._session.ranks is None else self._session.ranks.bytes_sent
 
     @own_arithmetic()
     def health(self) -> dict[str, dict[str, float]]:
@@ -329,7 +329,7 @@ class Shampoo4(SavedStates):
         computed in them: as long as there are none, the base optimizer works on plain gradients. Empty before the first
         step.
         """
-        return report.health(self._bindings)
+        return report.health(self._session)
 
     def describe(self) -> str:
         """A table: each parameter, whether it is preconditioned or why not, its blocks, their owners and bytes.
@@ -337,4 +337,4 @@ class Shampoo4(SavedStates):
         The owners are known once a step has been made, on several ranks. The last line says when preconditioning
         begins, or how far it has come.
         """
-        return report.describe(self._bindings, self.param_groups)
+        return report.describe(self._session, self.param_groups)

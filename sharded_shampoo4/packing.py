@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .layout import Block
+from .comm.ranks import Ranks
+from .numerics.preconditioner import Matrix, fresh_block
 from .options import PreconditionerOptions
-from .plan import Owned
-from .preconditioner import Matrix, fresh_block
-from .ranks import Ranks
+from .planning.blocks import Block
+from .planning.plan import Owned
 
 if TYPE_CHECKING:
     from .distributor import Distributor

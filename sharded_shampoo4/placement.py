@@ -12,40 +12,21 @@ import itertools
 import math
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .planning.blocks import Shard, make_shard
+
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
 
 
-@dataclass(frozen=True)
-class Location:
-    """The contiguous interval of a flattened (row-major) parameter that this rank holds.
-
-    Attributes:
-        shape: shape of the whole parameter.
-        start: first element held.
-        stop: one past the last element held; ``start == stop == 0`` if nothing is held.
-        replica: which complete copy of the parameter this rank belongs to: 0 where there is only one, the rank where
-            every rank holds everything.
-        device: where FSDP1 computes a parameter that it has offloaded to the host.
-    """
-
-    shape: torch.Size
-    start: int
-    stop: int
-    replica: int
-    device: torch.device | None = None
-
-
-def locate(name: str, parameter: Tensor) -> Location:
-    """Return the interval of ``parameter``, a plain tensor or a DTensor, that this rank holds.
+def locate(name: str, parameter: Tensor) -> Shard:
+    """Return the shard of ``parameter``, a plain tensor or a DTensor, that this rank holds.
 
     Args:
         name: of the parameter, for messages.
@@ -56,18 +37,18 @@ def locate(name: str, parameter: Tensor) -> Location:
             own part.
     """
     dtensor = _as_dtensor(parameter)
-    location = _whole(parameter.shape) if dtensor is None else _locate_dtensor(name, dtensor)
-    check_size(name, parameter, location)
-    return location
+    shard = _whole(parameter.shape) if dtensor is None else _locate_dtensor(name, dtensor)
+    check_size(name, parameter, shard, parameter.shape)
+    return shard
 
 
-def check_size(name: str, parameter: Tensor, location: Location) -> None:
-    """Raise ValueError unless ``parameter`` has as many elements on this rank as ``location``."""
+def check_size(name: str, parameter: Tensor, shard: Shard, shape: torch.Size) -> None:
+    """Raise ValueError unless ``parameter``, of whole ``shape``, has as many elements on this rank as ``shard``."""
     held = local_tensor(parameter).numel()
-    if held != location.stop - location.start:
+    if held != shard.length:
         raise ValueError(
-            f"{name} has {held} elements on this rank where elements {location.start} to {location.stop} of "
-            f"{tuple(location.shape)} were expected: its shards have changed"
+            f"{name} has {held} elements on this rank where elements {shard.start} to {shard.stop} of "
+            f"{tuple(shape)} were expected: its shards have changed"
         )
 
 
@@ -104,14 +85,15 @@ def shard_vector(vector: Tensor, parameter: Tensor) -> Tensor:
     like = _as_dtensor(parameter)
     if like is None:
         return vector
-    from torch.distributed.tensor import DTensor, Replicate, Shard
+    from torch.distributed.tensor import DTensor, Replicate
+    from torch.distributed.tensor import Shard as Sharded
 
     mesh, coordinate = like.device_mesh, like.device_mesh.get_coordinate()
     assert coordinate is not None
     start, size = 0, len(vector)
-    placements = [Shard(0) if isinstance(placement, Shard) else Replicate() for placement in like.placements]
+    placements = [Sharded(0) if isinstance(placement, Sharded) else Replicate() for placement in like.placements]
     for ranks, position, placement in zip(mesh.shape, coordinate, placements, strict=True):
-        if isinstance(placement, Shard):
+        if isinstance(placement, Sharded):
             offset, size = _chunk(size, ranks, position)
             start += offset
     local = vector[start : start + size].clone()
@@ -193,25 +175,21 @@ def check_shared(name: str, parameter: Tensor, chosen: dist.ProcessGroup | str |
         )
 
 
-def interval(shape: torch.Size, start: int, stop: int, replica: int) -> Location:
-    """A location whose empty interval is always (0, 0)."""
-    return Location(shape, start, stop, replica) if stop > start else Location(shape, 0, 0, replica)
-
-
 def _as_dtensor(tensor: Tensor) -> DTensor | None:
     """``tensor`` if it is a DTensor. Their module takes a second to import, so it is only looked up."""
     module = sys.modules.get("torch.distributed.tensor")
     return tensor if module is not None and isinstance(tensor, module.DTensor) else None
 
 
-def _whole(shape: torch.Size) -> Location:
-    """The location of a parameter that every rank holds whole."""
+def _whole(shape: torch.Size) -> Shard:
+    """The shard of a parameter that every rank holds whole."""
     several = dist.is_available() and dist.is_initialized()
-    return Location(shape, 0, shape.numel(), dist.get_rank() if several else 0)
+    return Shard(0, shape.numel(), dist.get_rank() if several else 0)
 
 
-def _locate_dtensor(name: str, parameter: DTensor) -> Location:
-    from torch.distributed.tensor import Replicate, Shard
+def _locate_dtensor(name: str, parameter: DTensor) -> Shard:
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor import Shard as Sharded
 
     mesh, shape = parameter.device_mesh, parameter.shape
     described = f"{name} of shape {tuple(shape)} has placements {tuple(parameter.placements)} on {mesh}"
@@ -229,7 +207,7 @@ def _locate_dtensor(name: str, parameter: DTensor) -> Location:
     sizes, largest = list(shape), list(shape)  # of this rank's box, and of rank 0's
     replica = 0
     for ranks, position, placement in zip(mesh.shape, coordinate, parameter.placements, strict=True):
-        if type(placement) is Shard:  # a _StridedShard is a Shard in some versions of torch
+        if type(placement) is Sharded:  # a _StridedShard is a Shard in some versions of torch
             dim = placement.dim
             offset, sizes[dim] = _chunk(sizes[dim], ranks, position)
             offsets[dim] += offset
@@ -242,7 +220,7 @@ def _locate_dtensor(name: str, parameter: DTensor) -> Location:
         raise ValueError(f"{described}: a rank's part is not one interval of it, as it is with Shard(0); {instead}")
     start = sum(offset * math.prod(shape[dim + 1 :]) for dim, offset in enumerate(offsets))
     numel = math.prod(sizes)
-    return interval(shape, start, start + numel, replica)
+    return make_shard(start, start + numel, replica)
 
 
 def _chunk(size: int, parts: int, position: int) -> tuple[int, int]:

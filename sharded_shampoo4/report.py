@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .factors import HEALTH
-from .layout import is_stack, matrix_shape
+from .numerics.factors import HEALTH
+from .numerics.preconditioner import Matrix
 from .options import PreconditionerOptions
-from .preconditioner import Matrix
-from .schedule import first_root
+from .planning.blocks import is_stack, matrix_shape
+from .planning.schedule import first_root
 
 if TYPE_CHECKING:
-    from .bindings import Bindings
     from .members import Members
+    from .session import Session
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 _NOT_THE_USERS = ("sharded_shampoo4", "torch", "contextlib")
@@ -66,9 +66,9 @@ def table(rows: Iterable[tuple[str, ...]]) -> str:
 # -- of an optimizer ---------------------------------------------------------------------------------------------------
 
 
-def health(bindings: Bindings) -> dict[str, dict[str, float]]:
+def health(session: Session) -> dict[str, dict[str, float]]:
     """Measure :meth:`Shampoo4.health`; collective."""
-    worst = bindings.health()
+    worst = session.health()
     return {
         matrix.name: {
             **dict(zip(HEALTH, worst[matrix.name], strict=True)),
@@ -76,20 +76,20 @@ def health(bindings: Bindings) -> dict[str, dict[str, float]]:
             "steps": matrix.step,
             "roots": matrix.roots,
         }
-        for binding in bindings.all()
-        for matrix in binding.matrices
+        for distributor in session.all()
+        for matrix in distributor.matrices
     }
 
 
-def describe(bindings: Bindings, groups: Sequence[dict[str, Any]]) -> str:
+def describe(session: Session, groups: Sequence[dict[str, Any]]) -> str:
     """Write the table of :meth:`Shampoo4.describe`."""
-    owners = bindings.owners()
-    alone = bindings.ranks is None or bindings.ranks.size == 1
-    parameters = _parameters(bindings.members, groups)
+    owners = session.owners()
+    alone = session.ranks is None or session.ranks.size == 1
+    parameters = _parameters(session.members, groups)
     described = [_describe_parameter(p, "0" if alone else owners.get(p.parameter, "?")) for p in parameters]
     header = ("parameter", "shape", "preconditioned", "blocks", "owner", "bytes")
     total = ("all", "", "", "", "", format_bytes(sum(size for _, size in described)))
-    return f"{table([header, *(row for row, _ in described), total])}\n{_progress(bindings, parameters)}".rstrip()
+    return f"{table([header, *(row for row, _ in described), total])}\n{_progress(session, parameters)}".rstrip()
 
 
 class _Parameter(NamedTuple):
@@ -107,9 +107,9 @@ def _parameters(members: Members, groups: Sequence[dict[str, Any]]) -> list[_Par
     return [_Parameter(name, p, members.host.shape(p), p.requires_grad, options) for name, p, options in given]
 
 
-def _progress(bindings: Bindings, parameters: Sequence[_Parameter]) -> str:
+def _progress(session: Session, parameters: Sequence[_Parameter]) -> str:
     """How far preconditioning has come, in a sentence; empty where nothing is preconditioned."""
-    matrices = [matrix for binding in bindings.all() for matrix in binding.matrices]
+    matrices = [matrix for distributor in session.all() for matrix in distributor.matrices]
     steps = max((matrix.step for matrix in matrices), default=0)
     roots = max((matrix.roots for matrix in matrices), default=0)
     if roots:

@@ -10,18 +10,19 @@ from torch import Tensor
 
 from .advice import Advice
 from .base import Base
-from .bindings import Bindings
 from .context import own_arithmetic
+from .held import HeldParameter
 from .hosts import Host, find_host
 from .joining import Joinable, SteppingTogether
-from .members import Entry, Members
+from .members import Members
 from .options import PreconditionerOptions
 from .packing import PackedState
+from .session import Session
 from .state_dict import PIECES_KEY, all_factors, held_back, join, own_pieces, packed_factors, read, without_marks
 
 
 class SavedStates(SteppingTogether):
-    """An optimizer whose states are those of its base and the factors of its bindings."""
+    """An optimizer whose states are those of its base and the factors of its session."""
 
     base: Base
     _members: Members
@@ -37,17 +38,17 @@ class SavedStates(SteppingTogether):
         """What stands in the groups, in their order."""
         return [parameter for group in self.param_groups for parameter in group["params"]]
 
-    def attach(self, calling: str, model: torch.nn.Module | None) -> tuple[Bindings, list[Entry]]:
-        """Bind all parameters as they are now, between steps; collective. For portable checkpoints.
+    def attach(self, calling: str, model: torch.nn.Module | None) -> tuple[Session, list[HeldParameter]]:
+        """Attach all parameters as they are now, between steps; collective. For portable checkpoints.
 
         Args:
             calling: the call in which that is done, for messages.
             model: wrapped as it is, which tells names that are missing, or None.
 
         Returns:
-            what is bound, and a record of every parameter in the groups.
+            the session, and every parameter in the groups as it is held.
         """
-        return self._bindings, self._bindings.bind_all(self.param_groups, self.state, self, calling, model)
+        return self._session, self._session.attach_all(self.param_groups, self.state, self, calling, model)
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's states and, for each preconditioned parameter, its factors as one uint8 vector.
@@ -71,8 +72,8 @@ class SavedStates(SteppingTogether):
         if self._members.partitioned:
             if not set(map(id, self.state)) <= set(map(id, self._current())):
                 raise RuntimeError("ZeRO 3 takes its tensors out of the optimizer between steps: use save_checkpoint()")
-            return {**super().state_dict(), PIECES_KEY: own_pieces(self._bindings)}
-        self._bindings.let_go(self.param_groups, self.state)
+            return {**super().state_dict(), PIECES_KEY: own_pieces(self._session)}
+        self._session.let_go(self.param_groups, self.state)
         packed = self._packed(everywhere=find_host(self, self._current()).engine is not None)
         return join(super().state_dict(), [packed.get(parameter) for parameter in self._current()])
 
@@ -83,16 +84,16 @@ class SavedStates(SteppingTogether):
         Collective. Needed before ``state_dict()`` where ranks hold whole parameters or flat ones (DDP, FSDP1): programs
         call it on one rank only there. Valid until the next step.
         """
-        if self._bindings.spread and not self._members.partitioned:
-            self._bindings.begin("consolidate_state_dict()")
-            self._consolidated = {parameter: data.cpu() for parameter, data in all_factors(self._bindings).items()}
+        if self._session.spread and not self._members.partitioned:
+            self._session.begin("consolidate_state_dict()")
+            self._consolidated = {parameter: data.cpu() for parameter, data in all_factors(self._session).items()}
 
     @own_arithmetic()
     def _packed(self, everywhere: bool = False) -> dict[Tensor, Tensor]:
         """The factors that a state_dict holds, without those of parameters whose states were cleared."""
         self.host.check_state_dict()
-        cleared = self._bindings.cleared(self.state)
-        packed = self._consolidated or packed_factors(self._bindings, everywhere)
+        cleared = self._session.marks.missing(self.state)
+        packed = self._consolidated or packed_factors(self._session, everywhere)
         return {parameter: data for parameter, data in packed.items() if parameter not in cleared}
 
     @own_arithmetic()
@@ -110,39 +111,39 @@ class SavedStates(SteppingTogether):
             replaced = change(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
         with held_back(before, after):
-            plain, unbound = read(state_dict, self._bindings, self.param_groups)
+            plain, loaded = read(state_dict, self._session, self.param_groups)
             super().load_state_dict(plain)
             self.base.load(plain, self)
             self._members.adopt(self.param_groups)
             self._consolidated = {}
-            self._bindings.load(unbound)
+            self._session.load(loaded)
             if not self._members.partitioned:
-                self._bindings.mark_loaded(self.state)
+                self._session.mark_loaded(self.state)
         for finish in list(after.values()):
             finish(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        if self._bindings.spread:
+        if self._session.spread:
             raise RuntimeError("a Shampoo4 that is spread over ranks cannot be copied or pickled: use state_dict()")
         if self._process_group not in (None, "alone"):
             raise RuntimeError("a Shampoo4 that has a process_group cannot be copied or pickled: use state_dict()")
-        self._bindings.let_go(self.param_groups, self.state)
+        self._session.let_go(self.param_groups, self.state)
         state = super().__getstate__()
         state["state"] = defaultdict(dict, without_marks(self.state))
         own = {"_process_group": self._process_group, "base": self.base}
         options = {p: PreconditionerOptions.of_group(group) for group in self.param_groups for p in group["params"]}
         packed = {p: PackedState(options[p], data) for p, data in self._packed().items() if p in options}
-        return {**state, **own, "_consolidated": {}, "_unbound": packed}
+        return {**state, **own, "_consolidated": {}, "_loaded": packed}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        unbound = state.pop("_unbound", None)
+        loaded = state.pop("_loaded", None)
         super().__setstate__(state)
-        if unbound is not None:  # a copy: torch's load_state_dict calls this too, with the parameters as they are
+        if loaded is not None:  # a copy: torch's load_state_dict calls this too, with the parameters as they are
             self._process_group = state.get("_process_group")
             Joinable.__init__(self)
             self._members, self._advice = Members(), Advice()
             for group in self.param_groups:
                 self._members.add(group)
-            self._bindings = Bindings(self._members, self.base.name, self._process_group)
-            self._bindings.load(unbound)
-            self._bindings.mark_loaded(self.state)
+            self._session = Session(self._members, self.base.name, self._process_group)
+            self._session.load(loaded)
+            self._session.mark_loaded(self.state)

@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import Tensor
 
-from .layout import matrix_shape
+from .comm.ranks import DeferredErrors
 from .names import match_names
+from .numerics.preconditioner import Matrix
 from .options import PreconditionerOptions
 from .packing import PackedPieces, PackedState, fresh_bytes, pack, pack_pieces, refuse_former_levels, shaping_difference
 from .placement import is_dtensor, shard_vector
-from .preconditioner import Matrix
-from .ranks import Company
+from .planning.blocks import matrix_shape
 from .report import shorten
 
 if TYPE_CHECKING:
-    from .bindings import Bindings
+    from .session import Session
 
 FORMAT_VERSION = 2  # 1: the code book "normal" had other levels, none of them zero
 VERSION_KEY = "preconditioner_format"  # in each parameter group
 STATE_KEY = "preconditioner"  # in state_dict()["state"][i]: one uint8 vector for each preconditioned parameter
 PIECES_KEY = "preconditioner_pieces"  # in state_dict(), where flat tensors have replaced the parameters (ZeRO)
 
-Unbound = PackedState | PackedPieces  # of parameters that are not bound (yet)
+Loaded = PackedState | PackedPieces  # of parameters that no distributor has (yet)
 _NOT_OPTIONS = ("params", "param_names")
 
 
@@ -48,15 +48,34 @@ class _Mark:
 MARK = _Mark()
 
 
+class Marks:
+    """The parameters for whose factors a mark stands in ``optimizer.state``.
+
+    If a mark is gone, somebody has cleared the parameter's states, and its factors must begin anew.
+    """
+
+    def __init__(self) -> None:
+        self.parameters: set[Tensor] = set()
+
+    def put(self, state: MutableMapping[Tensor, Any], parameters: Iterable[Tensor]) -> None:
+        """Put marks into ``state``, beside the base's states of ``parameters``."""
+        for parameter in parameters:
+            state[parameter][STATE_KEY] = MARK
+            self.parameters.add(parameter)
+
+    def missing(self, state: Mapping[Tensor, Any]) -> set[Tensor]:
+        """Return the parameters whose marks somebody has taken out of ``state``."""
+        return {p for p in self.parameters if state.get(p, {}).get(STATE_KEY) is not MARK}
+
+    def keep(self, parameters: Collection[Tensor]) -> None:
+        """Forget all others than ``parameters``."""
+        self.parameters.intersection_update(parameters)
+
+
 def without_marks(state: Mapping[Any, Any]) -> dict[Any, Any]:
     """States of the base alone; parameters for which nothing is left are left out."""
     plain = {key: {name: v for name, v in entry.items() if v is not MARK} for key, entry in state.items()}
     return {key: entry for key, entry in plain.items() if entry or not state[key]}
-
-
-def is_marked(state: Mapping[Tensor, Any], parameter: Tensor) -> bool:
-    """Whether ``state`` has, for ``parameter``, what stands for its factors."""
-    return state.get(parameter, {}).get(STATE_KEY) is MARK
 
 
 @contextlib.contextmanager
@@ -75,59 +94,65 @@ def held_back(*hooks: dict[int, Any]) -> Iterator[None]:
 # -- writing -----------------------------------------------------------------------------------------------------------
 
 
-def packed_factors(bindings: Bindings, everywhere: bool) -> dict[Tensor, Tensor]:
+def packed_factors(session: Session, everywhere: bool) -> dict[Tensor, Tensor]:
     """Return every preconditioner there is, as bytes; under FSDP2 and HSDP sharded as parameters are, and collective.
 
     Args:
-        bindings: of the optimizer.
+        session: of the optimizer.
         everywhere: whether all ranks call this, also where they hold whole parameters.
 
     Raises:
         RuntimeError: factors are spread over ranks that hold whole parameters, where programs save on one rank only.
     """
-    bound = [parameter for binding in bindings.all() for parameter in binding.parameters]
-    if bindings.spread and bound and not everywhere and not any(map(is_dtensor, bound)):
-        fresh = _fresh_factors(bindings)
+    attached = [parameter for distributor in session.all() for parameter in distributor.parameters]
+    if session.spread and attached and not everywhere and not any(map(is_dtensor, attached)):
+        fresh = _fresh_factors(session)
         if fresh is None:
             raise RuntimeError(
                 "the factors of Shampoo4 are spread over ranks: call optimizer.consolidate_state_dict() on every "
                 "rank before state_dict()"
             )
         return fresh
-    bindings.begin("state_dict()")
-    return all_factors(bindings)
+    session.begin("state_dict()")
+    return all_factors(session)
 
 
-def all_factors(bindings: Bindings) -> dict[Tensor, Tensor]:
+def all_factors(session: Session) -> dict[Tensor, Tensor]:
     """Return every preconditioner there is, as bytes; on several ranks collective, and sharded where parameters are."""
     packed: dict[Tensor, Tensor] = {}
-    company = Company(bindings.ranks) if bindings.ranks is not None else None
-    for binding in bindings.all():
-        assert company is not None
-        for index, parameter in enumerate(binding.parameters):
-            part = company.attempt(shard_vector, pack(binding, index), parameter)
+    errors = DeferredErrors(session.ranks) if session.ranks is not None else None
+    for distributor in session.all():
+        assert errors is not None
+        for index, parameter in enumerate(distributor.parameters):
+            part = errors.attempt(shard_vector, pack(distributor, index), parameter)
             if part is not None:
                 packed[parameter] = part
-    if company is not None:
-        company.part()
-    return {**packed, **{parameter: entry.data for parameter, entry in bindings.unbound.items()}}
+    if errors is not None:
+        errors.raise_together()
+    return {**packed, **{parameter: entry.data for parameter, entry in session.loaded.items()}}
 
 
-def _fresh_factors(bindings: Bindings) -> dict[Tensor, Tensor] | None:
+def _fresh_factors(session: Session) -> dict[Tensor, Tensor] | None:
     """What all factors are while none has taken a step, without asking other ranks; None otherwise."""
-    pairs = [(p, m) for binding in bindings.all() for p, m in zip(binding.parameters, binding.matrices, strict=True)]
+    pairs = [
+        (p, m)
+        for distributor in session.all()
+        for p, m in zip(distributor.parameters, distributor.matrices, strict=True)
+    ]
     if any(matrix.step for _, matrix in pairs):
         return None
     packed = {parameter: fresh_bytes(matrix) for parameter, matrix in pairs}
-    return {**packed, **{parameter: entry.data for parameter, entry in bindings.unbound.items()}}
+    return {**packed, **{parameter: entry.data for parameter, entry in session.loaded.items()}}
 
 
-def own_pieces(bindings: Bindings) -> dict[int, dict[str, Any]]:
+def own_pieces(session: Session) -> dict[int, dict[str, Any]]:
     """Return this rank's part of every preconditioner there is, by the place of the parameter among those given."""
-    found: dict[Tensor, Unbound] = dict(bindings.unbound)
-    for binding in bindings.all():
-        found.update({parameter: pack_pieces(binding, index) for index, parameter in enumerate(binding.parameters)})
-    places = {parameter: place for place, (_, parameter, _) in enumerate(bindings.members.given())}
+    found: dict[Tensor, Loaded] = dict(session.loaded)
+    for distributor in session.all():
+        found.update(
+            {parameter: pack_pieces(distributor, index) for index, parameter in enumerate(distributor.parameters)}
+        )
+    places = {parameter: place for place, (_, parameter, _) in enumerate(session.members.given())}
     pieces = {places[parameter]: entry for parameter, entry in found.items()}
     return {place: entry.as_plain() for place, entry in sorted(pieces.items()) if isinstance(entry, PackedPieces)}
 
@@ -148,13 +173,13 @@ def join(plain: dict[str, Any], packed: Sequence[Tensor | None]) -> dict[str, An
 
 
 def read(
-    state_dict: dict[str, Any], bindings: Bindings, groups: Sequence[dict[str, Any]]
-) -> tuple[dict[str, Any], dict[Tensor, Unbound]]:
+    state_dict: dict[str, Any], session: Session, groups: Sequence[dict[str, Any]]
+) -> tuple[dict[str, Any], dict[Tensor, Loaded]]:
     """Check a ``state_dict`` and take it apart.
 
     Args:
         state_dict: as :meth:`Shampoo4.state_dict` gave it.
-        bindings: of the optimizer.
+        session: of the optimizer.
         groups: the optimizer's.
 
     Returns:
@@ -163,7 +188,7 @@ def read(
     Raises:
         ValueError: it does not fit; with the option and both values, or the parameter's name.
     """
-    members = bindings.members
+    members = session.members
     state_dict = dict(state_dict)
     pieces = state_dict.pop(PIECES_KEY, None)
     if (pieces is not None) != members.partitioned:
@@ -179,18 +204,18 @@ def read(
     check_loadable(state_dict, groups, shapes)
     plain, packed = separate(state_dict)
     options = [PreconditionerOptions.of_group(group) for group in plain["param_groups"] for _ in group["params"]]
-    unbound = _read_pieces(pieces or {}, bindings)
+    loaded = _read_pieces(pieces or {}, session)
     for parameter, option, data in zip(current, options, packed, strict=True):
         if data is not None:
-            unbound[parameter] = PackedState(option, data.detach().clone())
+            loaded[parameter] = PackedState(option, data.detach().clone())
     versioned = [{**group, VERSION_KEY: FORMAT_VERSION} for group in plain["param_groups"]]
-    return {**plain, "param_groups": versioned}, unbound
+    return {**plain, "param_groups": versioned}, loaded
 
 
-def _read_pieces(stored: Mapping[int, Mapping[str, Any]], bindings: Bindings) -> dict[Tensor, Unbound]:
+def _read_pieces(stored: Mapping[int, Mapping[str, Any]], session: Session) -> dict[Tensor, Loaded]:
     """Undo :func:`own_pieces`. Raises ValueError unless they are of these parameters, with options that fit."""
-    given, host = bindings.members.given(), bindings.members.host
-    unbound: dict[Tensor, Unbound] = {}
+    given, host = session.members.given(), session.members.host
+    loaded: dict[Tensor, Loaded] = {}
     for place, plain in stored.items():
         name, parameter, options = given[place] if place < len(given) else ("", None, None)
         if parameter is None or options is None:
@@ -200,8 +225,8 @@ def _read_pieces(stored: Mapping[int, Mapping[str, Any]], bindings: Bindings) ->
         if not options.precondition or shape is None:
             raise ValueError(f"the state_dict has a preconditioner of {name}, which is not preconditioned here")
         piece.check(Matrix(name, shape, options, piece.data.device))
-        unbound[parameter] = piece
-    return unbound
+        loaded[parameter] = piece
+    return loaded
 
 
 def separate(state_dict: dict[str, Any]) -> tuple[dict[str, Any], list[Tensor | None]]:

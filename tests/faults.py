@@ -22,19 +22,23 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 # Place: file, the right code, the faulty code.
 FAULTS: dict[str, tuple[str, str, str]] = {
-    "quantizer": ("quantization.py", "scales = largest.to(scale_dtype)", "scales = (1.001 * largest).to(scale_dtype)"),
-    "Bjorck constant": ("eigenbasis.py", "1.5 * basis - 0.5 *", "1.5 * basis - 0.499 *"),
-    "owner choice": ("plan.py", "owners[index] = owner", "owners[index] = owner = 0"),
-    "offset of a piece": ("plan.py", "column=piece.column - block.column)", "column=0)"),
-    "pieces as one": ("routes.py", "step == side[start + 1].offset - side[start].offset", "True"),
+    "quantizer": (
+        "numerics/quantization.py",
+        "scales = largest.to(scale_dtype)",
+        "scales = (1.001 * largest).to(scale_dtype)",
+    ),
+    "Bjorck constant": ("numerics/eigenbasis.py", "1.5 * basis - 0.5 *", "1.5 * basis - 0.499 *"),
+    "owner choice": ("planning/plan.py", "owners[index] = owner", "owners[index] = owner = 0"),
+    "offset of a piece": ("planning/plan.py", "column=piece.column - block.column)", "column=0)"),
+    "pieces as one": ("planning/routes.py", "step == side[start + 1].offset - side[start].offset", "True"),
     "graft norm": ("grafting.py", "(directions + 1e-12)", "(directions + 1e-4)"),
-    "step count": ("preconditioner.py", "self.step += 1", "self.step += 1 if self.step else 2"),
+    "step count": ("numerics/preconditioner.py", "self.step += 1", "self.step += 1 if self.step else 2"),
     "checksum": ("checkpoint/files.py", "if found != checksum:", "if len(found) != len(checksum):"),
-    "schedule phase": ("schedule.py", "(phase + (after != phase) + turn", "(phase + turn"),
+    "schedule phase": ("planning/schedule.py", "(phase + (after != phase) + turn", "(phase + turn"),
     "base option": ("base_options.py", '["weight_decay"] = weight_decay', '["weight_decay"] = weight_decay / 2'),
-    "costly factors": ("preconditioner.py", "bytes_per_element > limit", "bytes_per_element > 100 * limit"),
-    "keeping company": ("distributor.py", "company.part()", "pass"),
-    "host group": ("groups.py", "= _HOST_GROUPS[group] = new_host_group(group)", "= _HOST_GROUPS[group] = group"),
+    "costly factors": ("numerics/preconditioner.py", "bytes_per_element > limit", "bytes_per_element > 100 * limit"),
+    "deferred errors": ("distributor.py", "errors.raise_together()", "pass"),
+    "host group": ("comm/groups.py", "= _HOST_GROUPS[group] = new_host_group(group)", "= _HOST_GROUPS[group] = group"),
     "header": ("packing.py", "_HEADER.pack(matrix.step, matrix.roots)", "_HEADER.pack(matrix.step, 0)"),
 }
 

@@ -23,7 +23,8 @@ import torch
 from support.meta_steps import RANK, VIT_B, FakeRanks
 from torch import nn
 
-from sharded_shampoo4 import Shampoo4, plan
+from sharded_shampoo4 import Shampoo4
+from sharded_shampoo4.planning import plan
 
 SHRINK = 32  # of a side; 4-bit factors from the order that is 64 / SHRINK on
 OPTIONS: dict[str, Any] = {

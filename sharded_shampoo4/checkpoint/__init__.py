@@ -20,10 +20,10 @@ from typing import Any
 
 from torch import nn
 
+from ..comm.ranks import Ranks
 from ..context import own_arithmetic
 from ..hosts import Host
 from ..optimizer import Shampoo4
-from ..ranks import Ranks
 from ..report import shorten, warn
 from . import files
 from .contents import collect
@@ -81,7 +81,7 @@ def async_save(
     _wait_for_background(subject.optimizer)
     background = _BACKGROUNDS.get(subject.optimizer)
     if background is None:
-        background = _BACKGROUNDS[subject.optimizer] = _Background(subject.ranks.beside())
+        background = _BACKGROUNDS[subject.optimizer] = _Background(subject.ranks.duplicate())
     data = files.new_data_folder(Path(directory), subject.ranks)
     manifest, tensors = collect(subject)
     with subject.ranks.together():

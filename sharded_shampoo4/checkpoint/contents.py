@@ -6,13 +6,16 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from ..placement import Location, local_tensor
-from ..preconditioner import Matrix
+from ..held import HeldParameter
+from ..numerics.preconditioner import Matrix
+from ..placement import local_tensor
+from ..planning.blocks import Shard
 from ..state_dict import MARK
 from ..tensors import floats, is_low_bit
-from .subject import Held, Subject
+from .subject import Subject
 from .vectors import UNTRAINED, VALUES, Interval, block_key, key
 
 _Described = tuple[int, dict[str, Any]]  # the replica that holds a parameter on a rank, and what the base keeps there
@@ -28,8 +31,8 @@ def collect(subject: Subject) -> tuple[dict[str, Any], dict[str, Tensor]]:
     ranks = subject.ranks
     with ranks.together():
         _refuse_double_names(subject)
-        mine = [(held.location.replica, _describe_base(subject, held)) for held in subject.trained]
-        replicas = {other.name: other.location.replica for other in subject.saved_untrained}
+        mine = [(entry.shard.replica, _describe_base(subject, entry)) for entry in subject.trained.values()]
+        replicas = {other.name: other.shard.replica for other in subject.saved_untrained}
     everyone = ranks.gather((mine, replicas))
     base, writers = _agree([described for described, _ in everyone])
     first: dict[str, int] = {}  # the first replica of what is not trained
@@ -38,15 +41,15 @@ def collect(subject: Subject) -> tuple[dict[str, Any], dict[str, Tensor]]:
             first[name] = min(replica, first.get(name, replica))
     with ranks.together():
         tensors: dict[str, Tensor] = {}
-        for held, writer in zip(subject.trained, writers, strict=True):
-            if held.location.replica == writer and held.length:
-                for kind, vector in _vectors(subject, held):
-                    tensors[key(kind, held.name)] = interval(vector[held.in_holder], held.location)
+        for (name, entry), writer in zip(subject.trained.items(), writers, strict=True):
+            if entry.shard.replica == writer and entry.shard.length:
+                for kind, vector in _vectors(subject, entry):
+                    tensors[key(kind, name)] = interval(vector[entry.in_holder], entry.shard, entry.shape)
         for other in subject.saved_untrained:
-            if other.location.replica == first[other.name] and other.location.stop > other.location.start:
-                tensors[key(UNTRAINED, other.name)] = interval(other.held.reshape(-1), other.location)
-        for name, binding, _, owned in subject.own_blocks():
-            tensors[block_key(name, owned.block)] = binding.preconditioner.to_bytes(owned)
+            if other.shard.replica == first[other.name] and other.shard.length:
+                tensors[key(UNTRAINED, other.name)] = interval(other.held.reshape(-1), other.shard, other.shape)
+        for name, distributor, _, owned in subject.own_blocks():
+            tensors[block_key(name, owned.block)] = distributor.preconditioner.to_bytes(owned)
         manifest = _describe(subject, base)
     return manifest, tensors
 
@@ -56,13 +59,13 @@ def block_bytes(matrix: Matrix) -> dict[str, int]:
     return {f"{block.row},{block.column}": matrix.block_bytes(block) for block in matrix.blocks}
 
 
-def interval(part: Tensor, location: Location) -> Interval:
-    """Return this rank's ``part`` of a vector as DCP takes it."""
-    return Interval.of(part, location.start, location.shape.numel())
+def interval(part: Tensor, shard: Shard, shape: torch.Size) -> Interval:
+    """Return this rank's ``part`` of a flattened tensor of ``shape`` as DCP takes it."""
+    return Interval.of(part, shard.start, shape.numel())
 
 
 def _refuse_double_names(subject: Subject) -> None:
-    double = {held.name for held in subject.trained} & {other.name for other in subject.saved_untrained}
+    double = subject.trained.keys() & {other.name for other in subject.saved_untrained}
     if double:
         raise ValueError(f"a parameter that is trained and one that is not have the name {min(double)}")
 
@@ -81,13 +84,13 @@ def _agree(everyone: Sequence[Sequence[_Described]]) -> tuple[list[dict[str, Any
 def _describe(subject: Subject, base: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What the manifest says of the contents."""
     parameters: dict[str, dict[str, Any]] = {
-        held.name: {
-            "shape": list(held.entry.shape),
-            "options": held.entry.options.shaping_bytes(),
-            "group": held.entry.group,
+        name: {
+            "shape": list(entry.shape),
+            "options": entry.options.shaping_bytes(),
+            "group": entry.group,
             "base": kept,
         }
-        for held, kept in zip(subject.trained, base, strict=True)
+        for (name, entry), kept in zip(subject.trained.items(), base, strict=True)
     }
     for name, matrix in subject.matrices():
         parameters[name]["factors"] = {"step": matrix.step, "roots": matrix.roots, "blocks": block_bytes(matrix)}
@@ -115,9 +118,9 @@ def _is_plain(value: Any) -> bool:
     return True
 
 
-def _vectors(subject: Subject, held: Held) -> Iterator[tuple[str, Tensor]]:
+def _vectors(subject: Subject, entry: HeldParameter) -> Iterator[tuple[str, Tensor]]:
     """A holder's values and elementwise base states, flattened, of this rank, each with its kind."""
-    holder = held.entry.holder
+    holder = entry.holder
     yield VALUES, local_tensor(holder).detach().reshape(-1)
     for kind, value in _base_state(subject, holder).items():
         if isinstance(value, Tensor) and value.shape == holder.shape:
@@ -129,11 +132,11 @@ def _base_state(subject: Subject, holder: Tensor) -> dict[str, Any]:
     return {kind: value for kind, value in subject.optimizer.state.get(holder, {}).items() if value is not MARK}
 
 
-def _describe_base(subject: Subject, held: Held) -> dict[str, Any]:
+def _describe_base(subject: Subject, entry: HeldParameter) -> dict[str, Any]:
     """What the manifest says of the base's states; raises ValueError if they cannot be stored."""
-    holder, described = held.entry.holder, dict[str, Any]()
+    holder, described = entry.holder, dict[str, Any]()
     state = _base_state(subject, holder)
-    subject.optimizer.base.refuse_unportable(held.entry.name, state, holder.shape)
+    subject.optimizer.base.refuse_unportable(entry.name, state, holder.shape)
     for kind, value in state.items():
         if isinstance(value, Tensor) and value.shape == holder.shape:
             dtype = "float32" if is_low_bit(value) else str(value.dtype).removeprefix("torch.")

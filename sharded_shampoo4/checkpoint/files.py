@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystem
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
-from ..ranks import Ranks
+from ..comm.ranks import Ranks
 from ..report import warn
 
 FORMAT_VERSION = 2  # 1: the code book "normal" had other levels

@@ -87,7 +87,7 @@ def fit(
             found.thawed[here] = key(UNTRAINED, name)
         elif with_model and (frozen or not still[here].frozen):
             found.values.append((still[here], key(UNTRAINED, name)))
-    everywhere = {**shapes, **{name: other.location.shape for name, other in still.items()}}
+    everywhere = {**shapes, **{name: other.shape for name, other in still.items()}}
     for entries, of in ((saved, names), (beside, names_beside)):
         _check_shapes({of[name]: entry["shape"] for name, entry in entries.items() if name in of}, everywhere, still)
     left_out = not manifest.get("frozen", True)

@@ -8,19 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..layout import Block
-from ..members import Entry
+from ..held import HeldParameter
 from ..names import match_names, plain_names
+from ..numerics.preconditioner import fresh_block
 from ..options import PreconditionerOptions
 from ..packing import refuse_former_levels, shaping_difference
 from ..placement import is_dtensor, local_tensor
-from ..preconditioner import fresh_block
+from ..planning.blocks import Block
 from ..report import warn
 from ..state_dict import VERSION_KEY
 from ..tensors import is_low_bit
 from .contents import block_bytes, interval
 from .fit import Fit, fit
-from .subject import Held, Subject
+from .subject import Subject
 from .vectors import VALUES, block_key, key
 
 
@@ -49,7 +49,7 @@ def check(manifest: Mapping[str, Any], subject: Subject) -> Fit:
     if manifest["base"] != base.name:
         raise ValueError(f"the checkpoint is of base optimizer {manifest['base']}, this one has {base.name}")
     saved: Mapping[str, Any] = manifest["parameters"]
-    entries = {held.name: held.entry for held in subject.trained}
+    entries = subject.trained
     shapes = {name: entry.shape for name, entry in entries.items()}
     found = fit(manifest, shapes, subject.untrained, match_names, subject.model is not None, subject.frozen)
     for here, name in found.trained.items():
@@ -91,7 +91,7 @@ class Restoration:
     def __init__(self, manifest: Mapping[str, Any], subject: Subject, found: Fit, in_files: Mapping[str, str]) -> None:
         self._manifest, self._subject, self._fit, self._in_files = manifest, subject, found, in_files
         self._states: dict[Tensor, dict[str, Any]] = {}
-        self._low_bit: dict[Tensor, Entry] = {}  # one of each holder's whose states the base keeps in low precision
+        self._low_bit: dict[Tensor, HeldParameter] = {}  # one of each holder with low-bit states
         self._values: list[tuple[Tensor, Tensor]] = []  # where to, and what
         self._factors: dict[tuple[str, Block], Tensor] = {}
         self.tensors: dict[str, Tensor] = {}
@@ -101,50 +101,50 @@ class Restoration:
                 data = torch.empty(matrix.block_bytes(owned.block), dtype=torch.uint8, device=matrix.device)
                 self._factors[name, owned.block] = data
                 self.tensors[block_key(self._in_file(saved), owned.block)] = data
-        for held in subject.trained:
-            self._add_values(held)
-            self._add_states(held)
+        for name, entry in subject.trained.items():
+            self._add_values(name, entry)
+            self._add_states(name, entry)
         for other, stored in found.values:
             target = torch.empty(other.held.numel(), dtype=other.held.dtype, device=other.held.device)
             self._values.append((other.held, target))
             if len(target):
                 kind, _, name = stored.partition("/")
                 stored = key(kind, self._in_file(name)) if kind == VALUES else stored
-                self.tensors[stored] = interval(target, other.location)
+                self.tensors[stored] = interval(target, other.shard, other.shape)
 
     def _in_file(self, saved: str) -> str:
         return self._in_files.get(saved, saved)
 
     # -- what is read --------------------------------------------------------------------------------------------------
 
-    def _add_values(self, held: Held) -> None:
-        holder = local_tensor(held.entry.holder).detach()
-        target = holder.new_empty(held.length)
-        place = holder.view(-1)[held.in_holder] if holder.is_contiguous() else holder
+    def _add_values(self, name: str, entry: HeldParameter) -> None:
+        holder = local_tensor(entry.holder).detach()
+        target = holder.new_empty(entry.shard.length)
+        place = holder.view(-1)[entry.in_holder] if holder.is_contiguous() else holder
         self._values.append((place, target))
-        if held.length:
-            stored = self._fit.thawed.get(held.name) or key(VALUES, self._in_file(self._fit.trained[held.name]))
-            self.tensors[stored] = interval(target, held.location)
+        if len(target):
+            stored = self._fit.thawed.get(name) or key(VALUES, self._in_file(self._fit.trained[name]))
+            self.tensors[stored] = interval(target, entry.shard, entry.shape)
 
-    def _add_states(self, held: Held) -> None:
-        name, holder = self._fit.trained.get(held.name), held.entry.holder
+    def _add_states(self, name: str, entry: HeldParameter) -> None:
+        saved, holder = self._fit.trained.get(name), entry.holder
         state = self._states.setdefault(holder, {})
-        if name is None:
+        if saved is None:
             return  # it was not trained: its states begin anew
         if local_tensor(holder).numel() == 0 and not is_dtensor(holder):
             return  # of FSDP1, which gives it no gradients: its count of steps would stand still
-        for kind, described in self._manifest["parameters"][name]["base"].items():
+        for kind, described in self._manifest["parameters"][saved]["base"].items():
             if "dtype" not in described:
-                self._set_number(held.entry, state, kind, described)
+                self._set_number(entry, state, kind, described)
                 continue
             if kind not in state:
-                dtype = self._dtype(held.entry, kind, getattr(torch, described["dtype"]))
+                dtype = self._dtype(entry, kind, getattr(torch, described["dtype"]))
                 state[kind] = torch.zeros_like(holder, dtype=dtype, memory_format=torch.contiguous_format).detach()
-            if held.length:
-                part = local_tensor(state[kind]).view(-1)[held.in_holder]
-                self.tensors[key(kind, self._in_file(name))] = interval(part, held.location)
+            if entry.shard.length:
+                part = local_tensor(state[kind]).view(-1)[entry.in_holder]
+                self.tensors[key(kind, self._in_file(saved))] = interval(part, entry.shard, entry.shape)
 
-    def _dtype(self, entry: Entry, kind: str, saved: torch.dtype) -> torch.dtype:
+    def _dtype(self, entry: HeldParameter, kind: str, saved: torch.dtype) -> torch.dtype:
         """In which a state is read: that which the base keeps it in, float32 for what it quantizes then."""
         made = self._subject.imagined_states(entry).get(kind)
         if is_low_bit(made):
@@ -154,7 +154,7 @@ class Restoration:
             return made.dtype
         return entry.holder.dtype if saved.is_floating_point else saved  # as torch's load_state_dict casts
 
-    def _set_number(self, entry: Entry, state: dict[str, Any], kind: str, described: Mapping[str, Any]) -> None:
+    def _set_number(self, entry: HeldParameter, state: dict[str, Any], kind: str, described: Mapping[str, Any]) -> None:
         value = described["value"]
         if kind in state and float(state[kind]) != value:
             raise ValueError(
@@ -188,13 +188,13 @@ class Restoration:
             factors = {} if saved is None else self._manifest["parameters"][saved]["factors"]
             matrix.step = factors.get("step", 0)
             matrix.roots = factors.get("roots", int(factors.get("rooted", False)))  # "rooted" in format 1
-        for name, binding, matrix, owned in self._subject.own_blocks():
+        for name, distributor, matrix, owned in self._subject.own_blocks():
             data = self._factors.get((name, owned.block))
-            binding.preconditioner.from_bytes(owned, fresh_block(matrix, owned.block) if data is None else data)
+            distributor.preconditioner.from_bytes(owned, fresh_block(matrix, owned.block) if data is None else data)
         self._subject.mark_loaded()
         self._restore_groups()
 
-    def _quantize(self, entry: Entry) -> None:
+    def _quantize(self, entry: HeldParameter) -> None:
         """Put low-bit states, which the base itself makes, in the place of the floats that were read."""
         state, group = self._states[entry.holder], self._subject.groups[entry.group]
         (made,) = self._subject.optimizer.base.states_of([entry.holder], group)
@@ -224,11 +224,11 @@ class Restoration:
     def _sources(self) -> dict[int, dict[int, str]]:
         """By groups: the groups in the checkpoint that their parameters were in, each with a parameter of it."""
         sources: dict[int, dict[int, str]] = {}
-        for held in self._subject.trained:
-            saved = self._fit.trained.get(held.name)
+        for name, entry in self._subject.trained.items():
+            saved = self._fit.trained.get(name)
             if saved is not None:
                 number = self._manifest["parameters"][saved]["group"]
-                sources.setdefault(held.entry.group, {}).setdefault(number, held.entry.name)
+                sources.setdefault(entry.group, {}).setdefault(number, entry.name)
         return sources
 
 

@@ -4,43 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..base import State
 from ..distributor import Distributor
+from ..held import HeldParameter
 from ..hosts import Host, of_engine, reshard
-from ..members import Entry
+from ..numerics.preconditioner import Matrix
 from ..optimizer import Shampoo4
-from ..placement import Location, local_tensor
-from ..plan import Owned
-from ..preconditioner import Matrix
+from ..placement import local_tensor
+from ..planning.plan import Owned
 from .untrained import Untrained, find, of_parameter
 
 
-class Held(NamedTuple):
-    """A trained parameter: its name without what wrappers put into it, and where this rank holds which part of it."""
-
-    name: str
-    entry: Entry
-    location: Location
-    offset: int  # of this rank's part in the flattened holder
-
-    @property
-    def length(self) -> int:
-        """Elements of this rank's part."""
-        return self.location.stop - self.location.start
-
-    @property
-    def in_holder(self) -> slice:
-        """Place of this rank's part in the flattened holder."""
-        return slice(self.offset, self.offset + self.length)
-
-
 class Subject:
-    """An optimizer, bound to its parameters as they are, for one save or load.
+    """An optimizer, attached to its parameters as they are, for one save or load.
 
     The constructor is collective. All else is looked up once, when it is first asked for: what may fail on one rank
     must first be asked for inside ``ranks.together()``.
@@ -59,22 +40,28 @@ class Subject:
         self.model = model if engine is None else engine
         if self.model is not None:
             reshard(self.model)
-        self._bindings, self._entries = self.optimizer.attach(calling, self.model)
+        self._session, self._entries = self.optimizer.attach(calling, self.model)
         self.host = self.optimizer.host
-        assert self._bindings.ranks is not None
-        self.ranks = self._bindings.ranks
+        assert self._session.ranks is not None
+        self.ranks = self._session.ranks
         self._imagined: dict[tuple[int, int, torch.dtype], State] = {}
 
     @cached_property
     def names(self) -> dict[str, str]:
         """Plain names by the labels of entries and matrices. Raises ValueError if a parameter has none of its own."""
-        return self._bindings.members.plain_names()
+        return self._session.members.plain_names()
 
     @cached_property
-    def trained(self) -> list[Held]:
-        """All parameters that are trained, in the same order on every rank."""
-        entries = [entry for entry in self._entries if entry.trained]
-        return [Held(self.names[entry.name], entry, *entry.locate()) for entry in entries]
+    def trained(self) -> dict[str, HeldParameter]:
+        """All parameters that are trained, by plain names, in the same order on every rank.
+
+        Raises:
+            ValueError: a parameter has no name of its own, or there is no telling which elements this rank holds.
+        """
+        trained = {self.names[entry.name]: entry for entry in self._entries if entry.trained}
+        for entry in trained.values():
+            _ = entry.shard
+        return trained
 
     @cached_property
     def untrained(self) -> list[Untrained]:
@@ -82,8 +69,8 @@ class Subject:
         if self.model is None:
             still = [entry for entry in self._entries if not entry.trained]
             return [of_parameter(self.names[entry.name], entry.parameter, self.host) for entry in still]
-        trained = [tensor for held in self.trained for tensor in (held.entry.parameter, held.entry.holder)]
-        given = [parameter for _, parameter, _ in self._bindings.members.given() if parameter is not None]
+        trained = [tensor for entry in self.trained.values() for tensor in (entry.parameter, entry.holder)]
+        given = [parameter for _, parameter, _ in self._session.members.given() if parameter is not None]
         trained += [parameter for parameter in given if parameter.requires_grad]
         return find(self.model, trained, self.host)
 
@@ -97,26 +84,26 @@ class Subject:
     @property
     def groups(self) -> list[dict[str, Any]]:
         """The optimizer's groups, by the numbers that entries have."""
-        return self._bindings.members.groups
+        return self._session.members.groups
 
     def matrices(self) -> Iterator[tuple[str, Matrix]]:
         """All preconditioned parameters, by plain names."""
-        for binding in self._bindings.all():
-            for matrix in binding.matrices:
+        for distributor in self._session.all():
+            for matrix in distributor.matrices:
                 yield self.names[matrix.name], matrix
 
     def own_blocks(self) -> Iterator[tuple[str, Distributor, Matrix, Owned]]:
         """All blocks that this rank owns, with the plain names of their parameters."""
-        for binding in self._bindings.all():
-            for index, matrix in enumerate(binding.matrices):
-                for owned in binding.own_blocks(index).values():
-                    yield self.names[matrix.name], binding, matrix, owned
+        for distributor in self._session.all():
+            for index, matrix in enumerate(distributor.matrices):
+                for owned in distributor.own_blocks(index).values():
+                    yield self.names[matrix.name], distributor, matrix, owned
 
     def mark_loaded(self) -> None:
         """Have ``optimizer.state`` tell of the factors of all parameters whose states were loaded."""
-        self._bindings.mark_loaded(self.optimizer.state)
+        self._session.mark_loaded(self.optimizer.state)
 
-    def imagined_states(self, entry: Entry) -> State:
+    def imagined_states(self, entry: HeldParameter) -> State:
         """Return the states that the base would make of a parameter, on the meta device; empty if it cannot tell.
 
         They are vectors of this rank's elements of what the base steps on, and numbers.

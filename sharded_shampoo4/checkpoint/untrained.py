@@ -6,11 +6,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..hosts import Host
 from ..names import names_in, unwrapped
-from ..placement import Location, local_tensor, locate
+from ..placement import local_tensor, locate
+from ..planning.blocks import Shard
 
 
 @dataclass(frozen=True)
@@ -20,19 +22,21 @@ class Untrained:
     Attributes:
         name: in the model as it was before a host wrapped it.
         held: this rank's elements, in the shape that they have here.
-        location: which elements of the whole these are.
+        shape: of the whole.
+        shard: which elements of the whole these are.
         frozen: whether it is a parameter that needs no gradient: neither a buffer nor another optimizer's.
     """
 
     name: str
     held: Tensor
-    location: Location
+    shape: torch.Size
+    shard: Shard
     frozen: bool = False
 
     def describe(self) -> dict[str, Any]:
         """What a manifest says of it."""
         dtype = str(self.held.dtype).removeprefix("torch.")
-        return {"shape": list(self.location.shape), "dtype": dtype, "frozen": self.frozen}
+        return {"shape": list(self.shape), "dtype": dtype, "frozen": self.frozen}
 
 
 def find(model: nn.Module, trained: Iterable[Tensor], host: Host) -> list[Untrained]:
@@ -46,14 +50,16 @@ def find(model: nn.Module, trained: Iterable[Tensor], host: Host) -> list[Untrai
     frozen = [parameter for parameter in model.parameters() if id(parameter) not in known]
     found = [of_parameter(names[parameter], parameter, host) for parameter in frozen]
     for buffer in _persistent_buffers(model):
-        found.append(Untrained(names[buffer], local_tensor(buffer).detach(), locate(names[buffer], buffer)))
+        found.append(
+            Untrained(names[buffer], local_tensor(buffer).detach(), buffer.shape, locate(names[buffer], buffer))
+        )
     return found
 
 
 def of_parameter(name: str, parameter: Tensor, host: Host) -> Untrained:
     """The elements on this rank of a parameter that is not trained."""
-    held, location = host.frozen_part(name, parameter)
-    return Untrained(name, held, location, not parameter.requires_grad)
+    held, shard = host.frozen_part(name, parameter)
+    return Untrained(name, held, host.shape(parameter), shard, not parameter.requires_grad)
 
 
 def _persistent_buffers(model: nn.Module) -> Iterator[Tensor]:

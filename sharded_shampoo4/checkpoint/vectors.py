@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from ..layout import Block
+from ..planning.blocks import Block
 
 VALUES, UNTRAINED, FACTORS = "values", "untrained", "factors"  # kinds, beside the names of the base's states
 

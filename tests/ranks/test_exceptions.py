@@ -17,12 +17,13 @@ from support.contract import PATIENCE, SMALL_BLOCKS
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from sharded_shampoo4 import Shampoo4, checkpoint, distributor, linalg
+from sharded_shampoo4 import Shampoo4, checkpoint, distributor
+from sharded_shampoo4.comm.exchange import Exchange
 from sharded_shampoo4.distributor import Distributor
-from sharded_shampoo4.exchange import Exchange
-from sharded_shampoo4.factors import FactorPool
 from sharded_shampoo4.grafting import Grafting
-from sharded_shampoo4.preconditioner import Preconditioner
+from sharded_shampoo4.numerics import linalg
+from sharded_shampoo4.numerics.factors import FactorPool
+from sharded_shampoo4.numerics.preconditioner import Preconditioner
 
 OPTIONS: dict[str, Any] = {**SMALL_BLOCKS, "scratch_mib": 1}
 

@@ -20,7 +20,8 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from sharded_shampoo4.hosts import Host
 from sharded_shampoo4.integrations import fsdp
-from sharded_shampoo4.placement import Location, local_tensor, locate, process_group
+from sharded_shampoo4.placement import local_tensor, locate, process_group
+from sharded_shampoo4.planning.blocks import Shard as Held
 
 # World size: variant: how many copies there are of every parameter.
 VARIANTS = {
@@ -121,7 +122,8 @@ def host_cases(rank: int) -> dict[tuple[str, str], dict[str, Any]]:
             parameters = hosts.named(model, host)
             located = {name: recorder.host.locate(name, p, p)[0] for name, p in parameters.items()}
             group = process_group(parameters.values())
-            results[variant, kind] = {"located": located, "ranks": dist.get_world_size(group)}
+            shapes = {name: recorder.host.shape(p) for name, p in parameters.items()}
+            results[variant, kind] = {"located": located, "shapes": shapes, "ranks": dist.get_world_size(group)}
             results[variant, kind].update(train(model, host, kind))
             again = {name: recorder.host.locate(name, p, p)[0] for name, p in parameters.items()}
             assert again == located
@@ -154,7 +156,7 @@ def refusals(rank: int) -> dict[str, str]:
     moved = Recorder()
     fsdp.bind(moved, wrapped)
     held = next(iter(hosts.named(wrapped, "fsdp1").values()))
-    elsewhere = fsdp.FSDP1Host({held: Location(torch.Size((44, 20)), 0, 3, 0)})
+    elsewhere = fsdp.FSDP1Host({held: fsdp.Place(torch.Size((44, 20)), Held(0, 3))})
     unbound = fsdp.FSDP1Host({})
     alone = FullyShardedDataParallel(
         hosts.make_model("mlp"),
@@ -194,7 +196,7 @@ def meshes(rank: int) -> dict[str, Any]:
         group = process_group(p for module in modules for p in module.parameters())
         return 1 if group is None else dist.get_world_size(group)
 
-    def interval(parameter: DTensor) -> tuple[Location, Tensor]:
+    def interval(parameter: DTensor) -> tuple[Held, Tensor]:
         return locate("w", parameter), parameter.to_local()
 
     two = {"replicate": plane["replicate"], "shard": plane["shard"]}
@@ -265,7 +267,7 @@ def test_the_intervals_of_every_replica_tile_every_parameter(size: int, variant:
         replicas: dict[int, list[tuple[int, int]]] = {}
         for rank in ranks:
             location = rank["located"][name]
-            assert location.shape == parameter.shape
+            assert rank["shapes"][name] == parameter.shape
             start, stop = location.start, location.stop
             assert torch.equal(rank["local"][name].flatten(), rank["replayed"][name].flatten()[start:stop])
             replicas.setdefault(location.replica, [])
@@ -342,8 +344,8 @@ def test_meshes_of_several_dimensions() -> None:
 
 def test_one_process_holds_everything() -> None:
     parameter = nn.Parameter(torch.zeros(3, 4))
-    assert locate("w", parameter) == Location(torch.Size((3, 4)), 0, 12, 0)
-    assert locate("w", nn.Parameter(torch.zeros(0, 4))) == Location(torch.Size((0, 4)), 0, 0, 0)
+    assert locate("w", parameter) == Held(0, 12)
+    assert locate("w", nn.Parameter(torch.zeros(0, 4))) == Held(0, 0)
     assert local_tensor(parameter) is parameter
     assert process_group([parameter]) is None
     assert doctest.testmod(fsdp).failed == 0

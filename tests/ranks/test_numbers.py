@@ -14,9 +14,10 @@ from support.contract import make_optimizer
 from support.marks import slow_but_for
 from torch import Tensor
 
-from sharded_shampoo4 import Shampoo4, linalg
+from sharded_shampoo4 import Shampoo4
 from sharded_shampoo4.grafting import block_norms
-from sharded_shampoo4.preconditioner import Preconditioner
+from sharded_shampoo4.numerics import linalg
+from sharded_shampoo4.numerics.preconditioner import Preconditioner
 
 HOSTS = ("ddp", "fsdp1", "fsdp2", "hsdp")
 OPTIONS = {"max_preconditioner_dim": 30, "min_quant_numel": 0, "lr": 0.0, "weight_decay": 0.0, "max_failures": 3}
@@ -45,7 +46,7 @@ def run(host: str, spoil: Callable[[int, dict[str, Any]], None], steps: int = 12
             break
         told["steps"] += 1
         told["health"] = optimizer.health()
-        told["finite"] = finite_factors(optimizer._bindings.last.preconditioner)
+        told["finite"] = finite_factors(optimizer._session.last.preconditioner)
     return told
 
 
@@ -102,7 +103,7 @@ def run_engine(host: str, spoil: Callable[[int, dict[str, Any]], None], steps: i
             told["error"] = str(error)
             break
         told["steps"] += 1
-    told["finite"] = all(finite_factors(binding.preconditioner) for binding in optimizer._bindings.all())
+    told["finite"] = all(finite_factors(binding.preconditioner) for binding in optimizer._session.all())
     told["skipped"] = engine.skipped_steps
     engine.destroy()
     return told
@@ -169,7 +170,7 @@ def test_hundreds_of_odd_gradients(make: Callable[[], Callable[[int], Tensor]], 
         assert parameter.grad.isfinite().all(), step
         # Less where the direction is so small that the 1e-12 in the grafting's denominator is felt.
         assert parameter.grad.double().norm() <= gradient.double().norm() * 1.0001, step
-    assert finite_factors(optimizer._bindings.last.preconditioner)
+    assert finite_factors(optimizer._session.last.preconditioner)
     assert optimizer.health()["odd"]["failures"] == 0
 
 
@@ -181,7 +182,7 @@ def test_squares_that_leave_the_range_are_failures_and_the_factor_stays(bits: in
     for scale, failures in ((1.0, 0), (1e20, 1), (1e20, 2), (1.0, 0), (1e-20, 0)):
         parameter.grad = scale * torch.randn(70, 66)
         optimizer.step()
-        assert parameter.grad.isfinite().all() and finite_factors(optimizer._bindings.last.preconditioner)
+        assert parameter.grad.isfinite().all() and finite_factors(optimizer._session.last.preconditioner)
         assert optimizer.health()["huge"]["failures"] == failures, scale
 
 

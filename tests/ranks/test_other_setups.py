@@ -39,9 +39,9 @@ class Setup(Training):
 
     def steps(self) -> dict[str, int]:
         """How many each factor has taken."""
-        bindings = self.optimizer._bindings
-        bindings.bind_all(self.optimizer.param_groups, self.optimizer.state, self.optimizer, "state_dict()")
-        return {matrix.name: matrix.step for binding in bindings.all() for matrix in binding.matrices}
+        session = self.optimizer._session
+        session.attach_all(self.optimizer.param_groups, self.optimizer.state, self.optimizer, "state_dict()")
+        return {matrix.name: matrix.step for distributor in session.all() for matrix in distributor.matrices}
 
 
 def remarks(function: Any) -> list[str]:

@@ -15,10 +15,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sharded_shampoo4 import MemoryEstimate, Shampoo4, estimate_memory, plan
+from sharded_shampoo4 import MemoryEstimate, Shampoo4, estimate_memory
 from sharded_shampoo4.distributor import Distributor
-from sharded_shampoo4.layout import cut_blocks, matrix_shape
-from sharded_shampoo4.plan import Plan, PlannedMatrix, Shard
+from sharded_shampoo4.planning import plan
+from sharded_shampoo4.planning.blocks import Shard, cut_blocks, matrix_shape
+from sharded_shampoo4.planning.plan import Plan, PlannedMatrix
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -138,7 +139,7 @@ def test_a_step_keeps_to_its_scratch_memory(options: dict[str, Any]) -> None:
     for step in range(1, 10):
         for parameter in parameters:
             parameter.grad = torch.randn_like(parameter)
-        binding = optimizer._bindings.bind(optimizer.param_groups, optimizer.state, optimizer)
+        binding = optimizer._session.current(optimizer.param_groups, optimizer.state, optimizer)
         alive = MostAlive()
         with alive, torch.no_grad():
             binding.precondition()

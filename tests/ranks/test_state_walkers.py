@@ -179,18 +179,18 @@ def test_states_that_are_cleared_or_replaced() -> None:
     optimizer.state.clear()
     assert optimizer.state_dict()["state"] == {}
     step(model, optimizer)
-    assert optimizer._bindings.last is not None
-    assert [matrix.step for matrix in optimizer._bindings.last.matrices] == [1, 1]
+    assert optimizer._session.last is not None
+    assert [matrix.step for matrix in optimizer._session.last.matrices] == [1, 1]
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     optimizer.state.clear()
     step(model, optimizer)
-    assert [matrix.step for matrix in optimizer._bindings.last.matrices] == [1, 1]
+    assert [matrix.step for matrix in optimizer._session.last.matrices] == [1, 1]
 
     weight = model[0].weight
     optimizer.state[weight] = {key: value for key, value in optimizer.state[weight].items() if key != "preconditioner"}
     with pytest.warns(UserWarning, match=r"optimizer.state of 0.weight was replaced without the factors"):
         step(model, optimizer)
-    assert [matrix.step for matrix in optimizer._bindings.last.matrices] == [1, 2]
+    assert [matrix.step for matrix in optimizer._session.last.matrices] == [1, 2]
     with pytest.raises(TypeError, match=r"optimizer.state does not hold the factors .* optimizer.state_dict\(\)"):
         copy.deepcopy(optimizer.state)
     again = copy.deepcopy(optimizer)

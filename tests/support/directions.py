@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sharded_shampoo4 import Shampoo4
-from sharded_shampoo4.factors import FactorPool
+from sharded_shampoo4.numerics.factors import FactorPool
 
 
 def replayed(shapes: list[tuple[int, ...]], steps: int, seed: int = 0) -> list[list[Tensor]]:
@@ -38,7 +38,7 @@ class Directions:
         return [None if p.grad is None else p.grad.to("cpu", copy=True) for p in self.parameters]
 
     def factor(self, index: int, row: int, column: int, side: str) -> tuple[FactorPool, int]:
-        preconditioner = self.optimizer._bindings.last.preconditioner
+        preconditioner = self.optimizer._session.last.preconditioner
         matrices = [i for i, p in enumerate(self.parameters) if p.squeeze().ndim > 1]
         for (matrix, block), places in preconditioner._places.items():
             if (matrices[matrix], block.row, block.column) == (index, row, column):

@@ -12,10 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sharded_shampoo4 import Shampoo4, groups
+from sharded_shampoo4 import Shampoo4
+from sharded_shampoo4.comm import groups
+from sharded_shampoo4.comm.ranks import Ranks
 from sharded_shampoo4.memory import shard_all
-from sharded_shampoo4.plan import Shard
-from sharded_shampoo4.ranks import Ranks
+from sharded_shampoo4.planning.blocks import Shard
 
 from .kernels import Counts, CountWork
 from .vit import BASE, vit_shapes

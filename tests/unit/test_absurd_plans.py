@@ -13,9 +13,9 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM, ViTConfig, ViTModel
 
 from sharded_shampoo4 import Shampoo4
-from sharded_shampoo4.layout import cut_blocks
+from sharded_shampoo4.numerics.preconditioner import Matrix
 from sharded_shampoo4.options import PreconditionerOptions
-from sharded_shampoo4.preconditioner import Matrix
+from sharded_shampoo4.planning.blocks import cut_blocks
 
 Shapes = Mapping[str, tuple[int, ...]]
 

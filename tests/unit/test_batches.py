@@ -8,7 +8,9 @@ import pytest
 import torch
 from support.directions import Directions, replayed
 
-from sharded_shampoo4 import Shampoo4, factors, plan
+from sharded_shampoo4 import Shampoo4
+from sharded_shampoo4.numerics import factors
+from sharded_shampoo4.planning import plan
 
 
 @pytest.fixture
@@ -66,12 +68,12 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     cut = Directions(shapes, **options)
     for step, directions in zip(gradients, expected, strict=True):
         assert all(map(torch.equal, cut.step(step), directions))
-    counts = [len(run.optimizer._bindings.last.preconditioner.batches) for run in (cut, whole)]
+    counts = [len(run.optimizer._session.last.preconditioner.batches) for run in (cut, whole)]
     assert counts[0] > counts[1]
 
 
 def test_equal_orders_share_a_pool() -> None:
     run = Directions([(64, 64), (64, 64), (64, 96), (96, 64)])
     run.step(replayed([(64, 64), (64, 64), (64, 96), (96, 64)], 1)[0])
-    pools = {pool.order: pool.count for pool in run.optimizer._bindings.last.preconditioner.pools}
+    pools = {pool.order: pool.count for pool in run.optimizer._session.last.preconditioner.pools}
     assert pools == {64: 6, 96: 2}

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from sharded_shampoo4 import Shampoo4, checkpoint, preconditioner, quantization
+from sharded_shampoo4 import Shampoo4, checkpoint
+from sharded_shampoo4.numerics import preconditioner, quantization
 
 SHAPES = [(96, 64), (64, 130), (128, 128), (40,), (256, 256)]
 FAST = {"lr": 1e-2, "statistics_interval": 2, "root_interval": 4, "min_quant_numel": 0}

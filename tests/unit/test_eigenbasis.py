@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sharded_shampoo4 import eigenbasis, linalg, quantization
+from sharded_shampoo4.numerics import eigenbasis, linalg, quantization
 
 ORDER = 1200
 

@@ -194,7 +194,7 @@ def test_failures_keep_the_old_factors_then_raise() -> None:
         optimizer.step()
 
     step(False)
-    pools = optimizer._bindings.last.preconditioner.pools
+    pools = optimizer._session.last.preconditioner.pools
     before = [{name: tensor[0].clone() for name, tensor in pool.tensors.items()} for pool in pools]
     step(True)
     step(True)
@@ -226,7 +226,7 @@ def test_extreme_gradients_stay_finite(scale: float, bits: int) -> None:
         assert parameter.grad.isfinite().all()
         if scale > 1e-10:
             assert torch.isclose(parameter.grad.double().norm(), gradient.double().norm(), rtol=1e-5)
-    assert all((pool.tensors["failures"] == 0).all() for pool in optimizer._bindings.last.preconditioner.pools)
+    assert all((pool.tensors["failures"] == 0).all() for pool in optimizer._session.last.preconditioner.pools)
 
 
 def test_parameters_that_were_replaced_beyond_recognition() -> None:

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from sharded_shampoo4 import Shampoo4, estimate_memory
+from sharded_shampoo4.numerics.preconditioner import Matrix
 from sharded_shampoo4.options import PreconditionerOptions
-from sharded_shampoo4.preconditioner import Matrix
 
 
 def train(optimizer: Shampoo4, parameter: nn.Parameter, steps: int) -> list[int]:
@@ -67,7 +67,7 @@ def test_directions_begin_at_step_ten_when_every_factor_has_seen_gradients(refre
     parameter = nn.Parameter(torch.zeros(96, 96))
     optimizer = Shampoo4([parameter], base="sgd", lr=0.0, refresh=refresh, max_preconditioner_dim=32, grafting="none")
     assert train(optimizer, parameter, 12) == [10, 11, 12]
-    preconditioner = optimizer._bindings.last.preconditioner  # type: ignore[union-attr]
+    preconditioner = optimizer._session.last.preconditioner  # type: ignore[union-attr]
     for pool in preconditioner.pools:
         diagonals = pool.tensors["root"].diagonal(dim1=1, dim2=2)
         assert (diagonals.amin(1) < 0.9 * diagonals.amax(1)).all(), "no root is of the initial statistics"

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from sharded_shampoo4 import Shampoo4, estimate_memory
-from sharded_shampoo4.layout import cut_blocks
+from sharded_shampoo4.planning.blocks import cut_blocks
 
 SHAPES = {
     "conv": (24, 3, 7, 7),

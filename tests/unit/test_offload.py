@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from sharded_shampoo4 import Shampoo4, placement
+from sharded_shampoo4.comm.ranks import Ranks
 from sharded_shampoo4.integrations import fsdp
-from sharded_shampoo4.placement import Location, compute_device
-from sharded_shampoo4.ranks import Ranks
+from sharded_shampoo4.placement import compute_device
+from sharded_shampoo4.planning.blocks import Shard as Held
 
 SHAPES = {"wide": (64, 64), "narrow": (32, 16)}
 META = torch.device("meta")
@@ -45,7 +46,7 @@ def test_fsdp2_with_cpu_offload_computes_on_the_accelerator_of_the_mesh(monkeypa
         optimizer = Shampoo4(parameters.items(), statistics_interval=2, root_interval=4)
         for step in range(6):  # before the roots, with statistics, with roots, and an ordinary one
             count_step(optimizer, parameters.values(), answer=int(step == 0))
-        binding = optimizer._bindings.last
+        binding = optimizer._session.last
         assert binding is not None and set(asked) == {"cuda"}
         assert set(binding.exchange.devices) == {pool.device for pool in binding.preconditioner.pools} == {META}
         assert optimizer.traffic_bytes() > 0 and binding.ranks.tried == {META}
@@ -79,8 +80,8 @@ def test_fsdp1_with_cpu_offload_computes_where_fsdp1_does() -> None:
         _handle=SimpleNamespace(flat_param=flat, uses_sharded_strategy=True),
     )
     with FakeRanks(1, 4, SHAPES):
-        ((parameter, location),) = fsdp._unit_locations(unit, None)
-        assert location == Location(torch.Size((6, 10)), 0, 30, 0, META)
+        ((parameter, location),) = fsdp._unit_places(unit, None)
+        assert location == fsdp.Place(torch.Size((6, 10)), Held(0, 30), META)
         optimizer = Shampoo4([("w", parameter)])
         optimizer.use_host(fsdp.FSDP1Host({parameter: location}))
         (entry,) = optimizer._members.entries(optimizer.param_groups)
@@ -101,9 +102,9 @@ def test_an_accelerator_without_a_backend_is_named() -> None:
 
 def test_stored_factors_on_the_host_travel_from_the_accelerator() -> None:
     """As a state_dict with ``cpu_offload=True`` brings them: the group of the mesh may serve the accelerator only."""
+    from sharded_shampoo4.numerics.preconditioner import Matrix
     from sharded_shampoo4.options import PreconditionerOptions
     from sharded_shampoo4.packing import PackedState
-    from sharded_shampoo4.preconditioner import Matrix
 
     calls: list[Any] = []
 

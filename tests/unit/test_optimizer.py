@@ -196,7 +196,7 @@ def test_grad_scaler_skips_a_step_that_overflowed() -> None:
         scaler.step(optimizer)
         scaler.update()
         assert all(map(torch.equal, weights(model), before)) == (index == 5)
-    assert {matrix.step for matrix in optimizer._bindings.last.preconditioner.matrices} == {7}
+    assert {matrix.step for matrix in optimizer._session.last.preconditioner.matrices} == {7}
 
 
 def test_steps_are_counted_per_parameter() -> None:
@@ -211,7 +211,7 @@ def test_steps_are_counted_per_parameter() -> None:
         optimizer.step()
         assert torch.equal(parameters[2], before[2])
         assert torch.equal(parameters[1], before[1]) == bool(step % 2)
-    assert [matrix.step for matrix in optimizer._bindings.last.preconditioner.matrices] == [6, 3, 0]
+    assert [matrix.step for matrix in optimizer._session.last.preconditioner.matrices] == [6, 3, 0]
     reloaded = Shampoo4(parameters, **FAST)
     reloaded.load_state_dict(optimizer.state_dict())
     parameters[2].grad = torch.randn(20, 30)
@@ -278,7 +278,7 @@ def test_bfloat16_parameters_follow_float32() -> None:
             optimizer.step()
         assert rounded.grad.dtype == torch.bfloat16
         assert torch.allclose(rounded.grad.float(), exact.grad, rtol=2**-7, atol=0)
-    pools = [optimizer._bindings.last.preconditioner.pools for optimizer in optimizers]
+    pools = [optimizer._session.last.preconditioner.pools for optimizer in optimizers]
     for left, right in zip(*pools, strict=True):
         assert all(torch.equal(left.tensors[name], right.tensors[name]) for name in left.tensors)
 

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sharded_shampoo4.layout import Block, cut_blocks, interval_pieces
-from sharded_shampoo4.plan import Plan, PlannedMatrix, Shard
-from sharded_shampoo4.routes import Routes, Way
+from sharded_shampoo4.planning.blocks import Block, Shard, cut_blocks, interval_pieces
+from sharded_shampoo4.planning.plan import Plan, PlannedMatrix
+from sharded_shampoo4.planning.routes import Routes, Way
 
 
 @settings(max_examples=300, deadline=None)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import reference
 
-from sharded_shampoo4 import quantization
+from sharded_shampoo4.numerics import quantization
 
 BITS = (3, 4, 8)
 BOOKS = ("linear2", "dynamic_tree")

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from sharded_shampoo4 import Shampoo4
 from sharded_shampoo4.options import PreconditionerOptions
-from sharded_shampoo4.plan import Plan, PlannedMatrix, Shard
-from sharded_shampoo4.schedule import stagger
+from sharded_shampoo4.planning.blocks import Shard
+from sharded_shampoo4.planning.plan import Plan, PlannedMatrix
+from sharded_shampoo4.planning.schedule import stagger
 
 
 def options(every: int, root_every: int, size: int = 1024) -> PreconditionerOptions:
@@ -107,7 +108,7 @@ def test_every_factor_is_refreshed_once_an_interval_and_directions_begin_with_th
         optimizer.step()
         directed = [not torch.equal(p.grad, g) for p, g in zip(parameters, gradients, strict=True)]
         assert directed == [step >= 8] * 3
-        pools = optimizer._bindings.last.preconditioner.pools
+        pools = optimizer._session.last.preconditioner.pools
         now = [row.clone() for pool in pools for row in pool.tensors["eigenvalues"]]
         if before:
             changed.append([k for k, (a, b) in enumerate(zip(now, before, strict=True)) if not torch.equal(a, b)])

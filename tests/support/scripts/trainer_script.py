@@ -159,7 +159,7 @@ def whole(trainer: Trainer) -> dict[str, torch.Tensor]:
     """Every parameter and every packed preconditioner, gathered. Collective."""
     engine: Any = trainer.model_wrapped
     if hasattr(engine, "basic_optimizer"):  # DeepSpeed's: every process has a part of the preconditioners
-        pieces = own_pieces(engine.basic_optimizer._bindings)
+        pieces = own_pieces(engine.basic_optimizer._session)
         parameters = dict(engine.named_parameters())
         with deepspeed.zero.GatheredParameters(
             list(parameters.values()), enabled=engine.zero_optimization_stage() == 3

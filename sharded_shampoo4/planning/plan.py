@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
-from .layout import Block, interval_pieces
+from .blocks import Block, Shard, interval_pieces
 from .schedule import Phases
 
 # Elements of a batch's gradients, directions and dequantised roots together, for each MiB of scratch memory: a quarter
@@ -22,17 +22,6 @@ from .schedule import Phases
 BATCH_ELEMENTS_PER_MIB = 2**16
 
 _SLACK = 1.05  # an owner may be chosen for the rows that it holds while its load stays below this much of the mean
-
-
-class Shard(NamedTuple):
-    """The elements ``start`` to ``stop`` of a flattened parameter, which a rank holds.
-
-    ``replica`` tells the complete copies of the parameter apart: all shards of one replica together tile it.
-    """
-
-    start: int
-    stop: int
-    replica: int = 0
 
 
 @dataclass(frozen=True)

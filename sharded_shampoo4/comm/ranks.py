@@ -139,7 +139,7 @@ class Ranks:
                     raise error
                 raise _rebuilt(rank, *said)
 
-    def beside(self) -> Ranks:
+    def duplicate(self) -> Ranks:
         """The same ranks with a group of their own on the host, for what another thread does; collective."""
         return Ranks(self.group, beside=True)
 
@@ -246,7 +246,7 @@ class Ranks:
             raise waited(RuntimeError(message)) from error
 
 
-class Company:
+class DeferredErrors:
     """Keeps a rank in a call's collectives after something has failed on it, until all ranks raise together."""
 
     def __init__(self, ranks: Ranks) -> None:
@@ -271,7 +271,7 @@ class Company:
         made = self.attempt(make)
         return make() if made is None else made
 
-    def part(self) -> None:
+    def raise_together(self) -> None:
         """Raise on every rank what has failed on any; collective."""
         self._ranks.raise_together(self.error)
 

@@ -10,8 +10,8 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from .layout import Block, cut_blocks
-from .options import PreconditionerOptions
+from ..options import PreconditionerOptions
+from .blocks import Block, cut_blocks
 
 
 class Phase(NamedTuple):

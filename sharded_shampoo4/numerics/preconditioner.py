@@ -14,12 +14,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..labels import label
+from ..options import PreconditionerOptions
+from ..planning.blocks import Block, Shard, count_parts, cut_blocks
+from ..planning.plan import Owned, PlannedMatrix
+from ..planning.schedule import TOGETHER, Intervals, Phase, Phases, intervals_at
 from .factors import HEALTH, FactorPool, Index, factor_bytes
-from .labels import label
-from .layout import Block, count_parts, cut_blocks
-from .options import PreconditionerOptions
-from .plan import Owned, PlannedMatrix, Shard
-from .schedule import TOGETHER, Intervals, Phase, Phases, intervals_at
 
 # Bytes of factors for an element of their matrix that are worth a warning: twice the states of AdamW, and seven times
 # what 4-bit factors of a square matrix take. Such factors in float32 take 16.

@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .labels import label
-from .plan import Plan
-from .ranks import Company, Ranks
-from .routes import Part, Routes, Slots, Way
+from ..labels import label
+from ..planning.plan import Plan
+from ..planning.routes import Part, Routes, Slots, Way
+from .ranks import DeferredErrors, Ranks
 
 
 def wire_dtype(dtypes: Sequence[torch.dtype], rounded: Sequence[bool]) -> torch.dtype:
@@ -44,7 +44,7 @@ class Arrived:
 class Exchange:
     """One rank's part in a plan.
 
-    What fails on this rank is kept in the step's ``company``, and every collective of the step still takes place, with
+    What fails on this rank is kept in the step's ``errors``, and every collective of the step still takes place, with
     zeros for what could not be computed: no rank waits for one that has left.
 
     Args:
@@ -71,7 +71,7 @@ class Exchange:
         self.rounded = rounded
         self.wire = wire_dtype(dtypes, rounded)
         self._parts = lru_cache(maxsize=8)(Routes(plan, ranks.rank).parts)
-        self._company = Company(ranks)  # of the step that is under way
+        self._company = DeferredErrors(ranks)  # of the step that is under way
         self._targets: Sequence[Tensor] = ()
         self._returning: _Message | None = None  # the last directions that were sent
 
@@ -81,7 +81,7 @@ class Exchange:
         targets: Sequence[Tensor],
         active: tuple[bool, ...],
         directed: tuple[bool, ...],
-        company: Company,
+        errors: DeferredErrors,
     ) -> Iterator[Arrived]:
         """Give this rank's batches one after another; each must go to :meth:`send_back` before the next is asked for.
 
@@ -90,9 +90,9 @@ class Exchange:
             targets: tensors like these that directions are written to; they may be the same.
             active: for each matrix, whether its blocks go to their owners; the same on every rank.
             directed: for each matrix, whether directions come back; of active ones only, and the same on every rank.
-            company: keeps what fails.
+            errors: keeps what fails.
         """
-        self._company, self._targets, self._returning = company, targets, None
+        self._company, self._targets, self._returning = errors, targets, None
         parts = self._parts(active, directed)
         following: _Message | None = None
         for index, part in enumerate(parts):

@@ -1,48 +1,55 @@
-"""Finds, at every step, the binding of the parameters that the step is about, and keeps the factors of all of them.
+"""Finds the distributor of the parameters that a step is about, and keeps all distributors of an optimizer.
 
 One ``step()`` call is usually about all parameters. DeepSpeed's ZeRO calls it once for each of its flat tensors: then
-there is a binding for each, made by the first call, and the owners of its blocks are those ranks that have least to do
-by the others.
+there is a distributor for each, made by the first call, and the owners of its blocks are those ranks that have least
+to do by the others.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Hashable, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import fields
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from . import packing
-from .distributor import Candidate, Distributor
-from .groups import leave_word
+from .agreement import check_groups
+from .comm.groups import leave_word
+from .comm.ranks import DeferredErrors, Ranks, has_waited
+from .distributor import Distributor
+from .held import HeldParameter, Signature
 from .hosts import Host
-from .members import Entry, Members, Signature
-from .options import PreconditionerOptions
+from .members import Members
+from .numerics.preconditioner import Matrix, worse
 from .placement import process_group
-from .plan import Shard, Work
-from .preconditioner import Matrix, worse
-from .ranks import OWN_MODELS, Company, Ranks, has_waited
+from .planning.plan import Work
+from .planning.schedule import Phases
 from .report import shorten, warn
-from .schedule import Phases
-from .state_dict import MARK, STATE_KEY, Unbound, is_marked
+from .state_dict import Loaded, Marks
 
 
 class _Seen(NamedTuple):
     """What a step found. As long as the signature stays the same, it need not be looked for again."""
 
     signature: Signature
-    entries: list[Entry]
-    binding: Distributor
+    entries: list[HeldParameter]
+    distributor: Distributor
 
 
-class Bindings:
-    """All bindings of an optimizer's ``members``, and the factors of parameters that are not bound (yet).
+class Session:
+    """All distributors of an optimizer, and the factors of parameters that no distributor has (yet).
 
-    ``base`` is the name of the base optimizer, ``chosen`` its ``process_group`` as it was given.
+    Args:
+        members: the optimizer's parameters.
+        base: name of the base optimizer.
+        chosen: the optimizer's ``process_group``, as it was given.
+
+    Attributes:
+        loaded: factors that were loaded or set aside, by their parameters, which no distributor has now.
+        last: distributor of the last step.
+        marks: of factors, in ``optimizer.state``.
     """
 
     def __init__(self, members: Members, base: str, chosen: Any = None) -> None:
@@ -50,16 +57,16 @@ class Bindings:
         self.base = base
         self.chosen = chosen
         self.ranks: Ranks | None = None
-        self.unbound: dict[Tensor, Unbound] = {}
+        self.loaded: dict[Tensor, Loaded] = {}
         self.last: Distributor | None = None  # that of the last step
         self._has_left_word = False
         self._by_key: dict[tuple[Hashable, ...], Distributor] = {}
         self._seen: dict[int, _Seen] = {}  # by the first tensor in a call, what was found in its last step
         self._changes = 0  # of the members, that were seen
-        self._marked: set[Tensor] = set()  # parameters whose factors the optimizer's states have told of
+        self.marks = Marks()
 
     def all(self) -> Iterable[Distributor]:
-        """Every binding."""
+        """Every distributor."""
         return self._by_key.values()
 
     @property
@@ -77,27 +84,27 @@ class Bindings:
         self.members.use_host(host)
         self.ranks, self._seen = None, {}
 
-    def load(self, unbound: dict[Tensor, Unbound]) -> None:
+    def load(self, loaded: dict[Tensor, Loaded]) -> None:
         """Forget all factors, and take these instead."""
-        self.unbound, self.last, self._by_key, self._seen = unbound, None, {}, {}
-        self._marked = set()
+        self.loaded, self.last, self._by_key, self._seen = loaded, None, {}, {}
+        self.marks = Marks()
         self.members.replaced.clear()
 
     # -- at a step -----------------------------------------------------------------------------------------------------
 
-    def bind(
+    def current(
         self,
         groups: Sequence[dict[str, Any]],
         state: MutableMapping[Tensor, Any],
         optimizer: Optimizer,
         error: Exception | None = None,
     ) -> Distributor:
-        """Check this step's gradients, and give the binding of the parameters in ``groups`` as they are; collective.
+        """Check this step's gradients, and give the distributor of the parameters that ``groups`` hold; collective.
 
         ``state`` are the base optimizer's states; ``optimizer`` is what the host calls; an ``error`` of this rank's is
         raised on every rank.
         """
-        ranks = self._meet(groups, optimizer, "step()")
+        ranks = self._start(groups, optimizer, "step()")
         signature, seen, entries = None, None, []
         try:
             signature = self.members.signature(groups)
@@ -107,73 +114,65 @@ class Bindings:
         except Exception as found:
             error = error or found
         if seen is not None:
-            self.last = self._agree(ranks, seen.entries, seen.binding, False, state, error, stepping=True)
+            self.last = self._agree(ranks, seen.entries, seen.distributor, False, state, error, stepping=True)
         else:
-            self.last = self._bind_entries(ranks, entries, state, error, stepping=True)
+            self.last = self._find(ranks, entries, state, error, stepping=True)
             if signature is not None:
                 now = {first: seen for first, seen in self._seen.items() if seen.signature.version == signature.version}
                 self._seen = {**now, signature.first: _Seen(signature, entries, self.last)}
         return self.last
 
-    def _check_entries(self, groups: Sequence[dict[str, Any]], state: MutableMapping[Tensor, Any]) -> list[Entry]:
+    def _check_entries(
+        self, groups: Sequence[dict[str, Any]], state: MutableMapping[Tensor, Any]
+    ) -> list[HeldParameter]:
         """What ``groups`` hold now, with gradients that can be preconditioned."""
         entries = self.members.entries(groups)
         self.let_go(groups, state)
         for entry in entries:
-            _check_entry(entry, entry.holder.grad)
+            entry.check(entry.holder.grad)
         return entries
 
-    def mark(self, parameters: Iterable[Tensor], state: MutableMapping[Tensor, Any]) -> None:
-        """Have ``state`` tell of the factors of these parameters, where it has states of the base."""
-        for parameter in parameters:
-            state[parameter][STATE_KEY] = MARK
-            self._marked.add(parameter)
-
     def mark_stepped(self, state: MutableMapping[Tensor, Any]) -> None:
-        """The same for all parameters that the base has just made a step with."""
+        """Put marks into ``state`` for the parameters that the base has just made a step with."""
         if self.last is not None:
             pairs = zip(self.last.parameters, self.last.holders, strict=True)
-            self.mark((p for p, holder in pairs if p is holder and p.grad is not None), state)
+            self.marks.put(state, (p for p, holder in pairs if p is holder and p.grad is not None))
 
     def mark_loaded(self, state: MutableMapping[Tensor, Any]) -> None:
-        """The same for all parameters whose states were loaded with their factors."""
-        bound = [
+        """Put marks into ``state`` for the parameters whose states were loaded with their factors."""
+        attached = [
             p
-            for binding in self.all()
-            for p, holder in zip(binding.parameters, binding.holders, strict=True)
+            for distributor in self.all()
+            for p, holder in zip(distributor.parameters, distributor.holders, strict=True)
             if p is holder
         ]
-        self._marked = set()
-        self.mark([p for p in (*bound, *self.unbound) if state.get(p)], state)
+        self.marks = Marks()
+        self.marks.put(state, [p for p in (*attached, *self.loaded) if state.get(p)])
 
-    def cleared(self, state: Mapping[Tensor, Any]) -> set[Tensor]:
-        """Parameters whose states somebody has taken out of ``state``, factors included."""
-        return {parameter for parameter in self._marked if not is_marked(state, parameter)}
-
-    def bind_all(
+    def attach_all(
         self,
         groups: Sequence[dict[str, Any]],
         state: MutableMapping[Tensor, Any],
         optimizer: Optimizer,
         calling: str,
         model: Any = None,
-    ) -> list[Entry]:
-        """Bind all parameters, between steps, as the calls of ``step()`` would do, and return them; collective.
+    ) -> list[HeldParameter]:
+        """Attach all parameters, between steps, as the calls of ``step()`` would do, and return them; collective.
 
         ``calling`` is the call in which that is done, for messages. ``model``, wrapped as it is, tells names that are
         missing and which parts of names are wrappers'.
         """
-        ranks = self._meet(groups, optimizer, calling)
+        ranks = self._start(groups, optimizer, calling)
         with ranks.together():
             self.members.follow(groups)
             if model is not None:
                 self.members.name_by(model)
             calls = self.members.calls(groups)
             for entry in (entry for call in calls for entry in call):
-                _check_entry(entry, None)
+                entry.check(None)
             self.let_go(groups, state)
         for entries in calls:
-            self._bind_entries(ranks, entries, state, None)
+            self._find(ranks, entries, state, None)
         return [entry for entries in calls for entry in entries]
 
     def let_go(self, groups: Sequence[dict[str, Any]], state: MutableMapping[Tensor, Any]) -> None:
@@ -187,17 +186,17 @@ class Bindings:
             return
         for reference, member in self.members.replaced:
             old = reference()
-            if old is not None and (state.get(old) or old in self.unbound):
+            if old is not None and (state.get(old) or old in self.loaded):
                 raise ValueError(
                     f"{member.label} had states when a {type(member.held()).__name__} took its place in the param "
                     "groups: make or load them after the model is wrapped and the optimizer prepared"
                 )
         self.members.replaced.clear()
         present = {parameter for group in groups for parameter in group["params"]}
-        for states in (self.unbound, state):
+        for states in (self.loaded, state):
             for parameter in [parameter for parameter in states if parameter not in present]:
                 del states[parameter]
-        self._marked &= present
+        self.marks.keep(present)
         self._changes = self.members.changes
 
     @contextlib.contextmanager
@@ -224,18 +223,18 @@ class Bindings:
         names = [name for name, _, _ in self.members.given()]
         return process_group([p for group in groups for p in group["params"]], self.chosen, names)
 
-    def _meet(self, groups: Sequence[dict[str, Any]], optimizer: Optimizer, calling: str) -> Ranks:
+    def _start(self, groups: Sequence[dict[str, Any]], optimizer: Optimizer, calling: str) -> Ranks:
         if self.ranks is None:  # first of all: an error on one rank must reach the others
             self.ranks = Ranks(self.process_group(groups))
             self.ranks.calling = calling
             self.members.find_host(optimizer)
-            self._check_that_groups_agree(self.ranks)
+            check_groups(self.ranks, self.base, self.members.groups)
         elif self.ranks.gone:
-            self._meet_again(groups, self.ranks)
+            self._start_again(groups, self.ranks)
         self.ranks.calling = calling
         return self.ranks
 
-    def _meet_again(self, groups: Sequence[dict[str, Any]], ranks: Ranks) -> None:
+    def _start_again(self, groups: Sequence[dict[str, Any]], ranks: Ranks) -> None:
         """Go on with a process group that was destroyed and made anew."""
         if self.chosen is not None:
             raise RuntimeError(
@@ -244,60 +243,45 @@ class Bindings:
             )
         ranks.renew(self.process_group(groups))
 
-    def _check_that_groups_agree(self, ranks: Ranks) -> None:
-        """Raise ValueError, on every rank alike, unless all of them have the same base optimizer and its options."""
-        described = [{"base": self.base, **_base_options(group)} for group in self.members.groups]
-        first, *others = ranks.gather(described)
-        for rank, groups in enumerate(others, 1):
-            if len(groups) != len(first):
-                found = f"{len(first)} param groups on rank 0 and {len(groups)} on rank {rank}"
-                raise ValueError(f"there are {found}; {OWN_MODELS}")
-            for number, (group, other) in enumerate(zip(first, groups, strict=True)):
-                for option in {**group, **other}:  # in the same order on every rank
-                    value, another = group.get(option), other.get(option)
-                    if value != another:
-                        found = f"{value!r} on rank 0 and {another!r} on rank {rank}"
-                        raise ValueError(f"{option} of param group {number} is {found}; {OWN_MODELS}")
-
-    def _bind_entries(
+    def _find(
         self,
         ranks: Ranks,
-        entries: list[Entry],
+        entries: list[HeldParameter],
         state: Mapping[Tensor, Any],
         error: Exception | None,
         stepping: bool = False,
     ) -> Distributor:
-        """Give the binding of ``entries``, made anew if they are not what they were; collective."""
-        binding = self._by_key.get(_key(entries))
+        """Give the distributor of ``entries``, made anew if they are not what they were; collective."""
+        distributor = self._by_key.get(_key(entries))
         stale = False
         try:
             chosen, matrices = _matrices(entries, self.members.schedule())
-            stale = binding is None or not binding.fits(
+            stale = distributor is None or not distributor.fits(
                 [entry.parameter for entry in chosen], [entry.holder for entry in chosen], matrices
             )
-            if binding is not None and not stale:
-                for known, matrix in zip(binding.matrices, matrices, strict=True):
+            if distributor is not None and not stale:
+                for known, matrix in zip(distributor.matrices, matrices, strict=True):
                     known.name = matrix.name
         except Exception as found:
             error = error or found
-        return self._agree(ranks, entries, binding, stale, state, error, stepping)
+        return self._agree(ranks, entries, distributor, stale, state, error, stepping)
 
     def _agree(
         self,
         ranks: Ranks,
-        entries: list[Entry],
-        binding: Distributor | None,
+        entries: list[HeldParameter],
+        distributor: Distributor | None,
         stale: bool,
         state: Mapping[Tensor, Any],
         error: Exception | None,
         stepping: bool,
     ) -> Distributor:
-        """Ask all ranks whether ``binding`` is right for this call, and mend or replace it if not; collective."""
+        """Ask all ranks whether ``distributor`` is right for this call, and mend or replace it if not; collective."""
         changed = False
         cleared: set[Tensor] = set()
         try:
-            changed = binding is not None and not stale and binding.presence_changed()
-            cleared = self.cleared(state)
+            changed = distributor is not None and not stale and distributor.presence_changed()
+            cleared = self.marks.missing(state)
         except Exception as found:
             error = error or found
         idle = stepping and all(entry.holder.grad is None for entry in entries)
@@ -311,60 +295,59 @@ class Bindings:
         if any_cleared:
             self._reset(ranks, entries, state, cleared)
         if any_stale:
-            binding = self._rebind(ranks, entries, state)
-        assert binding is not None
+            distributor = self._attach(ranks, entries, state)
+        assert distributor is not None
         if any_stale or any_changed:
-            binding.agree_on_presence()
-            binding.check_replicas()
-        return binding
+            distributor.agree_on_presence()
+            distributor.check_replicas()
+        return distributor
 
-    def _rebind(
+    def _attach(
         self,
         ranks: Ranks,
-        entries: list[Entry],
+        entries: list[HeldParameter],
         state: Mapping[Tensor, Any],
     ) -> Distributor:
-        """Bind parameters that have changed, and carry their factors over."""
+        """Make a distributor for parameters that have changed, and carry their factors over; collective."""
         key = _key(entries)
         old = self._by_key.get(key)
         places = {parameter: index for index, parameter in enumerate(old.parameters)} if old else {}
-        candidates: list[Candidate] = []
         self._seen = {}
         with ranks.together():
             chosen, matrices = _matrices(entries, self.members.schedule())
             self.members.check(entries, self.chosen)
             self._check_that_something_is_left(entries, matrices)
             for entry, matrix in zip(chosen, matrices, strict=True):
-                if entry.parameter in self.unbound:
-                    self.unbound[entry.parameter].check(matrix)
+                if entry.parameter in self.loaded:
+                    self.loaded[entry.parameter].check(matrix)
                 elif old and entry.parameter in places:
                     packing.check_same_bytes(old.matrices[places[entry.parameter]], matrix)
-                location, offset = entry.locate()
-                shard = Shard(location.start, location.stop, location.replica)
-                candidates.append(Candidate(entry.parameter, matrix, shard, entry.holder, offset))
+                _ = entry.shard  # raises if there is no telling which elements this rank holds
             if old is None:
                 self._warn_if_lost(chosen, state)
                 _separate_step_counts(entries, state)
-        others = (binding.plan.work for other, binding in self._by_key.items() if other != key)
-        binding = Distributor(ranks, candidates, sum(others, Work()))
-        packing.check_that_ranks_agree(ranks, {entry.name: self.unbound.get(entry.parameter) for entry in chosen})
+        others = (distributor.plan.work for other, distributor in self._by_key.items() if other != key)
+        distributor = Distributor(ranks, chosen, matrices, sum(others, Work()))
+        packing.check_that_ranks_agree(ranks, {entry.name: self.loaded.get(entry.parameter) for entry in chosen})
         self._set_aside(ranks, old, entries, chosen)
-        company = Company(ranks)
+        errors = DeferredErrors(ranks)
         for index, (entry, matrix) in enumerate(zip(chosen, matrices, strict=True)):
-            if entry.parameter in self.unbound:
-                company.attempt(packing.unpack, binding, index, self.unbound.pop(entry.parameter).full(matrix, ranks))
+            if entry.parameter in self.loaded:
+                errors.attempt(packing.unpack, distributor, index, self.loaded.pop(entry.parameter).full(matrix, ranks))
             elif old is not None and entry.parameter in places:
-                company.attempt(packing.unpack, binding, index, packing.pack(old, places[entry.parameter]))
-        company.part()
-        self._by_key[key] = binding
-        return binding
+                errors.attempt(packing.unpack, distributor, index, packing.pack(old, places[entry.parameter]))
+        errors.raise_together()
+        self._by_key[key] = distributor
+        return distributor
 
-    def _reset(self, ranks: Ranks, entries: Sequence[Entry], state: Mapping[Tensor, Any], cleared: set[Tensor]) -> None:
+    def _reset(
+        self, ranks: Ranks, entries: Sequence[HeldParameter], state: Mapping[Tensor, Any], cleared: set[Tensor]
+    ) -> None:
         """Begin anew with the factors of parameters whose states were cleared; collective.
 
         Raises ValueError, on every rank alike, if they were cleared on some ranks only.
         """
-        known = [entry for entry in entries if entry.parameter in self._marked]
+        known = [entry for entry in entries if entry.parameter in self.marks.parameters]
         gone = {entry.name for entry in known if entry.parameter in cleared}
         replaced = [entry.name for entry in known if entry.name in gone and state.get(entry.parameter)]
         everyone = ranks.gather((gone, {entry.name for entry in known} - gone))
@@ -379,27 +362,27 @@ class Bindings:
             )
         for entry in entries:
             if entry.name in names:
-                self.unbound.pop(entry.parameter, None)
-        for binding in self.all():
-            for index, matrix in enumerate(binding.matrices):
+                self.loaded.pop(entry.parameter, None)
+        for distributor in self.all():
+            for index, matrix in enumerate(distributor.matrices):
                 if matrix.name in names:
-                    binding.reset(index)
-        self._marked -= cleared
+                    distributor.reset(index)
+        self.marks.parameters -= cleared
 
     def _set_aside(
-        self, ranks: Ranks, old: Distributor | None, entries: Sequence[Entry], chosen: Sequence[Entry]
+        self, ranks: Ranks, old: Distributor | None, entries: Sequence[HeldParameter], chosen: Sequence[HeldParameter]
     ) -> None:
         """Keep the factors of parameters that are in the groups, but not preconditioned now; collective."""
-        bound, standing = {entry.parameter for entry in chosen}, {entry.parameter for entry in entries}
-        left = [parameter not in bound and parameter in standing for parameter in old.parameters] if old else []
+        attached, standing = {entry.parameter for entry in chosen}, {entry.parameter for entry in entries}
+        left = [parameter not in attached and parameter in standing for parameter in old.parameters] if old else []
         for place, leaves in enumerate(ranks.any(left) if left else ()):
             if leaves:
                 assert old is not None
                 packed = packing.PackedState(old.matrices[place].options, packing.pack(old, place))
                 if left[place]:
-                    self.unbound[old.parameters[place]] = packed
+                    self.loaded[old.parameters[place]] = packed
 
-    def _check_that_something_is_left(self, entries: list[Entry], matrices: list[Matrix]) -> None:
+    def _check_that_something_is_left(self, entries: list[HeldParameter], matrices: list[Matrix]) -> None:
         """Nothing may become the base optimizer in silence."""
         if matrices or not any(entry.options.precondition for entry in entries):
             return
@@ -409,9 +392,9 @@ class Bindings:
         elif not self.members.has_matrix():
             raise ValueError("Shampoo4 finds no matrix to precondition in what ZeRO has made of the parameters")
 
-    def _warn_if_lost(self, chosen: list[Entry], state: Mapping[Tensor, Any]) -> None:
+    def _warn_if_lost(self, chosen: list[HeldParameter], state: Mapping[Tensor, Any]) -> None:
         """Say so if the base goes on where the factors begin: DeepSpeed's universal checkpoint knows no factors."""
-        resumed = [e.name for e in chosen if e.flat and _steps(state, e.holder) and e.parameter not in self.unbound]
+        resumed = [e.name for e in chosen if e.flat and _steps(state, e.holder) and e.parameter not in self.loaded]
         if resumed:
             self.members.check_own_options()
             warn(
@@ -425,38 +408,33 @@ class Bindings:
     @property
     def nbytes(self) -> int:
         """Bytes of this rank's factors."""
-        bound = sum(binding.preconditioner.nbytes for binding in self.all())
-        return bound + sum(entry.data.numel() for entry in self.unbound.values())
+        attached = sum(distributor.preconditioner.nbytes for distributor in self.all())
+        return attached + sum(entry.data.numel() for entry in self.loaded.values())
 
     def health(self) -> dict[str, list[float]]:
         """The worst of each matrix's factors on all ranks, in the order of HEALTH; collective."""
         worst: dict[str, list[float]] = {}
         self.begin("health()")
-        for binding in self.all():
-            with binding.ranks.together():
-                mine = binding.preconditioner.health()
-            for found in binding.ranks.gather(mine):
+        for distributor in self.all():
+            with distributor.ranks.together():
+                mine = distributor.preconditioner.health()
+            for found in distributor.ranks.gather(mine):
                 for name, values in found.items():
                     worst[name] = worse(worst.get(name), values)
         return worst
 
     def owners(self) -> dict[Tensor, str]:
         """The ranks that own blocks of each parameter."""
-        return {parameter: ranks for binding in self.all() for parameter, ranks in binding.owners().items()}
+        return {parameter: ranks for distributor in self.all() for parameter, ranks in distributor.owners().items()}
 
 
-def _base_options(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Those options of a group that are not about the preconditioner, as plain values."""
-    own = {field.name for field in fields(PreconditionerOptions)} | {"params", "param_names"}
-    plain = {k: float(v) if isinstance(v, Tensor) and v.numel() == 1 else v for k, v in group.items() if k not in own}
-    return {name: value for name, value in plain.items() if isinstance(value, (bool, int, float, str, tuple))}
-
-
-def _key(entries: Sequence[Entry]) -> tuple[Hashable, ...]:
+def _key(entries: Sequence[HeldParameter]) -> tuple[Hashable, ...]:
     return tuple(dict.fromkeys(entry.key for entry in entries if entry.flat))
 
 
-def _matrices(entries: Sequence[Entry], schedule: Mapping[tuple[int, str], Phases]) -> tuple[list[Entry], list[Matrix]]:
+def _matrices(
+    entries: Sequence[HeldParameter], schedule: Mapping[tuple[int, str], Phases]
+) -> tuple[list[HeldParameter], list[Matrix]]:
     """The parameters to precondition and their fresh matrices, in the order of the groups."""
     pairs = [(entry, entry.matrix(schedule)) for entry in entries]
     return (
@@ -465,7 +443,7 @@ def _matrices(entries: Sequence[Entry], schedule: Mapping[tuple[int, str], Phase
     )
 
 
-def _without_gradients(entries: Sequence[Entry]) -> str:
+def _without_gradients(entries: Sequence[HeldParameter]) -> str:
     """What to say of a step in which no parameter has a gradient on any rank."""
     frozen = sum(not entry.parameter.requires_grad for entry in entries)
     return (
@@ -476,7 +454,7 @@ def _without_gradients(entries: Sequence[Entry]) -> str:
     )
 
 
-def _separate_step_counts(entries: Sequence[Entry], state: Mapping[Tensor, Any]) -> None:
+def _separate_step_counts(entries: Sequence[HeldParameter], state: Mapping[Tensor, Any]) -> None:
     """Give every flat tensor its own count of steps.
 
     DeepSpeed 0.19.8 gives all sub-groups the same tensor when it loads a universal checkpoint at stage 3: it would be
@@ -492,26 +470,3 @@ def _steps(state: Mapping[Tensor, Any], holder: Tensor) -> float:
     """Steps that the base optimizer has made with ``holder``, as far as it says."""
     steps = state.get(holder, {}).get("step", 0)
     return float(steps)
-
-
-def _check_entry(entry: Entry, gradient: Tensor | None) -> None:
-    """Raise ValueError if the host cannot train a parameter, TypeError if its matrix is sparse or complex.
-
-    All else is for the base to judge.
-    """
-    entry.host.check_parameter(entry.name, entry.parameter, entry.holder, entry.options.precondition)
-    if entry.view is None:
-        return
-    name = entry.name
-    instead = f"leave {name} to the base optimizer: put it into a param group with precondition=False"
-    if gradient is not None and gradient.layout != torch.strided:
-        raise TypeError(
-            f"the gradient of {name} is sparse ({gradient.layout}), and Shampoo4 preconditions dense ones only: "
-            f"{instead}, with a base that takes sparse gradients ('sgd', 'adagrad'); or make its embedding with "
-            "sparse=False"
-        )
-    for kind, tensor in ((f"the gradient of {name}", gradient), (name, entry.parameter)):
-        if tensor is not None and not tensor.is_floating_point():
-            raise TypeError(
-                f"{kind} is of type {tensor.dtype}, and Shampoo4 preconditions real numbers only: {instead}"
-            )

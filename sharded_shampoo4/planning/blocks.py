@@ -9,6 +9,28 @@ from typing import NamedTuple
 _LONGEST_KERNEL = 11  # of convolutions in one dimension, as far as they are usual
 
 
+class Shard(NamedTuple):
+    """The elements ``start`` to ``stop`` of a flattened (row-major) parameter, which a rank holds.
+
+    ``replica`` tells the complete copies of the parameter apart: all shards of one replica together tile it. It is 0
+    where there is only one copy, and the rank where every rank holds everything. An empty shard is from 0 to 0.
+    """
+
+    start: int
+    stop: int
+    replica: int = 0
+
+    @property
+    def length(self) -> int:
+        """How many elements it has."""
+        return self.stop - self.start
+
+
+def make_shard(start: int, stop: int, replica: int = 0) -> Shard:
+    """Return a shard from ``start`` to ``stop``; from 0 to 0 if it has no elements."""
+    return Shard(start, stop, replica) if stop > start else Shard(0, 0, replica)
+
+
 class Block(NamedTuple):
     """A rectangle of a parameter matrix: ``matrix[row : row + rows, column : column + columns]``."""
 

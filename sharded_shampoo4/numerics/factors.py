@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..options import PreconditionerOptions
 from . import eigenbasis, linalg, quantization
-from .options import PreconditionerOptions
 
 Index = slice | Tensor  # which factors of a pool: a run of neighbors (a view, no copy) or their positions
 

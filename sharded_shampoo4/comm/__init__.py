@@ -1,0 +1,1 @@
+"""Collectives: agreement on the host, and the exchange of gradients and directions."""

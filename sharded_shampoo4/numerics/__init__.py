@@ -1,0 +1,1 @@
+"""Arithmetic of the preconditioner: no rank and no host is known here."""

@@ -1,0 +1,1 @@
+"""Plans as integers: blocks, schedules, owners; the same on every rank."""

@@ -1,0 +1,94 @@
+"""Parameters as an optimizer was given them, and how they are recognized in what hosts have put into the groups."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .report import shorten
+
+
+@dataclass(eq=False)
+class Member:
+    """A parameter as it was given. The references are weak: hosts that replace parameters want the old ones freed."""
+
+    name: str  # without what wrappers put into names
+    named: bool  # by whoever made the optimizer, or by DeepSpeed's engine
+    given: weakref.ReferenceType[Tensor]
+    held: weakref.ReferenceType[Tensor]  # what stands in the group: the one that was given, or one that replaced it
+    shape: torch.Size
+    trained: bool
+    plain: str | None = None  # its name in the model, once that is known
+    label: str = ""  # for messages: the name, made different from all others
+
+
+@dataclass
+class MemberGroup:
+    """One group and the parameters in it."""
+
+    group: dict[str, Any]
+    members: list[Member]
+    options: dict[str, Any]  # as they were, but for those that change all the time
+
+    def parameters(self) -> list[Tensor]:
+        """Those that were given and are still there."""
+        return [parameter for parameter in (member.given() for member in self.members) if parameter is not None]
+
+    def trained_shapes(self) -> Iterator[tuple[str, torch.Size]]:
+        """Names and whole shapes of those that were to be trained when they were given."""
+        return ((member.label, member.shape) for member in self.members if member.trained)
+
+    def is_in_place(self, params: Sequence[Tensor]) -> bool:
+        """Whether ``params`` are the ones that were given or, if they were replaced, those seen last."""
+        return len(params) == len(self.members) and all(
+            member.held() is parameter for member, parameter in zip(self.members, params, strict=True)
+        )
+
+
+def recognize(
+    params: Sequence[Tensor],
+    number: int,
+    before: MemberGroup | None,
+    known: Mapping[Tensor, Member],
+    standing: set[int],
+) -> list[Member]:
+    """The members that ``params``, in group ``number``, are: by identity, and by order and shape where replaced.
+
+    ``before`` is what the group was, ``standing`` the ids of all members that stand in some group as they are.
+    """
+    found = [known.get(parameter) for parameter in params]
+    new = [parameter for parameter, member in zip(params, found, strict=True) if member is None]
+    if not new:
+        return [member for member in found if member is not None]
+    if before is None:
+        raise ValueError(f"param group {number} is none of those that Shampoo4 was given: use add_param_group()")
+    free = [member for member in before.members if id(member) not in standing]
+    for chosen in (free, [member for member in free if _is_trained(member)]):
+        if [member.shape for member in chosen] == [parameter.shape for parameter in new]:
+            replaced = iter(chosen)
+            members = [member or next(replaced) for member in found]
+            places = [before.members.index(member) for member in members if member in before.members]
+            if places == sorted(places):
+                return members
+    raise ValueError(
+        f"param group {number} was given {len(before.members)} parameters of shapes "
+        f"{shorten(tuple(member.shape) for member in before.members)} and now has {len(params)} of shapes "
+        f"{shorten(tuple(parameter.shape) for parameter in params)}: no telling which is which"
+    )
+
+
+def _is_trained(member: Member) -> bool:
+    parameter = member.given()
+    return parameter is not None and bool(parameter.requires_grad)
+
+
+def lasting_options(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A group's options without those that schedulers change."""
+    return {
+        k: v for k, v in group.items() if k not in ("params", "param_names", "lr", "initial_lr", "momentum", "betas")
+    }
