@@ -44,6 +44,7 @@ class FakeRanks(contextlib.AbstractContextManager["FakeRanks"]):
         self._gather, self._host_group = Ranks.gather, groups.host_group
 
     def __enter__(self) -> FakeRanks:
+        import torch.distributed._tools.fake_collectives  # noqa: F401  torch 2.9 and 2.10 let only it take meta tensors
         from torch.testing._internal.distributed.fake_pg import _create_fake_pg
 
         if not hasattr(dist.Backend, _BACKEND.upper()):
