@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from . import packing
 from .agreement import check_groups
+from .checks import check_something_is_left, separate_step_counts, warn_if_lost, without_gradients
 from .comm.groups import leave_word
 from .comm.ranks import DeferredErrors, Ranks, has_waited
 from .distributor import Distributor
@@ -291,7 +292,7 @@ class Session:
         if failed:
             ranks.raise_together(error)
         if entries and not any_busy:
-            raise RuntimeError(_without_gradients(entries))
+            raise RuntimeError(without_gradients(entries))
         if any_cleared:
             self._reset(ranks, entries, state, cleared)
         if any_stale:
@@ -316,7 +317,7 @@ class Session:
         with ranks.together():
             chosen, matrices = _matrices(entries, self.members.schedule())
             self.members.check(entries, self.chosen)
-            self._check_that_something_is_left(entries, matrices)
+            check_something_is_left(entries, matrices, self.members)
             for entry, matrix in zip(chosen, matrices, strict=True):
                 if entry.parameter in self.loaded:
                     self.loaded[entry.parameter].check(matrix)
@@ -324,8 +325,8 @@ class Session:
                     packing.check_same_bytes(old.matrices[places[entry.parameter]], matrix)
                 _ = entry.shard  # raises if there is no telling which elements this rank holds
             if old is None:
-                self._warn_if_lost(chosen, state)
-                _separate_step_counts(entries, state)
+                warn_if_lost(chosen, state, self.members, self.loaded)
+                separate_step_counts(entries, state)
         others = (distributor.plan.work for other, distributor in self._by_key.items() if other != key)
         distributor = Distributor(ranks, chosen, matrices, sum(others, Work()))
         packing.check_that_ranks_agree(ranks, {entry.name: self.loaded.get(entry.parameter) for entry in chosen})
@@ -382,27 +383,6 @@ class Session:
                 if left[place]:
                     self.loaded[old.parameters[place]] = packed
 
-    def _check_that_something_is_left(self, entries: list[HeldParameter], matrices: list[Matrix]) -> None:
-        """Nothing may become the base optimizer in silence."""
-        if matrices or not any(entry.options.precondition for entry in entries):
-            return
-        if not any(entry.flat for entry in entries):
-            message = "Shampoo4 has no matrix to precondition: only the base optimizer is at work"
-            warn(message)
-        elif not self.members.has_matrix():
-            raise ValueError("Shampoo4 finds no matrix to precondition in what ZeRO has made of the parameters")
-
-    def _warn_if_lost(self, chosen: list[HeldParameter], state: Mapping[Tensor, Any]) -> None:
-        """Say so if the base goes on where the factors begin: DeepSpeed's universal checkpoint knows no factors."""
-        resumed = [e.name for e in chosen if e.flat and _steps(state, e.holder) and e.parameter not in self.loaded]
-        if resumed:
-            self.members.check_own_options()
-            warn(
-                f"the base optimizer's states of {shorten(resumed)} were "
-                "loaded without preconditioners (as from DeepSpeed's universal checkpoint): the factors start anew, "
-                "and directions are plain gradients until the next root step"
-            )
-
     # -- states --------------------------------------------------------------------------------------------------------
 
     @property
@@ -441,32 +421,3 @@ def _matrices(
         [entry for entry, matrix in pairs if matrix is not None],
         [matrix for _, matrix in pairs if matrix is not None],
     )
-
-
-def _without_gradients(entries: Sequence[HeldParameter]) -> str:
-    """What to say of a step in which no parameter has a gradient on any rank."""
-    frozen = sum(not entry.parameter.requires_grad for entry in entries)
-    return (
-        f"none of the {len(entries)} parameters in this step has a gradient ({frozen} are frozen; the first is "
-        f"{entries[0].name}): call backward() before step(), and zero_grad() after it. If the model does have "
-        "gradients, its parameters are others than the optimizer's: FSDP2's fully_shard() and other wrappers replace "
-        "them, so make the optimizer after the model is wrapped"
-    )
-
-
-def _separate_step_counts(entries: Sequence[HeldParameter], state: Mapping[Tensor, Any]) -> None:
-    """Give every flat tensor its own count of steps.
-
-    DeepSpeed 0.19.8 gives all sub-groups the same tensor when it loads a universal checkpoint at stage 3: it would be
-    counted up by each of them.
-    """
-    for holder in {entry.holder for entry in entries if entry.flat}:
-        own = state.get(holder, {})
-        if isinstance(own.get("step"), Tensor):
-            own["step"] = own["step"].clone()
-
-
-def _steps(state: Mapping[Tensor, Any], holder: Tensor) -> float:
-    """Steps that the base optimizer has made with ``holder``, as far as it says."""
-    steps = state.get(holder, {}).get("step", 0)
-    return float(steps)
