@@ -78,6 +78,15 @@ def test_the_versions_that_are_declared_are_those_that_are_tested() -> None:
         assert ascending == sorted(ascending), name
 
 
+def test_the_readme_has_the_versions_that_are_tested() -> None:
+    versions = [pins(path) for path in CONSTRAINTS.values()]
+    rows = [line.strip("| ").split(" | ") for line in (ROOT / "README.md").read_text().splitlines()]
+    shown = {cells[0]: [Version(cell) for cell in cells[1:]] for cells in rows if cells[0] in versions[0]}
+    assert shown.keys() == {"torch", "accelerate", "transformers", "deepspeed"}
+    for name, row in shown.items():
+        assert row == [column[name] for column in versions], name
+
+
 def imported(path: Path) -> Iterator[str]:
     """Full names of the modules that a file imports, in functions too."""
     package = ["sharded_shampoo4", *path.relative_to(ROOT).parent.parts[1:]]
