@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 _HOST_GROUPS: weakref.WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = weakref.WeakKeyDictionary()
+_COUNTS_OF_OUR_GROUPS = 1_000_000  # beyond those that a program reaches with groups of the same ranks
 _MADE: weakref.WeakKeyDictionary[dist.ProcessGroup, int] = weakref.WeakKeyDictionary()  # host groups beside a group
 
 
@@ -85,10 +86,12 @@ def _store(group: dist.ProcessGroup | None) -> Any:
 def _same_name(group: dist.ProcessGroup, number: int, timeout: timedelta | None) -> Iterator[None]:
     """Let torch give a group that only its own ranks make the same name on all of them.
 
-    The name follows from the number of groups that a rank is in, which may differ; without this they would wait for
-    each other under different names.
+    The name follows from the number of groups that a rank is in, from torch 2.14 on from the number that it has made.
+    Both may differ; without this they would wait for each other under different names. The numbers come back, since
+    the names of groups that all ranks make follow from the second.
     """
-    names: dict[Any, Any] = dist.distributed_c10d._world.pg_names
+    world: Any = dist.distributed_c10d._world
+    names: dict[Any, Any] = world.pg_names
     store, size, rank = _store(group), dist.get_world_size(group), dist.get_rank(group)
     keys = [f"shampoo4/groups/{number}/{other}" for other in range(size)]
     store.set(keys[rank], str(len(names)))
@@ -96,9 +99,11 @@ def _same_name(group: dist.ProcessGroup, number: int, timeout: timedelta | None)
     most = max(int(store.get(key)) for key in keys)
     placeholders = [object() for _ in range(most - len(names))]
     names.update(dict.fromkeys(placeholders, ""))
+    count, world.group_count = world.group_count, _COUNTS_OF_OUR_GROUPS + most
     try:
         yield
     finally:
+        world.group_count = count
         for placeholder in placeholders:
             del names[placeholder]
 
