@@ -6,7 +6,7 @@
     torchrun --nproc_per_node 8 launch/benchmark.py ranks       the same on processes that torchrun starts, on any nodes
     python launch/benchmark.py growth                           step times and states as parameters or blocks grow
 
-Each writes a table, a JSON file and, but for ranks, a picture to --output_dir.
+Each writes a table and a JSON file to --output_dir; modes and growth also draw a picture.
 
 modes: the model is a vision transformer on 32 x 32 images in patches of 4. Its gradients for a few batches of random
 images are computed once and replayed, so that only optimizers are timed. All of them get the same parameters and take

@@ -119,7 +119,7 @@ class ModelArguments:
 
 @dataclass
 class TrainingArguments:
-    """Steps, the optimizer but for Shampoo's own options, and what is written."""
+    """Steps, the base optimizer's options, and what is written. Shampoo's own stand in Shampoo4Arguments."""
 
     _argument_group_name = "training"
 

@@ -71,7 +71,7 @@ class Exchange:
         self.rounded = rounded
         self.wire = wire_dtype(dtypes, rounded)
         self._parts = lru_cache(maxsize=8)(Routes(plan, ranks.rank).parts)
-        self._company = DeferredErrors(ranks)  # of the step that is under way
+        self._errors = DeferredErrors(ranks)  # of the step that is under way
         self._targets: Sequence[Tensor] = ()
         self._returning: _Message | None = None  # the last directions that were sent
 
@@ -92,7 +92,7 @@ class Exchange:
             directed: for each matrix, whether directions come back; of active ones only, and the same on every rank.
             errors: keeps what fails.
         """
-        self._company, self._targets, self._returning = errors, targets, None
+        self._errors, self._targets, self._returning = errors, targets, None
         parts = self._parts(active, directed)
         following: _Message | None = None
         for index, part in enumerate(parts):
@@ -118,21 +118,21 @@ class Exchange:
             if self._returning is not None:
                 self._finish(self._returning)
             way = arrived.part.directions
-            rounded = self._company.attempt(self._round, arrived.part, directions)
+            rounded = self._errors.attempt(self._round, arrived.part, directions)
             batch = [] if rounded is None else [rounded]
-            self._company.attempt(_copy_here, way, batch, self._targets)
+            self._errors.attempt(_copy_here, way, batch, self._targets)
             self._returning = self._post(way, batch)
 
     # -- gradients -----------------------------------------------------------------------------------------------------
 
     def _receive(self, part: Part, message: _Message, shards: Sequence[Tensor]) -> Tensor | None:
         """The gradients of this rank's blocks in a batch."""
-        gradients = self._company.attempt(self._gather_here, part, shards) if part.chosen else None
+        gradients = self._errors.attempt(self._gather_here, part, shards) if part.chosen else None
         message.wait()
         if gradients is None:
             return None
-        self._company.attempt(message.write, [gradients])
-        return self._company.attempt(self._round, part, gradients)
+        self._errors.attempt(message.write, [gradients])
+        return self._errors.attempt(self._round, part, gradients)
 
     def _gather_here(self, part: Part, shards: Sequence[Tensor]) -> Tensor:
         """Memory for the gradients of a batch, with what this rank holds of them."""
@@ -154,10 +154,10 @@ class Exchange:
         if self.ranks.size == 1:
             return _Message(way.incoming, None, self.ranks)
         device = self.devices[0]
-        send = self._company.attempt(self._pack, way.outgoing, sources)
+        send = self._errors.attempt(self._pack, way.outgoing, sources)
         if send is None:
             send = torch.zeros(way.outgoing.elements, dtype=self.wire, device=device)
-        receive = self._company.buffer(lambda: torch.empty(way.incoming.elements, dtype=self.wire, device=device))
+        receive = self._errors.buffer(lambda: torch.empty(way.incoming.elements, dtype=self.wire, device=device))
         self.ranks.bytes_sent += send.numel() * send.element_size()
         work = self.ranks.start_all_to_all(receive, send, way.received, way.sent)
         return _Message(way.incoming, work, self.ranks, receive, send)
@@ -171,7 +171,7 @@ class Exchange:
     def _finish(self, message: _Message) -> None:
         """Wait for directions, and write them to their targets."""
         message.wait()
-        self._company.attempt(message.write, self._targets)
+        self._errors.attempt(message.write, self._targets)
 
 
 class _Message:
