@@ -6,9 +6,9 @@
     python launch/compare.py --output_dir runs/modes --modes -- --dataset_name fashion-mnist --decay_all
 
 What stands after ``--`` goes to train_vit.py. A run that has finished is not made again, one that was cut off goes on.
-``--ablation`` varies code book, what is quantized, rectification and bits, as the paper's table 3 does, and prints the
-errors of its tables 1 and 5 on a preconditioner of the 32-bit run. ``--modes`` takes each option that makes the state
-smaller or the steps more even by itself, and those of the compact preset together.
+``--ablation`` varies code book, what is quantized, rectification and bits, as the paper's table 3 does. ``--modes``
+takes each option that makes the state smaller or the steps more even by itself, and those of the compact preset
+together.
 
 A table over seeds and ``comparison.png``: training loss by step and by time, accuracy by epoch, state bytes. "kept" is
 the share of 32-bit Shampoo's gain over AdamW in the last epoch's training loss, over the seeds that all three have.
@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 from plots import LIGHT_GRAY, SERIES, format_bytes, picture
-from quantization_errors import print_errors
 from rich.console import Console
 from rich.table import Table
 from vit.optim import OPTIMIZERS as NAMED
@@ -45,8 +44,7 @@ _VARIANTS: dict[str, tuple[str, ...]] = {
     "rectified": ("--optimizer", "shampoo4"),
 }
 ABLATION = {
-    "adamw": OPTIMIZERS["adamw"],
-    "shampoo32": (*OPTIMIZERS["shampoo32"], "--checkpointing_steps", "epoch", "--checkpoints_total_limit", "1"),
+    **{name: OPTIMIZERS[name] for name in ("adamw", "shampoo32")},
     **{f"{name}-{bits}": (*flags, "--bits", str(bits)) for bits in (4, 3) for name, flags in _VARIANTS.items()},
 }
 _MODES: dict[str, tuple[str, ...]] = {
@@ -254,9 +252,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     print_table(runs)
     draw(runs, args.output)
     print(f"picture  {args.output}")
-    if args.ablation:
-        (checkpoint,) = (args.output_dir / f"shampoo32-seed{args.seeds[0]}").glob("checkpoint-*/shampoo4")
-        print_errors(checkpoint)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""launch/compare.py and the errors of stored preconditioners."""
+"""launch/compare.py: what it trains, and how it names runs."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from support import forked  # launching finds launch/
 
 # isort: split
 import compare
-import quantization_errors
 from vit.args import parse_args
 from vit.optim import build_optimizer  # all found through launching
 
-from sharded_shampoo4 import Shampoo4, checkpoint
+from sharded_shampoo4 import Shampoo4
 
 
 def test_compare_trains_what_is_missing_and_shows_it(
@@ -63,32 +62,3 @@ def test_every_variant_has_a_name_of_its_own() -> None:
         ]
         labels = list(map(compare.label_of, found))
         assert len(set(labels)) == len(labels), labels
-
-
-def test_errors_of_a_preconditioner_of_a_run(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    basis = torch.linalg.qr(torch.randn(90, 90)).Q
-    layer = torch.nn.Linear(70, 90)
-    optimizer = Shampoo4(layer.named_parameters(), bits=32, statistics_interval=1, root_interval=1, shampoo_beta=0.9)
-    total = 1e-6 * torch.eye(90, dtype=torch.float64)
-    for _ in range(60):
-        layer.weight.grad = basis @ (torch.logspace(0, -3, 90)[:, None] * torch.randn(90, 70))
-        total = 0.9 * total + 0.1 * layer.weight.grad.double() @ layer.weight.grad.double().T
-        optimizer.step()
-    checkpoint.save(optimizer, tmp_path)
-    name, matrix = quantization_errors.largest_preconditioner(tmp_path)
-    assert name == "a preconditioner of order 90"
-    torch.testing.assert_close(matrix, total, rtol=1e-5, atol=1e-7)
-    found = quantization_errors.errors(matrix)
-    for book in ("linear2", "dynamic_tree"):
-        naive, rough, rectified = (found[(book, 4, *way)][0] for way in (("A", False), ("U", False), ("U", True)))
-        assert naive > rough > rectified > 0
-    assert found["linear2", 4, "U", True][0] < found["linear2", 3, "U", True][0]
-    layouts = quantization_errors.layout_errors(matrix)
-    assert layouts["stored roots", 4][0] == pytest.approx(found["linear2", 4, "U and root", True][0], rel=1e-4)
-    assert layouts["implicit roots", 4][0] == pytest.approx(found["linear2", 4, "U", True][0], rel=1e-4)
-    assert layouts["compact", 4][0] < layouts["stored roots", 4][0] and layouts["compact", 4][2] < 5
-    four = Shampoo4(layer.named_parameters())
-    checkpoint.save(four, tmp_path / "four")
-    with pytest.raises(SystemExit, match="the errors need one with 32"):
-        quantization_errors.largest_preconditioner(tmp_path / "four")

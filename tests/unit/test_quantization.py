@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import reference
 
-from sharded_shampoo4.numerics import quantization
+from sharded_shampoo4.numerics import eigenbasis, quantization
 
 BITS = (3, 4, 8)
 BOOKS = ("linear2", "dynamic_tree")
@@ -137,3 +137,50 @@ def test_each_refinement_lessens_the_error() -> None:
     tree, square, normal = (error(codebook=book) for book in ("dynamic_tree", "linear2", "normal"))
     assert normal < 0.81 * square < 0.81 * tree
     assert error(codebook="normal", scale_dtype=torch.bfloat16) < 1.005 * normal
+
+
+def root_error(quantized: str = "eigenbasis", root: str = "stored", steps: int = 4, **options: object) -> float:
+    """Relative error of A^(-1/4), where A is of order 192 with eigenvalues from 1e-3 to 1, stored in some way.
+
+    Args:
+        quantized: the "eigenbasis" or the "preconditioner" itself.
+        root: "stored" quantizes the root of the basis as well, "implicit" does not.
+        steps: of Björck's iteration on the dequantized basis.
+        **options: of ``quantize``, beside the default ones.
+    """
+    noise = torch.randn(192, 192, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    values, basis = torch.logspace(0, -3, 192, dtype=torch.float64)[None], torch.linalg.qr(noise).Q[None]
+    exact = eigenbasis.inverse_root(values, basis, 1e-6)
+    options = {"codebook": "linear2", "bits": 4, "block": 64, **options}
+    book = {name: value for name, value in options.items() if name != "scale_dtype"}
+
+    def stored(matrix: torch.Tensor) -> torch.Tensor:
+        return quantization.dequantize(*quantization.quantize(matrix, **options), 192, **book).double()
+
+    def off_diagonal(matrix: torch.Tensor) -> torch.Tensor:
+        diagonal = matrix.diagonal(dim1=-2, dim2=-1).diag_embed()
+        rest = stored(matrix - diagonal)
+        return rest - rest.diagonal(dim1=-2, dim2=-1).diag_embed() + diagonal
+
+    if quantized == "preconditioner":
+        found = eigenbasis.inverse_root_of(off_diagonal((basis * values.unsqueeze(-2)) @ basis.mT), 1e-6)
+    else:
+        found = eigenbasis.inverse_root(values, eigenbasis.rectify(stored(basis.mT).mT, steps), 1e-6)
+    if root == "stored":
+        found = off_diagonal(found)
+    return float((found - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize("bits", [4, 3])
+def test_errors_of_the_inverse_root_have_the_order_of_the_results(bits: int) -> None:
+    """launch/RESULTS.md recommends options by these errors; the first four lines are the paper's tables 1 and 5."""
+    default = root_error(bits=bits)
+    assert root_error("preconditioner", bits=bits) > 5 * default
+    assert root_error(bits=bits, steps=0) > 2 * default
+    assert root_error(bits=bits, codebook="dynamic_tree") > 1.05 * default
+    assert bits == 4 or default > 2 * root_error(bits=4)
+    assert root_error(bits=bits, scale_dtype=torch.bfloat16) == pytest.approx(default, rel=0.02)
+    assert root_error(bits=bits, codebook="normal") < 0.9 * default
+    assert root_error(bits=bits, root="implicit") < 0.8 * default
+    compact = {"codebook": "normal", "scale_dtype": torch.bfloat16, "root": "implicit", "steps": 1}
+    assert root_error(bits=bits, **compact) < 0.85 * default
