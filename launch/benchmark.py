@@ -6,33 +6,17 @@
     torchrun --nproc_per_node 8 launch/benchmark.py ranks       the same on processes that torchrun starts, on any nodes
     python launch/benchmark.py growth                           step times and states as parameters or blocks grow
 
-Each writes a table and a JSON file to --output_dir; modes and growth also draw a picture.
+Each writes a table and a JSON file to --output_dir; modes and growth also draw a picture. launch/RESULTS.md explains
+the columns and lists the settings of each optimizer.
 
-modes: the model is a vision transformer on 32 x 32 images in patches of 4. Its gradients for a few batches of random
-images are computed once and replayed, so that only optimizers are timed. All of them get the same parameters and take
-turns at each step, each on its own copy, so that whatever else loads the machine slows all alike. "CPU" is processor
-time, "wall" elapsed time. A refresh is a step in which statistics and roots, or an eigenbasis, are due.
+modes: the gradients of a vision transformer on random images are computed once and replayed. The optimizers take turns
+at each step, each on its own copy of the parameters, so that a busy machine slows all of them alike. Some use
+torch.compile; on a CPU heavyball runs eagerly unless --compile_all is given, since compiling takes it many minutes.
 
-State: all tensors that an optimizer keeps, beside parameters and gradients. Transient: the most that a step has
-allocated at any moment beyond its start; median and largest of one interval. The floor of an ordinary step of ours is
-what cannot be avoided while roots are applied as matrices: the products L^(-1/4) G R^(-1/4) of all blocks in float32,
-measured alone in the same run, and the step of torch's AdamW. An ordinary step of ours is one at which neither
-statistics nor roots are due; of the staggered mode, where some are due at every step, it is every step.
+ranks: each optimizer trains its own copy of the same model. The time of a step is that of its slowest rank. The times
+of its parts come from torch's profiler, in one more interval of steps. On accelerators these are times of the host.
 
-launch/RESULTS.md has the settings of each optimizer. Muon multiplies in bfloat16, which takes seconds on a CPU that has
-no instructions for it. heavyball, torchao and shampoo4-compiled use torch.compile; on a CPU heavyball runs eagerly
-unless --compile_all is given, since compiling takes it many minutes. The column "graph" tells. A peer that is not
-installed is named with the reason and the command that installs it; one that raises, with its error.
-
-ranks: AdamW and the modes of Shampoo4 train a copy of the same model each, in turns. A step takes as long as on its
-slowest rank. What its parts take comes from torch's profiler in an interval of further steps, by the labels that the
-library sets: gather (gradients to the owners of blocks), statistics, roots, precondition, graft, send_back (directions
-to the holders) and base. The exchange is gather and send_back: packing, waiting and unpacking, and so also waiting for
-a rank that computes longer; what travels while something is computed costs nothing. --trace keeps the profiles, for
-chrome://tracing or Perfetto. On accelerators the parts are the host's times.
-
-growth: stacks of matrices like a ViT's, random gradients, a refresh in every other step. GFLOP/s is what the products
-of all blocks (launch/bench/blocks.py counts them) take of a step's time: constant where nothing else counts.
+growth: stacks of matrices like a ViT's, random gradients, a refresh in every other step.
 """
 
 from __future__ import annotations

@@ -1,16 +1,18 @@
-"""What the reports of this folder share: one style of pictures, bytes in words, JSON files."""
+"""Parts that the reports of this folder share: pictures in one style, tables, bytes in words, JSON files."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rich.table import Table
+
 RED, BLUE, GRAY = "#c8452d", "#2a6fbb", "#5f6b76"  # RED is for this project's own optimizer where others are beside it
-LIGHT_GRAY, MIDDLE_GRAY = "#b9c2cb", "#8a96a3"  # of bars that are context
+LIGHT_GRAY = "#b9c2cb"  # of bars that are context
 SERIES = (GRAY, BLUE, RED, "#d9a441", "#7a5195", "#3a9e6f", "#b0547f", "#6b7a1f", "#1f8a9e", "#9e6b3a")
 
 _STYLE: dict[Any, Any] = {
@@ -60,10 +62,19 @@ def picture(
 
 
 def format_bytes(count: float) -> str:
-    """Say a count of bytes in words such as 1.25 MB, in powers of 1000."""
+    """Format a count of bytes, in powers of 1000, such as 1.25 MB."""
     units = ("B", "kB", "MB", "GB", "TB")
     power = min(int(math.log(max(count, 1), 1000)), len(units) - 1)
     return f"{count / 1000**power:.{2 if power else 0}f} {units[power]}"
+
+
+def number_table(title: str, first: str, columns: Iterable[str], width: int | None = None) -> Table:
+    """Make a table with a column ``first`` of names, at least ``width`` characters wide, and columns of numbers."""
+    found = Table(title=title, title_justify="left")
+    found.add_column(first, min_width=width)
+    for column in columns:
+        found.add_column(column, justify="right")
+    return found
 
 
 def write_json(path: Path, content: Any) -> None:

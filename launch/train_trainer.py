@@ -6,10 +6,9 @@
         launch/train_trainer.py
     torchrun --nproc_per_node 2 launch/train_trainer.py --deepspeed launch/configs/zero2.json
 
-The optimizer is given to the Trainer, with the options of Shampoo4 on the command line, or, with --deepspeed, named in
-that file. A run that was stopped goes on, by any
-of these commands, with --resume_from_checkpoint: a checkpoint's folder, or "latest". Without a GPU all of them run on
-the CPU.
+The script gives the optimizer to the Trainer, with the options of Shampoo4 on the command line. With --deepspeed, that
+file names the optimizer. --resume_from_checkpoint, with a checkpoint's folder or "latest", continues a run by any of
+these commands. Without a GPU they run on the CPU.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from sharded_shampoo4.integrations.transformers import PortableTrainer, shampoo4
 
 @dataclass
 class ExampleArguments:
-    """What the Trainer's own arguments do not say."""
+    """Options beside the Trainer's own."""
 
     num_hidden_layers: int = field(default=4, metadata={"help": "of the ViT"})
 
@@ -60,11 +59,11 @@ DEFAULTS = {
 
 
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """The text above as it stands, and every default."""
+    """Shows the text above unchanged, and every default."""
 
 
 def parse_args() -> tuple[ExampleArguments, Any, TrainingArguments]:
-    """The command line; TrainingArguments start the process group, which the rehearsal has to do before them."""
+    """Parse the command line. The rehearsal comes before TrainingArguments, which start the process group."""
     kinds = (ExampleArguments, Shampoo4Arguments, TrainingArguments)
     parser = HfArgumentParser(kinds, description=__doc__, usage="%(prog)s [options]", formatter_class=Help)
     parser.set_defaults(**DEFAULTS)
@@ -77,7 +76,7 @@ def parse_args() -> tuple[ExampleArguments, Any, TrainingArguments]:
 
 
 def digits() -> list[list[dict[str, Any]]]:
-    """Images of 8x8 gray pixels to train on, and a fifth, by class, to evaluate on."""
+    """Load images of 8x8 gray pixels, split by class: four fifths for training, one for evaluation."""
     images, labels = load_digits(return_X_y=True)
     pixels = torch.tensor(images, dtype=torch.float32).div(8).sub(1).reshape(-1, 1, 8, 8)
     items = [{"pixel_values": image, "labels": int(label)} for image, label in zip(pixels, labels, strict=True)]
@@ -85,7 +84,7 @@ def digits() -> list[list[dict[str, Any]]]:
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """Share of images whose class was found."""
+    """Return the share of images whose class is predicted."""
     return {"accuracy": float(np.mean(prediction.predictions.argmax(-1) == prediction.label_ids))}
 
 

@@ -3,9 +3,8 @@
     python launch/train_vit.py                                   # scikit-learn's digits, nothing to download
     python launch/train_vit.py --dataset_name fashion-mnist --optimizer adamw --output_dir runs/adamw
 
-The same file serves one process and many (``accelerate launch launch/train_vit.py ...``): what happens is decided by
-the options and the step count, which all processes share, and never by what one of them sees. README.md tells the
-options.
+The same file runs in one process and in many (``accelerate launch launch/train_vit.py ...``). All decisions follow from
+the options and the step count, which all processes share. README.md explains the options.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ logger = get_logger("train_vit")
 
 
 class Run:
-    """One training: everything that is built before it, the loop, and what is left behind."""
+    """One training: its model, data and optimizer, the loop, and the files that it writes."""
 
     def __init__(self, args: Arguments) -> None:
         self.options, self.args = args, args.training
@@ -63,7 +62,7 @@ class Run:
         config = self._load_data(args)
         self._build_model(args, config)
         self.progress = Progress()
-        self.losses: list[Tensor] = []  # on the device until someone looks, so that no step waits for them
+        self.losses: list[Tensor] = []  # on the device until they are logged, so that no step waits for them
         self.accelerator.register_for_checkpointing(self.scheduler, self.progress)
         noted = {**args.flat(), "step_images": self.plan.step_images, "epoch_steps": self.plan.epoch_steps}
         self.checkpoints = Checkpoints(self.accelerator, self.output_dir, self.args.checkpoints_total_limit, noted)
@@ -73,7 +72,7 @@ class Run:
         self.saved_step = -1
 
     def _load_data(self, args: Arguments) -> transformers.PretrainedConfig:
-        """Prepare images and loaders; the configuration of the model that takes them."""
+        """Prepare images and loaders. Return the configuration of the model."""
         with self.accelerator.main_process_first():  # the others read what the first one has downloaded
             data = load_image_data(args.data)
         config = build_config(args.model, data.label_names, natural_channels(data))
@@ -136,7 +135,7 @@ class Run:
                 break
             if progress.step == first_step:
                 progress.epoch_losses = []
-            # Places in the epoch's order: a resumed epoch goes on where it stopped, the last one ends with the run.
+            # Positions in the epoch's order: a resumed epoch goes on where it stopped; the last epoch may be cut short.
             self.sampler.start(epoch, *((step - first_step) * plan.step_images for step in (progress.step, last_step)))
             self.model.train()
             self.transform.train()
@@ -158,10 +157,10 @@ class Run:
         bar.close()
 
     def _micro_batch(self, batch: dict[str, Tensor], number: int) -> None:
-        """Forward and backward on one batch; with the last batch of a step, the step."""
+        """Run forward and backward on one batch; after the last batch of a step, take the step."""
         accelerator = self.accelerator
-        # Every random number of a batch (augmentation, dropout) follows from the seed, the step and the process. So a
-        # resumed run draws the same ones, and no generator's state has to be carried over.
+        # The random numbers of a batch (augmentation, dropout) depend on the seed, the step and the process only, so a
+        # resumed run draws the same ones without a saved generator.
         part = number % self.args.gradient_accumulation_steps
         torch.manual_seed(mixed_seed(self.args.seed, self.progress.step, part, accelerator.process_index))
         images, targets = self.transform(batch)
@@ -179,7 +178,7 @@ class Run:
             self._after_step(norm)
 
     def _after_step(self, norm: Tensor | float | None) -> None:
-        rate = self.scheduler.get_last_lr()[0]  # with which the step was made
+        rate = self.scheduler.get_last_lr()[0]  # of the step just taken
         if not self.optimizer.step_was_skipped:  # fp16 skips steps whose gradients overflow
             self.scheduler.step()
         self.progress.step += 1
@@ -212,7 +211,7 @@ class Run:
 
     @torch.no_grad()
     def evaluate(self) -> None:
-        """Accuracy and loss on the evaluation images, each of them counted once on however many processes."""
+        """Measure accuracy and loss on the evaluation images. Each image counts once on any number of processes."""
         self._collect_losses()
         self.model.eval()
         self.transform.eval()
@@ -235,7 +234,7 @@ class Run:
                 self.health_log.write({"step": self.progress.step, "health": health})
 
     def finish(self) -> None:
-        """Store the model and the results, draw the curves, print the tables."""
+        """Save the model and the results, draw the curves, print the tables."""
         self.signals.end()
         self._save_model()
         held = gather_object([state_bytes(self.inner_optimizer)])
@@ -249,17 +248,17 @@ class Run:
             print_tables(results)
             for name, path in (("results", "all_results.json"), ("curves", "curves.png"), ("model", "model")):
                 print(f"{name:8}{self.output_dir / path}")
-        self.accelerator.wait_for_everyone()  # for the main process, which was busy with the above
+        self.accelerator.wait_for_everyone()  # the main process has written files
         self._end()
 
     def _end(self) -> None:
-        # A DDP model that outlives its process group takes the group down with it under Python's lock, for which gloo's
-        # threads may be waiting: the process then never ends. So the model goes first.
+        # The model must go before the process group. A DDP model that is freed later destroys the group under Python's
+        # lock, for which gloo's threads may then wait forever.
         self.model, self.optimizer = self.accelerator.free_memory(self.model, self.optimizer)
         self.accelerator.end_training()
 
     def _begin(self) -> None:
-        """Resume if asked, open the logs, and say what is going to happen."""
+        """Resume if asked, open the logs, and log the plan of the run."""
         args, plan, accelerator = self.args, self.plan, self.accelerator
         if accelerator.is_main_process:
             self.output_dir.mkdir(parents=True, exist_ok=True)
@@ -291,7 +290,7 @@ class Run:
             self._save()
 
     def _stop_if_asked(self) -> None:
-        """Save and end, with a status of its own, after SIGTERM or SIGUSR1 to any process."""
+        """Save and exit with status 75 after SIGTERM or SIGUSR1 to any process."""
         if not self.signals.stop_now():
             return
         if self.saved_step != self.progress.step:
@@ -304,13 +303,13 @@ class Run:
 
     def _save(self) -> None:
         with self._off_the_clock():
-            self._collect_losses()  # after this, a broken run raises and saves nothing
+            self._collect_losses()  # raises for a loss that is not finite, before anything is saved
             self.progress.seconds = self._seconds()
             self.checkpoints.save(self.progress.step)
             self.saved_step = self.progress.step
 
     def _save_model(self) -> None:
-        """Save the model as transformers loads it, with the normalization that it was trained under."""
+        """Save the model in the form of transformers, with the normalization of its images."""
         state = full_state_dict(self.accelerator, self.model)  # every process takes part
         folder, main = self.output_dir / "model", self.accelerator.is_main_process
         model = self.accelerator.unwrap_model(self.model)
@@ -345,7 +344,7 @@ class Run:
         }
 
     def _write(self, values: dict[str, Any]) -> None:
-        """A line for the log and the tracker."""
+        """Write a line to the log and to the tracker."""
         step = self.progress.step
         if self.log is not None:
             self.log.write({"step": step, "epoch": round(step / self.plan.epoch_steps, 4), **values})
@@ -357,14 +356,14 @@ class Run:
 
     @contextmanager
     def _off_the_clock(self) -> Iterator[None]:
-        """Keep what happens inside out of the time per step."""
+        """Leave the time of the block out of the time per step."""
         begun = time.perf_counter()
         yield
         self.lap_started += time.perf_counter() - begun
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train as the command line says."""
+    """Run the training that the command line describes."""
     run = Run(parse_args(argv))
     run.train()
     run.finish()

@@ -18,42 +18,107 @@ import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-# Place: file, the right code, the faulty code.
-FAULTS: dict[str, tuple[str, str, str]] = {
-    "quantizer": (
-        "numerics/quantization.py",
-        "scales = largest.to(scale_dtype)",
-        "scales = (1.001 * largest).to(scale_dtype)",
-    ),
-    "Bjorck constant": ("numerics/eigenbasis.py", "1.5 * basis - 0.5 *", "1.5 * basis - 0.499 *"),
-    "owner choice": ("planning/plan.py", "owners[index] = owner", "owners[index] = owner = 0"),
-    "offset of a piece": ("planning/plan.py", "column=piece.column - block.column)", "column=0)"),
-    "pieces as one": ("planning/routes.py", "step == side[start + 1].offset - side[start].offset", "True"),
-    "graft norm": ("grafting.py", "(directions + 1e-12)", "(directions + 1e-4)"),
-    "step count": ("numerics/preconditioner.py", "self.step += 1", "self.step += 1 if self.step else 2"),
-    "checksum": ("checkpoint/files.py", "if found != checksum:", "if len(found) != len(checksum):"),
-    "schedule phase": ("planning/schedule.py", "(phase + (after != phase) + turn", "(phase + turn"),
-    "base option": ("base_options.py", '["weight_decay"] = weight_decay', '["weight_decay"] = weight_decay / 2'),
-    "costly factors": ("numerics/preconditioner.py", "bytes_per_element > limit", "bytes_per_element > 100 * limit"),
-    "deferred errors": ("distributor.py", "errors.raise_together()", "pass"),
-    "host group": ("comm/groups.py", "= _HOST_GROUPS[group] = new_host_group(group)", "= _HOST_GROUPS[group] = group"),
-    "header": ("packing.py", "_HEADER.pack(matrix.step, matrix.roots)", "_HEADER.pack(matrix.step, 0)"),
-}
+# Name and file; the right code, which stands there once; the faulty code.
+FAULTS_AS_TEXT = """
+quantizer: numerics/quantization.py
+- scales = largest.to(scale_dtype)
++ scales = (1.001 * largest).to(scale_dtype)
+
+Bjorck constant: numerics/eigenbasis.py
+- 1.5 * basis - 0.5 *
++ 1.5 * basis - 0.499 *
+
+owner choice: planning/plan.py
+- owners[index] = owner
++ owners[index] = owner = 0
+
+offset of a piece: planning/plan.py
+- column=piece.column - block.column)
++ column=0)
+
+pieces as one: planning/routes.py
+- step == side[start + 1].offset - side[start].offset
++ True
+
+graft norm: grafting.py
+- (directions + 1e-12)
++ (directions + 1e-4)
+
+step count: numerics/preconditioner.py
+- self.step += 1
++ self.step += 1 if self.step else 2
+
+checksum: checkpoint/files.py
+- if found != checksum:
++ if len(found) != len(checksum):
+
+schedule phase: planning/schedule.py
+- (phase + (after != phase) + turn
++ (phase + turn
+
+base option: base_options.py
+- ["weight_decay"] = weight_decay
++ ["weight_decay"] = weight_decay / 2
+
+costly factors: numerics/preconditioner.py
+- bytes_per_element > limit
++ bytes_per_element > 100 * limit
+
+deferred errors: distributor.py
+- errors.raise_together()
++ pass
+
+host group: comm/groups.py
+- = _HOST_GROUPS[group] = new_host_group(group)
++ = _HOST_GROUPS[group] = group
+
+header: packing.py
+- _HEADER.pack(matrix.step, matrix.roots)
++ _HEADER.pack(matrix.step, 0)
+"""
+
+
+class Fault(NamedTuple):
+    """A place in the library, and the code that breaks it."""
+
+    path: str
+    right: str
+    wrong: str
+
+    def broken(self, package: Path) -> str:
+        """Return the file with the faulty code. Ends the program unless the right code stands there once."""
+        whole = (package / self.path).read_text()
+        if whole.count(self.right) != 1:
+            raise SystemExit(f"{self.path} has {self.right!r} {whole.count(self.right)} times, not once")
+        return whole.replace(self.right, self.wrong)
+
+
+def read_faults(text: str) -> dict[str, Fault]:
+    """Parse faults by name from a text as above."""
+    found = {}
+    for entry in text.strip().split("\n\n"):
+        place, right, wrong = entry.splitlines()
+        name, path = place.split(": ")
+        found[name] = Fault(path, right.removeprefix("- "), wrong.removeprefix("+ "))
+    return found
+
+
+FAULTS = read_faults(FAULTS_AS_TEXT)
 
 
 def copy_repository(folder: Path) -> Path:
-    """Copy what the tests need, so that the package is imported from the copy."""
+    """Copy what the tests need. They import the copy's package, and the installed `integrations/`."""
     copy = folder / "copy"
     ignored = shutil.ignore_patterns(".git", ".venv", "runs", "build", "*.egg-info", ".*_cache", "__pycache__")
     shutil.copytree(ROOT, copy, ignore=ignored)
-    (copy / "sharded_shampoo4" / "integrations").symlink_to(copy / "integrations")
     return copy
 
 
 def failing(copy: Path, folders: list[str], workers: int) -> set[str]:
-    """The tests of the quick tier that fail in ``copy``."""
+    """Run the quick tier in ``copy``; return the tests that fail."""
     report = copy.parent / "report.xml"
     report.unlink(missing_ok=True)
     command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-n", str(workers), "--dist", "loadfile"]
@@ -75,24 +140,23 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="processes of pytest")
     args = parser.parse_args()
     folders = ["tests/unit", "tests/ranks", *(["tests/launch"] if args.launch else [])]
+    for fault in FAULTS.values():
+        fault.broken(ROOT / "sharded_shampoo4")
     unnoticed = []
     with tempfile.TemporaryDirectory() as folder:
         copy = copy_repository(Path(folder))
         without = failing(copy, folders, args.workers)
         print(f"no fault: {len(without)} tests fail {sorted(without)[:3]}", flush=True)
-        for place in args.only:
-            name, right, wrong = FAULTS[place]
-            path = copy / "sharded_shampoo4" / name
+        for name in args.only:
+            path = copy / "sharded_shampoo4" / FAULTS[name].path
             whole = path.read_text()
-            if whole.count(right) != 1:
-                raise SystemExit(f"{place}: {name} has {right!r} {whole.count(right)} times, not once")
-            path.write_text(whole.replace(right, wrong))
+            path.write_text(FAULTS[name].broken(copy / "sharded_shampoo4"))
             begun = time.monotonic()
             tripped = sorted(failing(copy, folders, args.workers) - without)
             path.write_text(whole)
             seconds = time.monotonic() - begun
-            print(f"{place}: {len(tripped)} tests fail in {seconds:.0f} s, such as {tripped[:3]}", flush=True)
-            unnoticed += [place] if not tripped else []
+            print(f"{name}: {len(tripped)} tests fail in {seconds:.0f} s, such as {tripped[:3]}", flush=True)
+            unnoticed += [] if tripped else [name]
     if unnoticed:
         raise SystemExit(f"not caught: {', '.join(unnoticed)}")
 

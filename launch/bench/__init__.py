@@ -1,1 +1,1 @@
-"""What benchmark.py measures, and how."""
+"""Parts of benchmark.py: optimizers, measurements, tables and pictures."""

@@ -1,11 +1,12 @@
-"""The blocks that Shampoo4 cuts parameters into, by its documented rule, and the flops of a step on them."""
+"""The blocks that Shampoo4 cuts parameters into, and the flops of a step on them."""
 
 from __future__ import annotations
 
 import itertools
-import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
+
+from sharded_shampoo4.planning.blocks import matrix_shape, split_dimension
 
 BLOCK = 1024  # Shampoo4's max_preconditioner_dim
 SMALLEST = 4096  # Shampoo4's min_quant_numel
@@ -14,25 +15,15 @@ Blocks = Counter[tuple[int, int]]  # how many there are of each number of rows a
 
 
 def blocks_of(shapes: Iterable[Sequence[int]], limit: int = BLOCK) -> Blocks:
-    """Cut every parameter that has a matrix view into blocks of at most ``limit`` rows and columns.
-
-    Sides of 1 are dropped and the others flattened to (first, rest); a side is cut into parts of about equal size.
+    """Count the blocks of at most ``limit`` rows and columns of all parameters that are matrices.
 
     >>> blocks_of([(2500, 30), (1, 6, 4, 5), (7,)])
     Counter({(833, 30): 2, (834, 30): 1, (6, 20): 1})
     """
     blocks: Blocks = Counter()
-    for shape in shapes:
-        sides = [side for side in shape if side != 1]
-        if len(sides) > 1:
-            blocks.update(itertools.product(*(_parts(side, limit) for side in (sides[0], math.prod(sides[1:])))))
+    for matrix in filter(None, map(matrix_shape, shapes)):
+        blocks.update(itertools.product(*(split_dimension(side, limit, "even") for side in matrix)))
     return blocks
-
-
-def _parts(side: int, limit: int) -> list[int]:
-    parts = -(-side // limit)
-    small, larger = divmod(side, parts)
-    return [small + 1] * larger + [small] * (parts - larger)
 
 
 def orders_of(blocks: Blocks) -> Counter[int]:
@@ -45,20 +36,21 @@ def orders_of(blocks: Blocks) -> Counter[int]:
 
 
 def step_flops(blocks: Blocks) -> dict[str, float]:
-    """Count the flops of Shampoo4's steps with its default options, a multiplication and an addition being two.
+    """Count the flops of Shampoo4's steps with its default options. A multiplication and an addition are two flops.
 
-    ``"ordinary"``, in float32: L^(-1/4) G R^(-1/4) of every block. ``"refresh"``, in float64, is what a step with
-    statistics and roots has besides. For a factor of order n, whose block has k on its other side:
+    Returns:
+        ``"ordinary"``, in float32: the products L^(-1/4) G R^(-1/4) of every block. ``"refresh"``, in float64: what a
+        step with statistics and roots takes besides. For a factor of order n, whose block has k on its other side:
 
-        2 n^2 k         the statistic G G^T
-        4 n^3           a Bjorck step before it
-        4 n^3           A = V diag(d) V^T + statistic, and A V
-        (8/3 + 2) n^3   P = QR(A V), and A P
-        16 n^3          four Bjorck steps before the root
-        2 n^3           the root V diag V^T
+            2 n^2 k         the statistic G G^T
+            4 n^3           a Bjorck step before it
+            4 n^3           A = V diag(d) V^T + statistic, and A V
+            (8/3 + 2) n^3   P = QR(A V), and A P
+            16 n^3          four Bjorck steps before the root
+            2 n^3           the root V diag V^T
 
-    A factor of fewer than 4096 elements has 2 n^2 k, 9 n^3 for eigh and 2 n^3. Not counted is what grows with the
-    elements alone: quantization, norms, copies and the base optimizer.
+        A factor of fewer than 4096 elements takes 2 n^2 k, 9 n^3 for eigh and 2 n^3. Quantization, norms, copies and
+        the base optimizer are not counted: they grow with the number of elements only.
     """
     ordinary = refresh = 0.0
     for (rows, columns), count in blocks.items():

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from plots import BLUE, GRAY, RED, picture, write_json
+from plots import BLUE, GRAY, RED, number_table, picture, write_json
 from rich.console import Console
 from rich.table import Table
 
@@ -35,7 +35,7 @@ def compare_sizes(flags: argparse.Namespace, console: Console) -> None:
 
 
 def measure_stack(parameters: float, limit: int, flags: argparse.Namespace) -> Row:
-    """Steps on a stack of about so many ``parameters``, and their flops, for blocks of at most ``limit``."""
+    """Time steps on a stack of about ``parameters`` parameters in blocks of at most ``limit``; count their flops."""
     shapes = stack_shapes(parameters)
     generator = torch.Generator(flags.device).manual_seed(0)
     replayed = [
@@ -49,7 +49,7 @@ def measure_stack(parameters: float, limit: int, flags: argparse.Namespace) -> R
     median = {kind: statistics.median(times) for kind, times in taken.items()}
     blocks = blocks_of(shapes, limit)
     flops = step_flops(blocks)
-    of_refresh = max(median["refresh"] - median["ordinary"], 1e-6)  # what such a step has besides
+    of_refresh = max(median["refresh"] - median["ordinary"], 1e-6)  # ms beyond an ordinary step
     return {
         "parameters": sum(rows * columns for rows, columns in shapes),
         "block_size": limit,
@@ -66,9 +66,9 @@ def measure_stack(parameters: float, limit: int, flags: argparse.Namespace) -> R
 
 
 def stack_shapes(parameters: float) -> list[tuple[int, int]]:
-    """Matrices like a ViT's of about so many ``parameters``, 12 h^2 a layer: four square ones and two of an MLP.
+    """List shapes like a ViT's of about ``parameters`` elements, 12 h^2 a layer: four squares, two of an MLP.
 
-    The hidden size h is a multiple of 64, about 64 for each layer, as in ViT-S to ViT-L.
+    The hidden size h is a multiple of 64, about 64 times the number of layers, as in ViT-S to ViT-L.
 
     >>> [(shapes[0][0], len(shapes) // 6) for shapes in map(stack_shapes, (1e6, 1e7, 1e8))]
     [(192, 2), (384, 6), (832, 12)]
@@ -79,13 +79,11 @@ def stack_shapes(parameters: float) -> list[tuple[int, int]]:
 
 
 def growth_table(rows: Sequence[Row], title: str) -> Table:
-    """A line for each size."""
-    table = Table(title=title, title_justify="left")
-    for column in (
-        "parameters", "blocks\nat most", "blocks", "ordinary\nms", "\nGFLOP/s", "refresh\nms", "\nGFLOP/s",
+    """Make the table, a line for each size."""
+    table = number_table(title, "parameters", (
+        "blocks\nat most", "blocks", "ordinary\nms", "\nGFLOP/s", "refresh\nms", "\nGFLOP/s",
         "AdamW\nms", "state\nB/param", "AdamW\nB/param", "transient\nMB", "refresh\nMB",
-    ):  # fmt: skip
-        table.add_column(column, justify="right")
+    ))  # fmt: skip
     for row in rows:
         cells = [f"{row['parameters'] / 1e6:.2f} M", str(row["block_size"]), str(row["blocks"])]
         for kind in ("ordinary", "refresh"):
@@ -97,7 +95,7 @@ def growth_table(rows: Sequence[Row], title: str) -> Table:
 
 
 def draw_growth(rows: Sequence[Row], path: Path) -> None:
-    """Seconds of each kind of step and bytes of state against parameters, with the first order of blocks."""
+    """Draw seconds of each kind of step and bytes of state against parameters, for the first block size."""
     rows = sorted(
         (row for row in rows if row["block_size"] == rows[0]["block_size"]), key=lambda row: row["parameters"]
     )

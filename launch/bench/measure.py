@@ -11,13 +11,12 @@ import statistics
 import tempfile
 import time
 import types
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -29,7 +28,7 @@ Row = dict[str, Any]
 
 
 def gradients_of_a_vit(flags: argparse.Namespace) -> list[list[Tensor]]:
-    """Gradients of every parameter for some batches of random images."""
+    """Compute the gradients of every parameter for some batches of random images."""
     model = vit(flags.hidden_size, flags.num_hidden_layers).to(flags.device)
     replayed = []
     for _ in range(GRADIENTS):
@@ -40,9 +39,9 @@ def gradients_of_a_vit(flags: argparse.Namespace) -> list[list[Tensor]]:
 
 
 def measure(choices: dict[str, Choice], replayed: list[list[Tensor]], flags: argparse.Namespace) -> list[Row]:
-    """Warm up and time optimizers, each on its own copy of the parameters; a row for each, in their order.
+    """Warm up and time optimizers, each on its own copy of the parameters. Return a row for each, in their order.
 
-    Garbage is collected between steps, not within.
+    Garbage is collected between steps, never within one.
     """
     found = {name: Contender(choice, replayed[0], flags) for name, choice in choices.items()}
     for contender in found.values():
@@ -61,7 +60,7 @@ def measure(choices: dict[str, Choice], replayed: list[list[Tensor]], flags: arg
 
 
 class Contender:
-    """An optimizer with its own copy of the parameters, and what was measured of it."""
+    """An optimizer with its own copy of the parameters, and its measured times and bytes."""
 
     def __init__(self, choice: Choice, shapes_of: list[Tensor], flags: argparse.Namespace) -> None:
         self.choice, self.device = choice, flags.device
@@ -77,7 +76,7 @@ class Contender:
         self.attempt(lambda one: one.make(flags.interval))
 
     def attempt(self, action: Callable[[Contender], object]) -> None:
-        """Do something; the error of a peer is kept, and it takes no more steps. Ours and torch's raise."""
+        """Do something unless a peer has failed before. An error of a peer is kept; ours and torch's are raised."""
         try:
             if not self.error:
                 action(self)
@@ -90,7 +89,7 @@ class Contender:
         self.optimizer = self.choice.make(self.parameters, interval)
 
     def set_gradients(self, replayed: list[list[Tensor]]) -> None:
-        """Those of the next step."""
+        """Set the gradients of the next step."""
         self.steps += 1
         for parameter, gradient in zip(self.parameters, replayed[self.steps % len(replayed)], strict=True):
             parameter.grad = gradient.clone()
@@ -100,7 +99,7 @@ class Contender:
             self.optimizer.step()
 
     def warm_up(self, replayed: list[list[Tensor]]) -> None:
-        """States are made and code is compiled; the memory of the last interval's steps is measured."""
+        """Take steps that make states and compile code. Measure the memory of the last interval's steps."""
         for remaining in reversed(range(warm_up_steps(self.interval))):
             with watched(self.device):
                 self.set_gradients(replayed)
@@ -120,7 +119,7 @@ class Contender:
         self.wall[self.steps] = 1e3 * (time.perf_counter() - wall)
 
     def row(self, name: str) -> Row:
-        """Everything that was measured, for the table and the JSON file."""
+        """Return all measured figures, for the table and the JSON file."""
         graph = ("eager" if self.eager else "compiled") if self.choice.compiles else ""
         row: Row = {"name": name, "label": self.choice.label, "version": self.choice.version(), "graph": graph}
         if self.error:
@@ -138,17 +137,17 @@ class Contender:
 
 
 def warm_up_steps(interval: int) -> int:
-    """Two intervals and what some are late: a peer's first refresh may come a step after the interval."""
+    """Count the steps before timed ones: two intervals, and two steps since some peers refresh a step late."""
     return 2 * interval + 2
 
 
 def stance(choice: Choice, eager: bool) -> AbstractContextManager[Any]:
-    """Within, torch.compile compiles unless ``eager``."""
+    """Make a context in which torch.compile compiles unless ``eager``."""
     return torch.compiler.set_stance("force_eager") if eager and choice.compiles else nullcontext()
 
 
 def finish(device: torch.device) -> None:
-    """Wait for what the accelerator still does, so that times belong to what took them."""
+    """Wait until an accelerator has finished all work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -158,7 +157,7 @@ def median_and_worst(times: Collection[float]) -> dict[str, float]:
 
 
 def setting(flags: argparse.Namespace) -> dict[str, Any]:
-    """What every JSON file tells of the run."""
+    """Describe the run, for its JSON file."""
     names = ("hidden_size", "num_hidden_layers", "host", "steps", "interval", "threads")
     return {
         **{name: getattr(flags, name) for name in names if hasattr(flags, name)},
@@ -168,25 +167,16 @@ def setting(flags: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def number_table(title: str, name_width: int | None, columns: Sequence[str]) -> Table:
-    """Make a table with a column of names, at least so many characters wide, and columns of numbers."""
-    found = Table(title=title, title_justify="left")
-    found.add_column("optimizer", min_width=name_width)
-    for column in columns:
-        found.add_column(column, justify="right")
-    return found
-
-
 # -- bytes -------------------------------------------------------------------------------------------------------------
 
-_NO_TENSORS = (type, types.ModuleType, types.FunctionType, types.FrameType)  # what they refer to is not kept by them
+_NO_TENSORS = (type, types.ModuleType, types.FunctionType, types.FrameType)  # objects not to look into
 
 
 def state_bytes(holder: object, apart: Iterable[Tensor]) -> int:
-    """Bytes under all tensors that ``holder`` refers to, however deep, but for those in closures.
+    """Count the bytes of all tensors that ``holder`` refers to, however deep, except in closures.
 
-    Memory that tensors share is counted once, and that under ``apart``, the parameters and gradients, not at all.
-    Tensor subclasses count by the tensors they are made of.
+    Shared memory counts once. The memory of ``apart``, the parameters and gradients, does not count. Tensor subclasses
+    count as the tensors inside them.
     """
     others = {storage.data_ptr() for tensor in apart for storage in _storages(tensor)}
     kept = {storage.data_ptr(): storage.nbytes() for tensor in _tensors(holder) for storage in _storages(tensor)}
@@ -218,17 +208,19 @@ def _storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
 
 
 def watched(device: torch.device) -> AbstractContextManager[Any]:
-    """Where a CPU's memory that may be freed in a later ``most_allocated`` must be allocated: torch's profiler reports
-    the end of those blocks only whose begin it has seen."""
+    """Make a context for allocations on a CPU that a later ``most_allocated`` may see freed.
+
+    torch's profiler reports a free only if it has seen the allocation.
+    """
     if device.type == "cuda":
         return nullcontext()
     return profile(activities=[ProfilerActivity.CPU], profile_memory=True)
 
 
 def most_allocated(step: Callable[[], object], device: torch.device) -> int:
-    """Bytes at the moment of ``step`` when most are allocated, beyond those at its start.
+    """Measure the peak of allocated bytes during ``step``, beyond those at its start.
 
-    It sees what torch's allocators give; not the scratch space inside BLAS and LAPACK.
+    Only torch's allocators are seen, not the scratch space inside BLAS and LAPACK.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from plots import BLUE, RED, picture, write_json
+from plots import BLUE, RED, number_table, picture, write_json
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from .blocks import blocks_of
-from .measure import Row, gradients_of_a_vit, measure, number_table, setting
+from .measure import Row, gradients_of_a_vit, measure, setting
 from .optimizers import CHOICES, OURS, PRODUCTS, is_ordinary
 
 
@@ -45,7 +44,7 @@ def compare_modes(flags: argparse.Namespace, console: Console) -> None:
 
 
 def add_floors(rows: list[Row], clock: str, interval: int) -> float:
-    """Give each row of ours the median of its ordinary steps and that over the floor; milliseconds of the floor."""
+    """Add to our rows the median of their ordinary steps, and its ratio to the floor. Return the floor, in ms."""
     floor: float = sum(row[clock]["median"] for row in rows if row["name"] in ("products", "adamw"))
     for row in rows:
         if row["name"] in OURS:
@@ -57,16 +56,16 @@ def add_floors(rows: list[Row], clock: str, interval: int) -> float:
 
 
 def modes_table(rows: list[Row], about: dict[str, Any]) -> Table:
-    """A line for each optimizer; those without numbers say why."""
+    """Make the table, a line for each optimizer. Those without numbers say why."""
     title = (
         f"ViT, hidden {about['hidden_size']}, {about['num_hidden_layers']} layers, {about['parameters']:,} "
         f"parameters; refresh every {about['interval']} steps, {about['steps']} steps; {about['device']}, "
         f"{about['threads']} thread{'s' if about['threads'] > 1 else ''}, load before {about['load_before']:.1f}"
     )
-    found = number_table(title, 40, (
+    found = number_table(title, "optimizer", (
         "graph", "CPU ms\nmedian", "\nworst", "wall ms\nmedian", "\nworst", "worst /\nmedian", "state\nB/param",
         "transient\nMB", "refresh\nMB", "ordinary\n/ floor",
-    ))  # fmt: skip
+    ), width=40)  # fmt: skip
     for row in rows:
         if "cpu_ms" not in row:
             reason = row.get("error") or row["missing"]
@@ -82,7 +81,7 @@ def modes_table(rows: list[Row], about: dict[str, Any]) -> Table:
 
 
 def tell(rows: list[Row], about: dict[str, Any], console: Console) -> None:
-    """What the table has no column for."""
+    """Print the floor of a step, and the optimizers that are missing."""
     unit = "CPU" if about["clock"] == "cpu_ms" else "elapsed"
     of_what = f"the products of {about['blocks']} blocks, and AdamW"
     console.print(f"Floor of an ordinary step of ours, {of_what}: {about['floor_ms']:.2f} {unit} ms.")
@@ -94,57 +93,17 @@ def tell(rows: list[Row], about: dict[str, Any], console: Console) -> None:
 
 
 def draw(rows: list[Row], about: dict[str, Any], path: Path) -> None:
-    """State bytes against the median step, a whisker to the worst; names in a column at the right."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
+    """Draw each optimizer's step times, median and worst, beside the bytes of its state."""
     shown = [row for row in rows if "cpu_ms" in row and row["name"] != "products"]
-    with picture(path, size=(11, 6.5)) as (_, axes):
-        axes.set(xscale="log", yscale="log")
-        for row in shown:
-            times, kept, color = row[about["clock"]], row["state_bytes_per_parameter"], _color(row)
-            whisker = [[0.0], [times["worst"] - times["median"]]]
-            axes.errorbar(times["median"], kept, xerr=whisker, fmt="o", color=color, capsize=3, elinewidth=1)
-        axes.margins(0.08)
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            axis.set_minor_formatter(NullFormatter())
-        axes.set_xlabel(f"{'CPU' if about['clock'] == 'cpu_ms' else 'elapsed'} ms of a step: median, and to the worst")
-        axes.set_ylabel("bytes of optimizer state per parameter")
-        axes.set_title(f"{about['parameters'] / 1e6:.2f} M parameters, refresh every {about['interval']} steps")
-        axes.autoscale_view()
-        _name_points(axes, shown, about["clock"])
-
-
-def _color(row: Row) -> str:
-    return RED if row["name"] in OURS else BLUE
-
-
-def _name_points(axes: Any, rows: list[Row], clock: str) -> None:
-    """Names beside the axes at the heights of their points, or near them; lines lead from the whiskers' ends."""
-    ends = [(row[clock]["worst"], row["state_bytes_per_parameter"]) for row in rows]
-    to_axes = axes.transData + axes.transAxes.inverted()
-    placed = sorted(zip(to_axes.transform(ends).tolist(), ends, rows, strict=True), key=lambda each: each[0][::-1])
-    heights = spread([height for (_, height), _, _ in placed], gap=0.042)
-    for height, (_, end, row) in zip(heights, placed, strict=True):
-        line = {"arrowstyle": "-", "color": "#b9c2cb", "linewidth": 0.6, "relpos": (0, 0.5), "shrinkB": 4}
-        axes.annotate(
-            row["label"], end, (1.03, height), xycoords="data", textcoords="axes fraction", va="center",
-            color=_color(row), arrowprops=line,
-        )  # fmt: skip
-
-
-def spread(heights: Sequence[float], gap: float) -> list[float]:
-    """Rising ``heights``, moved up where they are closer than ``gap``, and down again where they would exceed 1.
-
-    >>> spread([0.2, 0.2, 0.9, 1.0], gap=0.25)
-    [0.2, 0.45, 0.75, 1.0]
-    """
-    placed: list[float] = []
-    for height in heights:
-        placed.append(max(height, placed[-1] + gap) if placed else height)
-    ceiling = 1.0
-    for index in reversed(range(len(placed))):
-        placed[index] = min(placed[index], ceiling)
-        ceiling = placed[index] - gap
-    return placed
+    names, clock = [row["label"] for row in shown], about["clock"]
+    medians, worst = ([row[clock][kind] for row in shown] for kind in ("median", "worst"))
+    colors = [RED if row["name"] in OURS else BLUE for row in shown]
+    with picture(path, 1, 2, (13, 1.2 + 0.3 * len(shown)), sharey=True) as (figure, (times, states)):
+        times.hlines(names, medians, worst, colors)
+        times.scatter(medians, names, color=colors)
+        times.set(xscale="log", xlabel=f"{'CPU' if clock == 'cpu_ms' else 'elapsed'} ms of a step, median to worst")
+        times.invert_yaxis()
+        states.barh(names, [row["state_bytes_per_parameter"] for row in shown], color=colors)
+        states.set_xlabel("bytes of optimizer state per parameter")
+        title = f"{about['parameters'] / 1e6:.2f} M parameters, refresh every {about['interval']} steps"
+        figure.suptitle(title)

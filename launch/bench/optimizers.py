@@ -58,7 +58,7 @@ class Choice:
         return bool(self.module)
 
     def why_missing(self) -> str:
-        """Why this peer cannot be imported; empty if it can be."""
+        """Return the error of importing this peer; an empty string if it can be imported."""
         try:
             if self.module:
                 importlib.import_module(self.module)
@@ -67,13 +67,13 @@ class Choice:
         return ""
 
     def version(self) -> str:
-        """The version of the peer's distribution, torch's for ours; "unknown" without one."""
+        """Return the version of the peer's package, torch's for ours, or "unknown"."""
         names = importlib.metadata.packages_distributions().get(self.module.partition(".")[0] or "torch")
         return importlib.metadata.version(names[0]) if names else "unknown"
 
 
 class MuonWithAdamW:
-    """torch's Muon for matrices, AdamW for all else."""
+    """torch's Muon for matrices, AdamW for other parameters."""
 
     def __init__(self, parameters: list[nn.Parameter]) -> None:
         self.muon = torch.optim.Muon([p for p in parameters if p.ndim == 2])
@@ -92,7 +92,7 @@ def _ours(**options: Any) -> Make:
 
 
 def _imported(module: str, name: str, **options: Any) -> Make:
-    """A peer with fixed options; the value ``...`` stands for the interval."""
+    """Return a function that makes a peer. An option with the value ``...`` becomes the interval."""
 
     def make(parameters: list[nn.Parameter], interval: int) -> Steps:
         given = {key: interval if value is ... else value for key, value in options.items()}
@@ -113,7 +113,7 @@ def _meta(parameters: list[nn.Parameter], interval: int) -> Steps:
 
 
 def shampoo4_with_blocks(limit: int) -> Choice:
-    """Shampoo4 whose blocks have at most ``limit`` rows and columns."""
+    """Return Shampoo4 with blocks of at most ``limit`` rows and columns."""
     return Choice("Shampoo4, 4 bits", _ours(max_preconditioner_dim=limit))
 
 
@@ -164,18 +164,18 @@ CHOICES = {
 
 
 def first_line(error: BaseException) -> str:
-    """The error's type and the first line of what it says."""
+    """Return the error's type and the first line of its message."""
     said = str(error).strip().splitlines()
     return f"{type(error).__name__}: {said[0]}" if said else type(error).__name__
 
 
 def is_ordinary(name: str, step: int, interval: int) -> bool:
-    """Whether a step of ours, counted from 1, has nothing due. The staggered mode's are all alike."""
+    """Tell whether a step of ours, counted from 1, has nothing due. Steps of the staggered mode are all alike."""
     return name == "shampoo4-staggered" or step % interval != 0
 
 
 def vit(hidden_size: int, layers: int) -> nn.Module:
-    """The vision transformer whose parameters every optimizer gets; the same random weights each time."""
+    """Make the vision transformer of the benchmark, with the same random weights each time."""
     torch.manual_seed(0)
     config = ViTConfig(
         image_size=IMAGE, patch_size=PATCH, hidden_size=hidden_size, num_hidden_layers=layers,
@@ -185,15 +185,15 @@ def vit(hidden_size: int, layers: int) -> nn.Module:
 
 
 def random_batch(images: int, device: torch.device) -> dict[str, Tensor]:
-    """Random images and their labels, as the model takes them."""
+    """Make random images and labels, as arguments of the model."""
     pixels = torch.randn(images, 3, IMAGE, IMAGE, device=device)
     return {"pixel_values": pixels, "labels": torch.randint(CLASSES, (images,), device=device)}
 
 
 class Products:
-    """The products L G R of all blocks, with dense float32 factors, blocks of equal shape in one batch; nothing else.
+    """The products L G R of all blocks, with dense float32 factors, blocks of equal shape in one batch.
 
-    An ordinary step of Shampoo4 cannot do with less, as long as its roots are applied as matrices.
+    They are the least work of an ordinary step of Shampoo4 that applies its roots as matrices.
     """
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from plots import write_json
+from plots import number_table, write_json
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -35,7 +35,6 @@ from .measure import (
     Row,
     finish,
     median_and_worst,
-    number_table,
     setting,
     stance,
     state_bytes,
@@ -87,7 +86,7 @@ def _started(rank: int, flags: argparse.Namespace, folder: str) -> None:
 
 
 def train(flags: argparse.Namespace, init_method: str) -> list[Row]:
-    """Train a model with each optimizer, in turns, then each for a profiled interval; rows of all ranks' figures."""
+    """Train a model with each optimizer in turns, then each for a profiled interval. Return rows for all ranks."""
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     device, backend = flags.device, "gloo"
     if device.type == "cuda":
@@ -110,7 +109,7 @@ def train(flags: argparse.Namespace, init_method: str) -> list[Row]:
 
 
 class Run:
-    """A model that this rank trains with the others."""
+    """A model that all ranks train together, and its optimizer."""
 
     def __init__(self, name: str, flags: argparse.Namespace, device: torch.device) -> None:
         self.name, self.flags, self.device = name, flags, device
@@ -121,7 +120,7 @@ class Run:
         self.steps: dict[int, dict[str, float]] = {}  # by number: seconds, and bytes sent
 
     def step(self) -> None:
-        """Take a step of which all ranks see the start."""
+        """Take a step that all ranks begin together."""
         sent, number = self._sent(), len(self.steps) + 1
         dist.barrier()
         begun = time.perf_counter()
@@ -145,7 +144,7 @@ class Run:
         return self.optimizer.traffic_bytes() if isinstance(self.optimizer, Shampoo4) else 0
 
     def profiled(self, taken: int) -> dict[int, dict[str, float]]:
-        """Take an interval's steps with torch's profiler; the seconds of their parts, by the steps' numbers."""
+        """Profile an interval of steps. Return the seconds of their parts, by the steps' numbers."""
         with profile(activities=[ProfilerActivity.CPU]) as recorded:
             for _ in range(self.flags.interval):
                 self.step()
@@ -156,7 +155,7 @@ class Run:
         return dict(enumerate(steps, taken + 1))
 
     def measured(self, first: int, profiled: dict[int, dict[str, float]]) -> dict[str, Any]:
-        """What the other ranks are told: steps from ``first`` on that no profiler slowed, profiled ones, and bytes."""
+        """Return this rank's figures: timed steps from ``first`` on, profiled steps, and bytes of states."""
         kept = {"preconditioner": 0, "base": 0}
         if isinstance(self.optimizer, Shampoo4):
             kept = self.optimizer.state_bytes()
@@ -167,7 +166,7 @@ class Run:
 
 
 def wrap(model: nn.Module, host: str) -> nn.Module:
-    """The model under DDP, FSDP2, or HSDP, which shards within a node and copies between nodes."""
+    """Wrap the model in DDP, FSDP2, or HSDP, which shards within a node and copies between nodes."""
     if host == "ddp":
         return DistributedDataParallel(model)
     ranks, local = dist.get_world_size(), int(os.environ["LOCAL_WORLD_SIZE"])
@@ -178,14 +177,14 @@ def wrap(model: nn.Module, host: str) -> nn.Module:
     return fully_shard(model, mesh=mesh)
 
 
-# -- what is made of it ------------------------------------------------------------------------------------------------
+# -- figures -----------------------------------------------------------------------------------------------------------
 
 
 def parts_of(events: Iterable[dict[str, Any]]) -> list[dict[str, float]]:
-    """Read from a trace the seconds of every step in all, in the optimizer, and in each part that has a label.
+    """Read from a trace the seconds of every step, of its optimizer, and of each part with a label.
 
-    ``"transfers"`` are those in which gloo was at an exchange, ``"overlapped"`` those of them in which this rank
-    computed roots, statistics or directions.
+    ``"transfers"`` are the seconds in which gloo exchanges, ``"overlapped"`` the part of them in which this rank
+    computes statistics, roots or directions.
     """
     spans: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for event in events:
@@ -209,12 +208,12 @@ def parts_of(events: Iterable[dict[str, Any]]) -> list[dict[str, float]]:
 
 
 def _shared(spans: Iterable[tuple[float, float]], others: Iterable[tuple[float, float]]) -> float:
-    """Add up how long each of ``spans`` shares with each of ``others``."""
+    """Add up the time that each of ``spans`` shares with each of ``others``."""
     return sum(max(0.0, min(a[1], b[1]) - max(a[0], b[0])) for a, b in itertools.product(spans, others))
 
 
 def rank_row(name: str, ranks: Sequence[dict[str, Any]], interval: int) -> Row:
-    """One optimizer on all ranks, in milliseconds and bytes. A step and its parts take as long as on the slowest."""
+    """Make the row of an optimizer, in ms and bytes. Times of a step and its parts are those of the slowest rank."""
     slowest = _slowest([rank["steps"] for rank in ranks])
     profiled = _slowest([rank["profiled"] for rank in ranks])
     ordinary = _ordinary(name, slowest, interval)
@@ -257,13 +256,13 @@ def _ordinary(name: str, steps: Iterable[int], interval: int) -> list[int]:
 
 
 def rank_table(rows: list[Row], about: dict[str, Any]) -> Table:
-    """A line for each optimizer."""
+    """Make the table, a line for each optimizer."""
     title = (
         f"ViT, hidden {about['hidden_size']}, {about['num_hidden_layers']} layers; {about['host']} on {about['ranks']} "
         f"ranks; refresh every {about['interval']} steps, {about['steps']} steps; "
         f"load before {about['load_before']:.1f}"
     )
-    found = number_table(title, None, (
+    found = number_table(title, "optimizer", (
         "step ms\nmedian", "\nworst", "of it optimizer\nmedian", "\nworst", "CPU ms\nmedian", "\nworst",
         "exchange /\nstep", "MB sent\nmost", "\nmean", "state MB\nmost", "most /\nmean",
     ))  # fmt: skip
@@ -279,8 +278,8 @@ def rank_table(rows: list[Row], about: dict[str, Any]) -> Table:
 
 
 def parts_table(rows: list[Row]) -> Table:
-    """Milliseconds of the parts of our ordinary steps, and of those with a refresh, on the slowest rank."""
-    found = number_table("milliseconds of profiled steps, on the slowest rank", None, PROFILED)
+    """Make a table of the parts of our steps without and with a refresh, in ms on the slowest rank."""
+    found = number_table("milliseconds of profiled steps, on the slowest rank", "optimizer", PROFILED)
     for row in rows:
         for kind, spent in row["parts_ms"].items():
             if row["name"] in OURS:

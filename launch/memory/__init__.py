@@ -1,1 +1,1 @@
-"""What memory_report.py reports: models and optimizers, in bytes."""
+"""Parts of memory_report.py: shapes of models, and bytes of optimizers."""

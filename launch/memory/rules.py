@@ -1,29 +1,25 @@
 """Bytes of weights, gradients and optimizer states on each rank, for the optimizers and hosts of the memory report.
 
-Optimizer states, in bytes; all weights, gradients and unquantized states are float32:
+Weights, gradients and unquantized states are float32. Optimizer states, in bytes:
 
 =====================  ===============================================================================================
-AdamW                  8 an element, and a step count of 4 for each tensor that it is given
-8-bit AdamW            as bitsandbytes keeps them: 2 an element and two float32 scales for each 256 of them; tensors of
-                       less than 4096 elements as AdamW's, without the count; two code books of 1 KiB for all tensors
-Muon                   a momentum of 4 an element for matrices; AdamW for all else, see :func:`takes_muon`
-Shampoo, 32 bits       this library with ``bits=32``: AdamW's, and for each block of m x n four float32 squares, L and R
-                       of orders m and n and their inverse roots, and 8 bytes a factor that count failures. But for
-                       these, it is what Meta's Distributed Shampoo keeps of matrices with
-                       ``use_symmetric_packing=False`` and the same blocks
-Shampoo, packed        a triangle, n (n + 1) / 2 elements, for each square, Meta's default
-Shampoo4               AdamW's, and the library's 4-bit factors
+AdamW                  8 for each element, and a step count of 4 for each tensor
+8-bit AdamW            as in bitsandbytes: 2 for each element and two float32 scales for each 256 elements; smaller
+                       tensors than 4096 elements as under AdamW, without the count; two code books of 1 KiB
+Muon                   a momentum of 4 for each element of a matrix; AdamW for the others, see :func:`takes_muon`
+Shampoo, 32 bits       this library with ``bits=32``: AdamW's states, and for each block of m x n four float32 squares
+                       (L and R of orders m and n, and their inverse roots) and 8 bytes a factor that count failures.
+                       Meta's Distributed Shampoo keeps the same squares with ``use_symmetric_packing=False``
+Shampoo, packed        a triangle of n (n + 1) / 2 elements for each square, Meta's default
+Shampoo4               AdamW's states, and the library's 4-bit factors
 =====================  ===============================================================================================
 
-Elementwise states follow the weights: whole under DDP and ZeRO 0; under FSDP2 and HSDP the rank's rows of each
-parameter; under ZeRO 1 to 3 the rank's flat partition, padded, one for each parameter group (Muon has two). 8-bit AdamW
-is assumed to quantize what the rank holds: its shard of each parameter, or its partition. Both forms of 32-bit Shampoo
-are assumed to be spread as this library spreads its blocks, one owner for each, the packed one in the same shares as
-the other. Meta's own ways under FSDP2 keep more on the fullest rank. The preconditioners that it keeps for 1-D
-parameters are not counted.
+Elementwise states are sharded as the weights are: whole under DDP and ZeRO 0, rows of each parameter under FSDP2 and
+HSDP, padded flat partitions under ZeRO 1 to 3, one for each parameter group (Muon has two). The report assumes that
+8-bit AdamW quantizes each rank's shards, and that both 32-bit Shampoos give each block to one rank, as this library
+does. Meta's own ways under FSDP2 keep more on the fullest rank, and factors of 1-D parameters, which are not counted.
 
-Not counted: activations, gathered parameters, buckets and other buffers of the host (DDP's buckets are as large as the
-gradients), and what a step has in flight.
+Activations, gathered parameters, buckets and other buffers of the host, and scratch memory of a step are not counted.
 """
 
 from __future__ import annotations
@@ -70,7 +66,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes that a rank keeps. Weights and gradients are equal on all ranks; ``states`` are of the fullest one."""
+    """Bytes that a rank keeps. All ranks have equal weights and gradients; ``states`` are the fullest rank's."""
 
     layout: Layout
     weights: int
@@ -89,23 +85,23 @@ def footprint(shapes: Shapes, layout: Layout, optimizers: Iterable[str] = OPTIMI
 
 
 def weight_bytes(shapes: Shapes, layout: Layout) -> int:
-    """Bytes of float32 weights on every rank.
+    """Count the bytes of float32 weights on every rank.
 
-    FSDP2 pads each shard to the size of the first rank's. ZeRO 1 and 2 keep all weights in one padded vector and, also
-    where these are float32 already, the rank's partition a second time, for the optimizer.
+    FSDP2 pads each shard to the size of the first rank's. ZeRO 1 and 2 keep all weights in one padded vector, and the
+    rank's partition a second time for the optimizer, even where the weights are float32 already.
     """
     held = max(map(sum, local_sizes(shapes, layout)))
     return _FLOAT * held * (layout.world_size + 1 if layout.host in ("zero1", "zero2") else 1)
 
 
 def gradient_bytes(shapes: Shapes, layout: Layout) -> int:
-    """Bytes of float32 gradients on every rank after the backward pass: all of them, or those of its shards."""
+    """Count the bytes of float32 gradients on every rank after the backward pass: whole ones, or those of shards."""
     kept = Layout("ddp", layout.world_size) if layout.host == "zero1" else layout
     return _FLOAT * max(map(sum, local_sizes(shapes, kept)))
 
 
 def local_sizes(shapes: Shapes, layout: Layout) -> Sizes:
-    """Count what each rank's optimizer is given: a shard of each parameter, or under ZeRO 1 to 3 a padded partition."""
+    """Count the elements of each rank's tensors: shards of parameters, or one padded partition under ZeRO 1 to 3."""
     numels, ranks = [shape.numel() for shape in shapes.values()], layout.world_size
     if layout.host in ("none", "ddp", "zero0"):
         return [numels] * ranks
@@ -118,7 +114,7 @@ def local_sizes(shapes: Shapes, layout: Layout) -> Sizes:
 
 
 def _rows(shape: Size, part: int, parts: int) -> int:
-    """Elements of the rows that ``torch.chunk`` gives to one of ``parts``."""
+    """Count the elements of the rows that ``torch.chunk`` gives to one of ``parts``."""
     each = -(-shape[0] // parts)
     return max(0, min(shape[0] - part * each, each)) * (shape.numel() // shape[0])
 
@@ -127,7 +123,7 @@ def _rows(shape: Size, part: int, parts: int) -> int:
 
 
 def state_bytes(shapes: Shapes, layout: Layout, optimizer: str) -> list[int]:
-    """Bytes of the states of one of ``OPTIMIZERS`` on each rank."""
+    """Count the bytes of an optimizer's states on each rank, for a key of ``OPTIMIZERS``."""
     if optimizer == "adamw":
         return adamw(local_sizes(shapes, layout))
     if optimizer == "adamw8bit":
@@ -154,13 +150,13 @@ def adamw_8bit(sizes: Sizes) -> list[int]:
 
 
 def takes_muon(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether Muon takes a parameter: torch's does 2-D weights of hidden layers, not embeddings and output layers."""
+    """Tell whether Muon trains a parameter: a 2-D weight of a hidden layer, not an embedding or output layer."""
     others = ("embed", "relative_position_bias", "classifier", "lm_head")
     return len(shape) == 2 and not any(part in name for part in others)
 
 
 def muon(shapes: Shapes, layout: Layout) -> list[int]:
-    """Count Muon's momentum, and AdamW's states of what Muon does not take."""
+    """Count Muon's momentum, and AdamW's states of the other parameters."""
     hidden = {name: shape for name, shape in shapes.items() if takes_muon(name, shape)}
     others = {name: shape for name, shape in shapes.items() if name not in hidden}
     momentum = [_FLOAT * sum(local) for local in local_sizes(hidden, layout)]
@@ -169,7 +165,7 @@ def muon(shapes: Shapes, layout: Layout) -> list[int]:
 
 
 def shampoo(shapes: Shapes, layout: Layout, bits: int) -> MemoryEstimate:
-    """Have the library estimate its states; hosts that shard alike are planned once."""
+    """Estimate the library's own states. Hosts that shard alike are planned once."""
     host = {"zero0": "ddp", "zero2": "zero1"}.get(layout.host, layout.host)
     return _estimate(tuple(shapes.items()), Layout(host, layout.world_size, layout.replicas), bits)
 
@@ -180,7 +176,7 @@ def _estimate(shapes: tuple[tuple[str, Size], ...], layout: Layout, bits: int) -
 
 
 def packed(shapes: Shapes, layout: Layout) -> list[int]:
-    """Count AdamW's states and packed factors, of which each rank has the share that it has of square ones."""
+    """Count AdamW's states and packed factors. Each rank has the same share of packed factors as of square ones."""
     whole = sum(count * 2 * _FLOAT * triangle(order) for order, count in orders_of(blocks_of(shapes.values())).items())
     square = shampoo(shapes, layout, bits=32)
     every = sum(square.preconditioner)
@@ -189,5 +185,5 @@ def packed(shapes: Shapes, layout: Layout) -> list[int]:
 
 
 def triangle(order: int) -> int:
-    """Elements of a symmetric matrix that differ."""
+    """Count the elements on and above the diagonal of a square matrix."""
     return order * (order + 1) // 2

@@ -1,5 +1,5 @@
 # ruff: noqa: RUF009 (fields are made by a function)
-"""The options of train_vit.py: dataclasses, and defaults that depend on the data set and the optimizer."""
+"""The options of train_vit.py as dataclasses. Some defaults depend on the data set or the optimizer."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from vit.augment import AUGMENTATIONS
 from vit.model import PRESETS
 from vit.optim import OPTIMIZERS
 
-# What a data set's run uses where nothing is given. "other" is for color images of an ordinary size.
+# Defaults by data set. "other" is for color images of an ordinary size.
 _BY_DATA_SET: dict[str, dict[str, Any]] = {
     "digits": {
         "model": "vit-digits",
         "num_train_epochs": 30,
         "per_device_train_batch_size": 64,
-        "augment": "none",  # the figures fill the 8x8 image: moving one by a pixel cuts it, and accuracy falls
+        "augment": "none",  # a digit fills its 8x8 image: a shift by a pixel cuts it, and accuracy falls
     },
     "fashion-mnist": {
         "model": "vit-fashion",
@@ -50,7 +50,7 @@ def _option(default: Any, help: str, **of_argparse: Any) -> Any:
 
 @dataclass
 class DataArguments:
-    """Where images come from, and what is done to them."""
+    """The images, and how they are prepared."""
 
     _argument_group_name = "data"
 
@@ -90,7 +90,7 @@ class DataArguments:
 
 @dataclass
 class ModelArguments:
-    """The model, and changes to its sizes."""
+    """The model and its sizes."""
 
     _argument_group_name = "model"
 
@@ -119,12 +119,12 @@ class ModelArguments:
 
 @dataclass
 class TrainingArguments:
-    """Steps, the base optimizer's options, and what is written. Shampoo's own stand in Shampoo4Arguments."""
+    """Steps, options of the base optimizer, and output files. Shampoo4Arguments has the options of Shampoo4."""
 
     _argument_group_name = "training"
 
     output_dir: str = _option("runs/vit", "results, curves, the trained model and checkpoints")
-    overwrite_output_dir: bool = _option(False, "start anew in a used folder: removes its checkpoints")
+    overwrite_output_dir: bool = _option(False, "start again in a used folder: removes its checkpoints")
     recipe: str | None = _option(None, "YAML file of options; the command line overrides it", metavar="FILE")
     seed: int = _option(0, "of weights, order, augmentation and dropout")
     per_device_train_batch_size: int | None = _option(None, "images per process and batch (default: by data set)")
@@ -180,7 +180,7 @@ class TrainingArguments:
 
 @dataclass
 class Arguments:
-    """All options of a run, every default settled."""
+    """All options of a run, with every default resolved."""
 
     data: DataArguments
     model: ModelArguments
@@ -188,12 +188,12 @@ class Arguments:
     shampoo: dict[str, Any]  # keyword arguments of Shampoo4
 
     def flat(self) -> dict[str, Any]:
-        """All of them by name, as plain values."""
+        """Return all options by name, as plain values."""
         return {**asdict(self.data), **asdict(self.model), **asdict(self.training), **self.shampoo}
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Arguments:
-    """Parse and check the command line, and the recipe that it names; a wrong one ends the program with a message."""
+    """Parse and check the command line and its recipe. A wrong option ends the program with a message."""
     parser = HfArgumentParser(
         (DataArguments, ModelArguments, TrainingArguments, Shampoo4Arguments),
         description="Train a vision transformer, with 4-bit Shampoo or an optimizer to compare it with: one process, "
@@ -206,7 +206,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Arguments:
     try:
         recipe = parser.parse_args(given).recipe
         given = [*_flags(Path(recipe)), *given] if recipe else given
-        parser.set_defaults(**_settled(vars(parser.parse_args(given))))
+        parser.set_defaults(**_defaults(vars(parser.parse_args(given))))
         data, model, training, shampoo = parser.parse_args_into_dataclasses(given, look_for_args_file=False)
         arguments = Arguments(data, model, training, _shampoo_options(training.optimizer, shampoo.given()))
         for name, value in arguments.flat().items():
@@ -218,7 +218,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Arguments:
 
 
 def _flags(file: Path) -> list[str]:
-    """The command line that a YAML file of names and values stands for."""
+    """Read a YAML file of names and values as command-line flags."""
     recipe = yaml.safe_load(file.read_text())
     if not isinstance(recipe, dict):
         raise ValueError(f"--recipe {file} has no lines such as 'learning_rate: 1e-3'")
@@ -226,8 +226,8 @@ def _flags(file: Path) -> list[str]:
     return [word for name in values for word in (f"--{name}", *map(str, values[name]))]
 
 
-def _settled(given: dict[str, Any]) -> dict[str, Any]:
-    """Defaults of what was left to the data set or to the optimizer."""
+def _defaults(given: dict[str, Any]) -> dict[str, Any]:
+    """Return the defaults that depend on the data set or the optimizer."""
     source = given["dataset_name"] or ("other" if given["dataset_path"] or given["train_dir"] else "digits")
     defaults = dict(_BY_DATA_SET.get(source, _BY_DATA_SET["other"]))
     if source == "digits":
@@ -239,7 +239,7 @@ def _settled(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _shampoo_options(optimizer: str, given: dict[str, Any]) -> dict[str, Any]:
-    """Options of Shampoo4: what ``--optimizer`` stands for, and what was given beside it."""
+    """Merge the options of Shampoo4 that ``--optimizer`` stands for with those on the command line."""
     own = OPTIMIZERS[optimizer]
     for name in own.keys() & given.keys():
         if given[name] != own[name]:

@@ -1,4 +1,4 @@
-"""From a batch of uint8 images to what the model is fed: augmentation and normalization on the batch's device."""
+"""Augmentation and normalization of batches of uint8 images, on their device."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ AUGMENTATIONS = ("none", "flip", "flip-crop", "resized-crop")
 
 
 class BatchTransform(nn.Module):
-    """Turn ``pixel_values`` (B, C, H, W) in uint8 and ``labels`` (B,) into float images and targets.
+    """Turns ``pixel_values`` (B, C, H, W) in uint8 and ``labels`` (B,) into float images and targets.
 
-    Random numbers come from torch's global generator, so whoever seeds that decides them.
+    Random numbers come from torch's global generator.
 
     Args:
         mean: per channel, of images in 0..1.
         std: per channel.
         image_size: side of the images.
         num_labels: number of classes, the width of mixed targets.
-        augment: one of ``AUGMENTATIONS``; applied in training mode only.
-        crop_padding: zeros around the image before a random crop of the original size, in pixels.
-        mixup: the alpha of Beta(alpha, alpha), from which each image's share is drawn; 0 is off.
+        augment: one of ``AUGMENTATIONS``, for training mode.
+        crop_padding: pixels of zeros around an image before a random crop of its size.
+        mixup: alpha of mixup's distribution Beta(alpha, alpha), for training mode; 0 is off.
     """
 
     mean: Tensor
@@ -52,7 +52,7 @@ class BatchTransform(nn.Module):
 
     @torch.no_grad()
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Images, and targets: class indices, or with mixup in training one share per class."""
+        """Return images, and targets: class indices, or under mixup a share for each class."""
         images, labels = batch["pixel_values"].float() / 255, batch["labels"]
         if self.training:
             images = self.augmentation(images)
@@ -62,7 +62,7 @@ class BatchTransform(nn.Module):
         return images, labels
 
     def as_processor(self) -> dict[str, object]:
-        """Size and normalization in the form of a model's ``preprocessor_config.json``."""
+        """Return size and normalization in the form of a model's ``preprocessor_config.json``."""
         return {
             "image_processor_type": "ViTImageProcessor",
             "do_resize": True,
@@ -76,8 +76,8 @@ class BatchTransform(nn.Module):
 
 
 def mix(images: Tensor, labels: Tensor, num_labels: int, alpha: float) -> tuple[Tensor, Tensor]:
-    """Mixup (Zhang et al. 2018): each image and its target blended with another's, the shares drawn per image."""
-    # Drawn on the CPU, as kornia does, so that the same seed mixes alike on every device.
+    """Blend each image and its target with another's, in random shares (mixup, Zhang et al. 2018)."""
+    # On the CPU, as in kornia: the same seed gives the same shares on every device.
     shares = torch.distributions.Beta(alpha, alpha).sample((len(images),)).to(images)
     partner = torch.randperm(len(images)).to(images.device)
     targets = F.one_hot(labels, num_labels).to(images)
@@ -90,7 +90,7 @@ def mix(images: Tensor, labels: Tensor, num_labels: int, alpha: float) -> tuple[
 def _augmentation(name: str, image_size: int, crop_padding: int) -> nn.Module:
     if name == "none":
         return nn.Identity()
-    import kornia.augmentation as K  # takes seconds to import, so only where it is used
+    import kornia.augmentation as K  # takes seconds
 
     size = (image_size, image_size)
     further = {

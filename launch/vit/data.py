@@ -1,4 +1,4 @@
-"""From rows to batches: images of one size, labels, the order of the images and the loaders."""
+"""Images of one size, labels, the order of images, and loaders."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ _DECODE_ROWS = 256  # rows decoded together
 
 
 def natural_channels(data: ImageData) -> int:
-    """1 when the first training image is gray, 3 otherwise."""
+    """Return 1 if the first training image is gray, else 3."""
     image = next(_decoded(data.train.select(range(1)), data.image_column))
     return 1 if image.mode in ("1", "L", "I", "I;16", "F") else 3
 
 
 def to_pixels(image: Pillow.Image, size: int, channels: int) -> Tensor:
-    """An image as uint8 (channels, size, size): the shorter side brought to ``size``, the middle cut out."""
+    """Scale the shorter side of an image to ``size`` and keep the middle, as uint8 (channels, size, size)."""
     image = ImageOps.fit(image.convert("L" if channels == 1 else "RGB"), (size, size), Pillow.Resampling.BICUBIC)
     return torch.from_numpy(np.array(image)).view(size, size, channels).permute(2, 0, 1)
 
 
 def encode_labels(rows: Rows, column: str, label_names: list[str]) -> Tensor:
-    """Class indices.
+    """Return class indices, int64.
 
     Raises:
-        ValueError: a label is none of the training split's classes.
+        ValueError: a label is not a class of the training split.
     """
     values = rows[column][:]
     indices = values
@@ -60,10 +60,10 @@ class Images(Dataset[dict[str, Tensor]]):
 
     Args:
         rows: a split of ``data``.
-        data: the names of its columns and classes.
+        data: names of its columns and classes.
         size: side of the images.
         channels: 1 or 3.
-        cache_bytes: images that fit in this are decoded now; others whenever a batch asks for them.
+        cache_bytes: images that fit in so much memory are decoded now, others batch by batch.
     """
 
     def __init__(self, rows: Rows, data: ImageData, size: int, channels: int, cache_bytes: float) -> None:
@@ -77,12 +77,12 @@ class Images(Dataset[dict[str, Tensor]]):
         return len(self.labels)
 
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
-        """A whole batch: the loader calls this instead of collecting rows one by one."""
+        """Return a batch. The loader calls this instead of collecting rows one by one."""
         pixels = self._decode(self.rows.select(indices)) if self.decoded is None else self.decoded[indices]
         return {"pixel_values": pixels, "labels": self.labels[indices]}
 
     def statistics(self) -> tuple[list[float], list[float]]:
-        """Mean and standard deviation per channel, in 0..1; of the first 2,048 images if they are not decoded."""
+        """Return mean and standard deviation per channel, in 0..1; of 2,048 images if they are not kept decoded."""
         pixels = self.decoded
         if pixels is None:
             pixels = self.__getitems__(list(range(min(2048, len(self)))))["pixel_values"]
@@ -109,10 +109,9 @@ def _decoded(rows: Rows, column: str) -> Iterator[Pillow.Image]:
 
 
 class EpochSampler(Sampler[int]):
-    """The order of an epoch: a pure function of the seed and the epoch, so that a resumed run needs no state for it.
+    """Shuffles the images of an epoch. The order depends on the seed and the epoch only, so a resumed run repeats it.
 
-    ``Accelerate`` deals the batches to the processes. It must not count epochs for us, hence no ``set_epoch``: after a
-    resume in mid-epoch its count would start at 0 again.
+    There is no ``set_epoch``: Accelerate would call it, and its count of epochs starts at 0 in a resumed run.
     """
 
     def __init__(self, size: int, seed: int) -> None:
@@ -121,7 +120,7 @@ class EpochSampler(Sampler[int]):
         self.start(0, 0, size)
 
     def start(self, epoch: int, first: int, last: int) -> None:
-        """What the next iteration gives: the images at places ``first`` to ``last`` of this epoch's order."""
+        """Let the next iteration yield positions ``first`` to ``last`` of this epoch's order."""
         self.epoch, self.first, self.last = epoch, first, last
 
     def __len__(self) -> int:
@@ -133,16 +132,15 @@ class EpochSampler(Sampler[int]):
 
 
 def mixed_seed(*numbers: int) -> int:
-    """One well-mixed seed from several numbers, such as (seed, step, rank)."""
+    """Hash several numbers, such as (seed, step, rank), into one seed."""
     return int(np.random.SeedSequence([number & 0xFFFFFFFF for number in numbers]).generate_state(1, np.uint64)[0] >> 1)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How many images and steps an epoch has.
+    """Numbers of images and steps.
 
-    Every step sees exactly ``step_images`` images. Images that do not fill a whole step are dropped for that epoch; the
-    order is reshuffled every epoch.
+    Every step has exactly ``step_images`` images. Images that do not fill a whole step are dropped for that epoch.
     """
 
     step_images: int
@@ -151,7 +149,7 @@ class Plan:
 
     @classmethod
     def make(cls, args: TrainingArguments, images: int, processes: int) -> Plan:
-        """Count the steps of training on so many images with so many processes."""
+        """Count the steps of training on ``images`` images with ``processes`` processes."""
         batch, accumulated = args.per_device_train_batch_size, args.gradient_accumulation_steps
         step_images = batch * accumulated * processes
         epoch_steps = images // step_images
@@ -164,18 +162,18 @@ class Plan:
 
     @property
     def epochs(self) -> int:
-        """Epochs begun by the whole run."""
+        """Number of epochs that the run begins."""
         return -(-self.total_steps // self.epoch_steps)
 
     def last_step(self, epoch: int) -> int:
-        """The step with which an epoch ends, or the run before that."""
+        """Return the last step of an epoch, or of the run if it ends earlier."""
         return min((epoch + 1) * self.epoch_steps, self.total_steps)
 
 
 def make_loaders(
     args: Arguments, train: Images, validation: Images
 ) -> tuple[DataLoader[Any], DataLoader[Any], EpochSampler]:
-    """Loaders for training and evaluation, not yet dealt to processes, and the sampler that orders the first."""
+    """Make loaders for training and evaluation, which Accelerate then splits, and the sampler of the first."""
 
     def loader(images: Images, batch_size: int, sampler: Sampler[int] | None) -> DataLoader[Any]:
         return DataLoader(
@@ -183,11 +181,11 @@ def make_loaders(
             batch_size=batch_size,
             sampler=sampler,
             drop_last=sampler is not None,
-            collate_fn=_as_it_is,
-            # Decoded images need no workers: indexing is faster than sending a batch between processes.
+            collate_fn=_identity,
+            # Indexing decoded images is faster than sending a batch between processes.
             num_workers=args.data.dataloader_num_workers if images.decoded is None else 0,
             pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator().manual_seed(args.training.seed),  # keeps the loader off the global generator
+            generator=torch.Generator().manual_seed(args.training.seed),  # or it would use the global one
         )
 
     sampler = EpochSampler(len(train), args.training.seed)
@@ -198,12 +196,12 @@ def make_loaders(
     )
 
 
-def _as_it_is(batch: Any) -> Any:
+def _identity(batch: Any) -> Any:
     return batch
 
 
 def normalization(args: Arguments, train: Images) -> tuple[Sequence[float], Sequence[float]]:
-    """Mean and std per channel: the flags', the pretrained model's, or the training images' own."""
+    """Return mean and std per channel, of the flags, the pretrained model, or the training images."""
     mean, std = args.data.image_mean, args.data.image_std
     if mean is None and args.model.model_name_or_path:
         from transformers.image_processing_base import ImageProcessingMixin

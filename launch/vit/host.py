@@ -1,4 +1,4 @@
-"""The Accelerator of train_vit.py, under whatever launcher."""
+"""The Accelerator of train_vit.py, for all launchers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def make_accelerator(args: TrainingArguments) -> Accelerator:
-    """Make the accelerator, and have the main process alone write log messages."""
+    """Make the accelerator. Only the main process writes log messages."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("train_vit").setLevel(logging.INFO)
     # Of ViT's patch embeddings under FSDP2; nothing is done to them in place.
@@ -48,10 +48,10 @@ def make_accelerator(args: TrainingArguments) -> Accelerator:
 
 
 def choose_fsdp_units(accelerator: Accelerator, model: PreTrainedModel) -> None:
-    """Let FSDP shard a ViT or Swin transformer layer by layer, where the launch configuration names no layers.
+    """Let FSDP shard a ViT or Swin transformer layer by layer, unless the launch configuration names layers.
 
-    The model's own list, which Accelerate would take, also names ViT's embeddings. Accelerate 1.15 shards these twice
-    under FSDP2 and fails.
+    By default Accelerate would take the model's own list, which also names ViT's embeddings. Accelerate 1.15 shards
+    these twice under FSDP2 and fails.
     """
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is not None and plugin.transformer_cls_names_to_wrap is None:

@@ -1,4 +1,4 @@
-"""The models: published ViT and Swin sizes by name, each size open to change."""
+"""Models: published ViT and Swin sizes by name, which options may change."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "swin-base": _swin(128, (2, 2, 18, 2), (4, 8, 16, 32), 0.5),
 }
 
-LAYERS = {"vit": ["ViTLayer"], "swin": ["SwinLayer"]}  # by model type: the modules that FSDP gathers one at a time
+LAYERS = {"vit": ["ViTLayer"], "swin": ["SwinLayer"]}  # by model type: the modules that FSDP wraps
 
 _RATES = ("hidden_dropout_prob", "drop_path_rate")
 _COMMON = ("image_size", "patch_size", "hidden_dropout_prob")
@@ -59,15 +59,15 @@ _SIZES = {name for names in _BY_FAMILY.values() for name in names}
 
 
 def build_config(args: ModelArguments, label_names: list[str], channels: int) -> PretrainedConfig:
-    """Make the model's configuration: a preset, a file or a pretrained model's, changed by the options for sizes.
+    """Make the model's configuration from a preset, a file or a pretrained model, and the options for sizes.
 
     Args:
-        args: which of them, and the changes.
+        args: the options.
         label_names: the classes, in the order of their indices.
-        channels: channels of the data; a pretrained model keeps its own.
+        channels: channels of the images; a pretrained model keeps its own.
 
     Raises:
-        ValueError: an option that this model does not have, or sizes that do not go together.
+        ValueError: the model does not have an option, or sizes contradict each other.
     """
     given = {name: value for name, value in vars(args).items() if name in _SIZES and value is not None}
     labels: dict[str, Any] = {
@@ -86,7 +86,7 @@ def build_config(args: ModelArguments, label_names: list[str], channels: int) ->
     else:
         config = AutoConfig.from_pretrained(args.config_name, **labels)
         _reject(given, _BY_FAMILY.get(config.model_type, _COMMON), f"the {config.model_type} of --config_name")
-        # Rebuilt rather than patched: some sizes follow from others, as Swin's hidden size from its depths.
+        # A new object, because some sizes follow from others, such as Swin's hidden size from its depths.
         config = type(config)(**{**config.to_dict(), "num_channels": channels, **given})
     if config.model_type == "swin":
         _check_swin(config)
@@ -94,7 +94,7 @@ def build_config(args: ModelArguments, label_names: list[str], channels: int) ->
 
 
 def build_model(args: ModelArguments, config: PretrainedConfig) -> PreTrainedModel:
-    """Make a model for image classification, new or with pretrained weights (and a new head where classes differ)."""
+    """Make a model for image classification, new or pretrained. A head for other classes is new."""
     if args.model_name_or_path:
         model = AutoModelForImageClassification.from_pretrained(
             args.model_name_or_path, config=config, ignore_mismatched_sizes=True
@@ -107,12 +107,12 @@ def build_model(args: ModelArguments, config: PretrainedConfig) -> PreTrainedMod
 
 
 def side(size: int | tuple[int, int]) -> int:
-    """The side of a configuration's square images or patches."""
+    """Return the side of a configuration's square images or patches."""
     return size if isinstance(size, int) else size[0]
 
 
 def decays(model: nn.Module) -> set[str]:
-    """Names of the parameters that are usually decayed: the weights of linear and convolution layers."""
+    """Return the names of the weights of linear and convolution layers, which usually decay."""
     layers = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
     return {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, layers)}
 

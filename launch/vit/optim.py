@@ -16,7 +16,7 @@ from vit.model import decays
 if TYPE_CHECKING:
     from vit.args import Arguments, TrainingArguments
 
-# What --optimizer may be, and which options of Shampoo4 it stands for.
+# Names for --optimizer, and the options of Shampoo4 that they stand for.
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "shampoo4": {},
     "shampoo4-compact": {"preset": "compact"},
@@ -28,7 +28,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, decay_all: bool) -> list[dict[str, Any]]:
-    """Named parameters in one group with decay and one without; an empty group is left out."""
+    """Put named parameters in one group with decay and one without. Empty groups are left out."""
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     decayed = {name for name, _ in named} if decay_all else decays(model)
     groups = [
@@ -45,10 +45,10 @@ def build_optimizer(
 
     Args:
         args: the options.
-        model: whose parameters it trains.
-        total_steps: of the run, for which Shampoo4 warns of intervals that are too long.
-        named_elsewhere: DeepSpeed's configuration names the optimizer, and makes it of what the stand-in holds. "auto"
-            there takes ``--learning_rate`` and ``--weight_decay``.
+        model: the model to train.
+        total_steps: of the run. Shampoo4 warns of intervals that are too long for it.
+        named_elsewhere: DeepSpeed's configuration names the optimizer. Returns Accelerate's stand-in for it, with
+            the learning rate and weight decay for "auto" in the configuration.
     """
     training = args.training
     groups = parameter_groups(model, training.weight_decay, training.decay_all)
@@ -63,20 +63,20 @@ def build_optimizer(
 
 
 def shampoo_options(args: Arguments) -> dict[str, Any]:
-    """The options of ``Shampoo4`` that the command line asks for, those of its base among them."""
+    """Return the options of ``Shampoo4`` and of its base."""
     base = args.training.shampoo_base
     return {"base": base, **args.shampoo, **base_options(args.training, base)}
 
 
 def base_options(args: TrainingArguments, rule: str) -> dict[str, Any]:
-    """The options of AdamW or SGD."""
+    """Return the options of AdamW or SGD."""
     if rule == "sgd":
         return {"momentum": args.momentum, "nesterov": args.nesterov}
     return {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
 
 
 def state_bytes(optimizer: Optimizer) -> dict[str, int]:
-    """Bytes that this rank's optimizer keeps: ``preconditioner`` and ``base``."""
+    """Count the bytes of this rank's optimizer states: ``preconditioner`` and ``base``."""
     if isinstance(optimizer, Shampoo4):
         return optimizer.state_bytes()
     states = (value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor))
@@ -87,13 +87,13 @@ def state_bytes(optimizer: Optimizer) -> dict[str, int]:
 def estimated_bytes(
     args: Arguments, shapes: Sequence[tuple[str, torch.Size]], host: str, processes: int
 ) -> dict[str, dict[str, int]]:
-    """Bytes that AdamW alone, and 32-bit Shampoo, would keep for these parameters, on the process with most of them.
+    """Estimate the bytes of AdamW alone and of 32-bit Shampoo on the process that keeps most.
 
     Args:
         args: the options of the run.
         shapes: names and shapes of its parameters.
-        host: as ``describe_distribution`` says it.
-        processes: their number.
+        host: the result of ``describe_distribution``.
+        processes: number of processes.
     """
     kinds = {"DDP": "ddp", "HSDP": "hsdp", "ZeRO-0": "zero0", "ZeRO-1": "zero1", "ZeRO-2": "zero2", "ZeRO-3": "zero3"}
     where: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""What a run must remember: its progress, and checkpoints that count only once they are complete."""
+"""The progress of a run, its checkpoints, and signals that stop it."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from torch import Tensor
 
 logger = get_logger("train_vit")
 
-MARKER = "complete.json"  # written last: a checkpoint without it is half of one
-_IDENTITY = ("seed", "optimizer", "step_images", "epoch_steps")  # a run that differs in these cannot go on
-_HARMLESS = (  # options that change no number of the training
+MARKER = "complete.json"  # written last: a checkpoint without it is incomplete
+_IDENTITY = ("seed", "optimizer", "step_images", "epoch_steps")  # must be equal to resume
+_HARMLESS = (  # options that do not change the training
     *("output_dir", "overwrite_output_dir", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint"),
     *("logging_steps", "log_health", "with_tracking", "ddp_timeout", "scratch_mib", "per_device_eval_batch_size"),
     *("dataloader_num_workers", "cache_images_gb"),
@@ -33,7 +33,7 @@ _HARMLESS = (  # options that change no number of the training
 
 @dataclass
 class Progress:
-    """How far a run is. Registered with Accelerate, so it is saved and loaded with the rest."""
+    """The progress of a run. Accelerate saves and loads it with the other states."""
 
     step: int = 0  # optimizer steps done
     seconds: float = 0.0
@@ -43,23 +43,23 @@ class Progress:
     best_accuracy: float = 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        """All of it, as plain values."""
+        """Return all fields as plain values."""
         return dict(vars(self))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what ``state_dict`` gave."""
+        """Set all fields from a ``state_dict``."""
         vars(self).update(state)
 
     def collect(self, losses: list[Tensor], micro_batches: int, accelerator: Accelerator) -> None:
-        """Move losses that are on the device here. Every process must call this together.
+        """Average losses over micro-batches and processes, and move them to this object. All processes must call it.
 
         Args:
-            losses: of this process's micro-batches since the last call, whole steps; emptied.
-            micro_batches: of a step.
+            losses: of this process's micro-batches since the last call, of whole steps. The list is emptied.
+            micro_batches: number of micro-batches in a step.
             accelerator: of the run.
 
         Raises:
-            FloatingPointError: on every process alike, for a loss that is not finite; it names the step.
+            FloatingPointError: a loss is not finite. All processes raise; the message names the step.
         """
         if not losses:
             return
@@ -70,20 +70,20 @@ class Progress:
             if not math.isfinite(loss):
                 raise FloatingPointError(
                     f"the training loss of step {step} is {loss}. Lower --learning_rate, raise "
-                    "--num_warmup_steps or lower --max_grad_norm; checkpoints before this step are sound"
+                    "--num_warmup_steps or lower --max_grad_norm; checkpoints before this step are good"
                 )
         self.epoch_losses += steps
         self.unlogged_losses += steps
 
 
 class Checkpoints:
-    """Folders ``checkpoint-STEP`` in a run's output folder.
+    """The folders ``checkpoint-STEP`` in a run's output folder.
 
     Args:
-        accelerator: of the run, all of whose state is saved.
-        output_dir: the folder.
-        limit: how many are kept; None keeps all.
-        options: of the run, noted in each of them.
+        accelerator: of the run. It saves and loads all states.
+        output_dir: the output folder.
+        limit: number of checkpoints to keep; None keeps all.
+        options: of the run, stored in each checkpoint.
     """
 
     def __init__(self, accelerator: Accelerator, output_dir: Path, limit: int | None, options: dict[str, Any]) -> None:
@@ -96,27 +96,27 @@ class Checkpoints:
         """Save the run after ``step``, then remove the oldest checkpoints over the limit."""
         folder = self.output_dir / f"checkpoint-{step}"
         if self.accelerator.is_main_process and folder.exists():
-            shutil.rmtree(folder)  # left by a run that was cut off, or by one that went on from before this step
+            shutil.rmtree(folder)  # incomplete, or of a run that resumed from an earlier step
         self.accelerator.wait_for_everyone()
         self.accelerator.save_state(str(folder))
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            draft = folder / f"{MARKER}.tmp"  # renamed: whoever finds the file finds all of it
+            draft = folder / f"{MARKER}.tmp"  # renamed, so that the marker is never incomplete
             draft.write_text(json.dumps({"step": step, "options": self.options}, indent=1))
             draft.replace(folder / MARKER)
             self._prune()
         self.accelerator.wait_for_everyone()
 
     def begin(self, source: str | None, overwrite: bool) -> None:
-        """Resume, or start anew. The main process decides for all: what each sees of the file system may differ.
+        """Resume from a checkpoint, or start at step 0. The main process decides for all processes.
 
         Args:
-            source: a checkpoint, or ``"latest"``, which starts anew where there is none; None starts anew.
-            overwrite: remove an older run's checkpoints when starting anew, which they forbid otherwise.
+            source: a checkpoint; ``"latest"`` for the newest, if there is one; None to start at step 0.
+            overwrite: remove checkpoints of an earlier run when starting at step 0.
 
         Raises:
-            ValueError: on every process alike: there is no such checkpoint, or it is of another run; or there are
-                checkpoints where the run should start anew.
+            ValueError: the checkpoint does not exist or is of another run, or a run that starts at step 0 would meet
+                checkpoints of an earlier one. All processes raise.
         """
         decision: list[str | None] = [None, None]  # the folder to load, or what is wrong
         if self.accelerator.is_main_process:
@@ -139,12 +139,12 @@ class Checkpoints:
             if not overwrite:
                 raise ValueError(
                     f"--output_dir {self.output_dir} holds checkpoints of a run: give --resume_from_checkpoint latest "
-                    "to go on with it, --overwrite_output_dir to start anew, or another folder"
+                    "to go on with it, --overwrite_output_dir to start again, or another folder"
                 )
             shutil.rmtree(folder)
 
     def _folders(self) -> list[Path]:
-        """All checkpoints, complete or not, in the order of their steps."""
+        """List all checkpoints, complete or not, in the order of their steps."""
         named = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in self.output_dir.glob("*"))
         return [path for _, path in sorted((int(match[1]), path) for match, path in named if match)]
 
@@ -155,12 +155,12 @@ class Checkpoints:
                 return folder
             if source != "latest":
                 raise ValueError(f"--resume_from_checkpoint {folder} is no complete checkpoint: it has no {MARKER}")
-            logger.warning(f"{folder} was never finished (no {MARKER}) and is passed over")
+            logger.warning(f"{folder} was never finished (no {MARKER}) and is skipped")
         logger.info("No checkpoint to resume from: starting at step 0")
         return None
 
     def _check(self, folder: Path) -> None:
-        """Refuse a checkpoint of another run, and warn of options that have changed since."""
+        """Refuse a checkpoint of another run. Warn of other options that have changed."""
         saved = json.loads((folder / MARKER).read_text())["options"]
         now = json.loads(json.dumps(self.options))
         changed = [
@@ -183,22 +183,22 @@ class Checkpoints:
 
 
 class StopSignals:
-    """SIGTERM and SIGUSR1, as clusters send them before they take a job's machines: not the end, but a request.
+    """Records SIGTERM and SIGUSR1, which clusters send before they stop a job, so that the run can save first.
 
     Args:
         timeout: how long ``stop_now()`` waits for a process that does not answer.
     """
 
-    EXIT_STATUS = 75  # of a run that was asked to stop, has saved itself and can go on (EX_TEMPFAIL of sysexits.h)
+    EXIT_STATUS = 75  # of a run that has saved a checkpoint on request (EX_TEMPFAIL of sysexits.h)
 
     def __init__(self, timeout: timedelta) -> None:
         self.received = False
-        # A group of its own on the CPU: to ask it waits for no accelerator.
+        # A group on the CPU, so that asking does not wait for an accelerator.
         self._group = dist.new_group(backend="gloo", timeout=timeout) if dist.is_initialized() else None
         self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGUSR1)}
 
     def end(self) -> None:
-        """Let the signals do what they did before."""
+        """Restore the former signal handlers."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -206,7 +206,7 @@ class StopSignals:
         self.received = True
 
     def stop_now(self) -> bool:
-        """Whether any process was asked to stop. Every process must call this together."""
+        """Tell whether any process has received a signal. All processes must call it."""
         asked = torch.tensor(self.received, dtype=torch.int32, device="cpu")
         if self._group is not None:
             dist.all_reduce(asked, dist.ReduceOp.MAX, self._group)

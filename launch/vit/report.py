@@ -1,4 +1,4 @@
-"""What a run leaves behind: a log of numbers, tables and pictures."""
+"""The log, tables and pictures of a run."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from plots import BLUE, GRAY, RED, format_bytes, picture
+from plots import BLUE, GRAY, RED, format_bytes, number_table, picture
 
 
 class MetricsLog:
-    """``metrics.jsonl``: one JSON object per line. Only the main process should hold one."""
+    """A file with one JSON object per line, such as ``metrics.jsonl``. Only the main process should have one."""
 
     def __init__(self, path: Path, resumed_at: int) -> None:
-        """Keep the lines up to step ``resumed_at`` (0: none): what comes after them will be written again."""
+        """Keep the lines up to step ``resumed_at``; 0 keeps none. The run writes later lines again."""
         self.path = path
         kept = [line for line in read_lines(path) if line["step"] <= resumed_at] if resumed_at else []
         path.write_text("".join(json.dumps(line) + "\n" for line in kept))
 
     def write(self, values: dict[str, Any]) -> None:
-        """Append a line at once, so that it can be followed and survives the process."""
+        """Append a line and close the file, so that the line is on disk at once."""
         with self.path.open("a") as file:
             file.write(json.dumps({name: _finite(value) for name, value in values.items()}) + "\n")
 
     def read(self) -> list[dict[str, Any]]:
-        """All lines."""
+        """Read all lines."""
         return read_lines(self.path)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """All lines of a log; a last one that was cut off is left out."""
+    """Read all lines of a log, except a last line that is incomplete."""
     lines = []
     for text in path.read_text().splitlines() if path.exists() else []:
         try:
@@ -52,7 +52,7 @@ def _finite(value: Any) -> Any:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory held so far: by tensors on a GPU, by the whole process elsewhere."""
+    """Return the peak memory so far, in bytes: of tensors on a GPU, of the whole process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
@@ -60,7 +60,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def print_tables(results: dict[str, Any]) -> None:
-    """Print the run at a glance, and the bytes of its optimizer's state beside those of others."""
+    """Print a summary of the run, and the bytes of its optimizer's state beside those of others."""
     from rich.console import Console
     from rich.table import Table
 
@@ -85,16 +85,14 @@ def print_tables(results: dict[str, Any]) -> None:
         rows["all processes"] = {key: sum(each[key] for each in held) for key in held[0]}
     names = {"adamw": "AdamW alone", "shampoo32": "32-bit Shampoo"}
     rows |= {f"{names[key]}, computed": each for key, each in results["estimated_state_bytes"].items()}
-    memory = Table(title="optimizer state" + " of a process" * bool(held[1:]), title_style="bold")
-    for column in ("", "preconditioner", "base", "total"):
-        memory.add_column(column, justify="right" if column else "left")
+    memory = number_table("optimizer state" + " of a process" * bool(held[1:]), "", ("preconditioner", "base", "total"))
     for name, each in rows.items():
         memory.add_row(name, *map(format_bytes, (each["preconditioner"], each["base"], sum(each.values()))))
     Console().print(summary, memory)
 
 
 def title(results: dict[str, Any]) -> str:
-    """What trained on which data set. DeepSpeed's configuration may have named the optimizer."""
+    """Name the model, the data set and the optimizer, which DeepSpeed's configuration may name."""
     options, by_deepspeed = results["options"], results["deepspeed_optimizer"]
     name = f"{by_deepspeed['type']} of DeepSpeed's configuration" if by_deepspeed else options["optimizer"]
     source = options["dataset_name"] or options["dataset_path"] or options["train_dir"]
@@ -111,7 +109,7 @@ def plot_curves(lines: list[dict[str, Any]], path: Path, title: str) -> None:
         loss.set_title("loss")
         losses = [line["loss"] for line in train] + [line["eval_loss"] for line in evals]
         if losses and min(losses) > 0 and max(losses) > 20 * min(losses):
-            loss.set_yscale("log")  # else the end of a good run is a flat line
+            loss.set_yscale("log")
         loss.legend()
         _draw(accuracy, evals, "eval_accuracy", "", RED)
         if evals:
@@ -136,7 +134,7 @@ def _draw(axes: Any, lines: list[dict[str, Any]], key: str, label: str, color: s
 
 
 def plot_health(lines: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Draw orthogonality errors, eigenvalues' ranges and failures of all preconditioned parameters, as a PNG."""
+    """Draw orthogonality errors, ranges of eigenvalues and failures of all preconditioned parameters, as a PNG."""
     lines = [line for line in lines if line["health"]]
     steps = [line["step"] for line in lines]
 

@@ -1,4 +1,4 @@
-"""Where images come from: each source ends as a Hugging Face data set with an image and a label column."""
+"""Sources of images. Each becomes a Hugging Face data set with a column of images and one of labels."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ FASHION_FOLDER = "/usr/share/datasets/fashion-mnist"
 FASHION_CLASSES = [
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 ]  # fmt: skip
-_SPLIT_SEED = 0  # apart from --seed, so that runs with different seeds are judged on the same images
+_SPLIT_SEED = 0  # not --seed: runs with different seeds are evaluated on the same images
 
 
 @dataclass(frozen=True)
 class ImageData:
-    """Training and evaluation rows, where their images and labels stand, and the classes in index order."""
+    """Training and evaluation rows, the columns of images and labels, and the classes in the order of indices."""
 
     train: Dataset
     validation: Dataset
@@ -32,7 +32,7 @@ class ImageData:
 
 
 def load_image_data(args: DataArguments) -> ImageData:
-    """Load the data set that the command line names, cut to the first N rows where asked."""
+    """Load the data set that the options name, or its first N rows."""
     splits = _load_splits(args)
     train = _split(splits, "train")
     image = args.image_column_name or _find_image_column(train)
@@ -73,7 +73,7 @@ def _load_splits(args: DataArguments) -> DatasetDict:
 
 
 def _load_digits() -> DatasetDict:
-    """1,797 gray images of 8x8, in 17 gray levels, from scikit-learn's own files."""
+    """Load scikit-learn's 1,797 gray images of 8x8, in 17 gray levels."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -82,14 +82,14 @@ def _load_digits() -> DatasetDict:
 
 
 def _load_fashion(folder: str | None) -> DatasetDict:
-    """Fashion-MNIST from idx files; from the hub where the default folder is missing."""
+    """Load Fashion-MNIST from idx files, or from the hub if the default folder is missing."""
     if folder is not None or Path(FASHION_FOLDER).is_dir():
         return _load_idx(Path(folder or FASHION_FOLDER), FASHION_CLASSES)
     try:
         return load_dataset("zalando-datasets/fashion_mnist")
-    except Exception as error:  # offline, behind a proxy, renamed: whatever it is, the remedy is the same
+    except Exception as error:  # offline, behind a proxy, renamed: the remedy is the same
         raise FileNotFoundError(
-            f"Fashion-MNIST is neither in {FASHION_FOLDER} nor to be had from the hub.\n"
+            f"Fashion-MNIST is not in {FASHION_FOLDER} and cannot be loaded from the hub.\n"
             "On Debian or Ubuntu:  apt-get install dataset-fashion-mnist\n"
             "or, without root:     apt-get download dataset-fashion-mnist && dpkg-deb -x *.deb DIR\n"
             "                      and add  --dataset_path DIR/usr/share/datasets/fashion-mnist\n"
@@ -98,7 +98,7 @@ def _load_fashion(folder: str | None) -> DatasetDict:
 
 
 def _load_path(folder: Path) -> DatasetDict:
-    """A folder by its content: stored by save_to_disk, or idx files as MNIST's."""
+    """Load a folder that save_to_disk has written, or one of idx files like MNIST's."""
     if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
         stored = load_from_disk(str(folder))
         return stored if isinstance(stored, DatasetDict) else DatasetDict({"train": stored})
@@ -123,7 +123,7 @@ def _load_idx(folder: Path, label_names: list[str] | None) -> DatasetDict:
 
 
 def _read_idx(folder: Path, name: str) -> np.ndarray:
-    """An idx file of bytes: two zeros, the type 8, the number of dimensions, each as a big-endian word, the data."""
+    """Read an idx file: zero bytes, type 8, the number of dimensions, each size as a big-endian word, the data."""
     zipped, plain = folder / f"{name}.gz", folder / name
     if not zipped.exists() and not plain.exists():
         raise FileNotFoundError(f"{folder} has no {name}.gz and no {name}")
@@ -135,7 +135,7 @@ def _read_idx(folder: Path, name: str) -> np.ndarray:
 
 
 def _from_arrays(images: np.ndarray, labels: np.ndarray, label_names: list[str]) -> Dataset:
-    # Array2D and not Image, which would make a PNG of each of 70,000 images.
+    # Not Image, which would encode each of 70,000 images as a PNG.
     features = Features({"image": Array2D(images.shape[1:], "uint8"), "label": ClassLabel(names=label_names)})
     return Dataset.from_dict({"image": images, "label": labels}, features=features)
 
@@ -147,7 +147,7 @@ def _split(splits: DatasetDict, name: str) -> Dataset:
 
 
 def _hold_out(rows: Dataset, label_column: str, share: float) -> tuple[Dataset, Dataset]:
-    """Part the rows at random, every class in the same proportion."""
+    """Split the rows at random, with the same proportions of classes."""
     from sklearn.model_selection import train_test_split
 
     labels = np.asarray(rows[label_column][:])

@@ -22,7 +22,6 @@ import benchmark  # found through launching
 from bench.blocks import blocks_of, step_flops
 from bench.growth import stack_shapes
 from bench.measure import Contender, most_allocated, state_bytes, watched
-from bench.modes import spread
 from bench.optimizers import CHOICES, Choice, Products, is_ordinary, vit
 from bench.ranks import PROFILED, parts_of, rank_row
 
@@ -176,11 +175,6 @@ def test_wrong_flags(flags: list[str], message: str, capsys: pytest.CaptureFixtu
     with pytest.raises(SystemExit):
         benchmark.parse(flags)
     assert message in capsys.readouterr().err
-
-
-def test_names_beside_the_picture_do_not_overlap() -> None:
-    assert spread([0.2, 0.2, 0.9, 1.0], gap=0.25) == pytest.approx([0.2, 0.45, 0.75, 1.0])
-    assert spread([], gap=0.1) == []
 
 
 # -- peers -------------------------------------------------------------------------------------------------------------

@@ -221,7 +221,7 @@ def test_ranks_hold_the_weights_and_gradients_that_are_reported() -> None:
 # -- the report --------------------------------------------------------------------------------------------------------
 
 
-def test_report_writes_tables_figures_and_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_writes_tables_and_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sizes = ("1", "2", "3")
     memory_report.main(["--models", "vit-small", "--world_sizes", *sizes, "--output_dir", str(tmp_path)])
     text = capsys.readouterr().out
@@ -234,13 +234,12 @@ def test_report_writes_tables_figures_and_a_picture(tmp_path: Path, capsys: pyte
     estimate = estimate_memory(models.shapes_of("vit-small"), 3, host="fsdp2")
     (row,) = (row for row in rows if row["layout"] == {"host": "fsdp2", "world_size": 3, "replicas": None})
     assert row["states"]["shampoo4"] == max(estimate.total)
-    assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--largest", "8", "24", "--reserve_gb", "24"], "GB above --reserve_gb, got 8 24"),
+        (["--largest", "8", "0"], "a positive number of GB, got 8 0"),
         (["--largest", "1.5", "24"], "a number of GPUs"),
         (["--world_sizes", "0"], "positive integers"),
         (["--models", "vit-unknown"], "invalid choice: 'vit-unknown'"),
@@ -280,10 +279,10 @@ def test_the_largest_is_what_a_search_of_all_finds(optimizer: str, room: float) 
 @pytest.mark.usefixtures("small_family")
 def test_largest_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert memory_report.largest("adamw", 1, 10**6) == {}
-    flags = ["--largest", "2", "1", "--reserve_gb", "0.5", "--largest", "1", "0.501"]
+    flags = ["--largest", "2", "0.5", "--largest", "1", "0.001"]
     memory_report.main([*flags, "--output_dir", str(tmp_path)])
     said = capsys.readouterr().out
-    assert "the largest ViT on 2 GPUs of 1 GB, 0.5 of them kept free" in said and "none" in said
+    assert "the largest ViT on 2 GPUs of 0.5 GB, FSDP2" in said and "none" in said
     answers = json.loads((tmp_path / "largest.json").read_text())
     assert [answer["optimizer"] for answer in answers] == 2 * list(rules.OPTIMIZERS)
     assert all(0.25e9 < answer["bytes"] <= 0.5e9 for answer in answers[:6])
