@@ -1,4 +1,4 @@
-"""Which ranks take part: some of them, each by itself, ranks that run out of inputs, and ranks in different calls."""
+"""Which ranks share a model: some of them, each its own, and those of other optimizers and frameworks."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import copy
 import functools
 import io
 import pickle
-import re
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +15,11 @@ import torch
 import torch.distributed as dist
 from support import worlds as hosts
 from support import zero_worlds as zero
-from support.contract import PATIENCE, SMALL_BLOCKS
+from support.contract import SMALL_BLOCKS
 from torch import Tensor, nn
-from torch.distributed.algorithms.join import Join
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.nn.parallel import DistributedDataParallel
 
 from sharded_shampoo4 import Shampoo4, checkpoint
 from sharded_shampoo4.integrations import fsdp
@@ -355,130 +351,6 @@ def test_zero_redundancy_optimizer() -> None:
         for case in ("plain", "its own group"):
             assert "functools.partial(Shampoo4, process_group='alone')" in told[case], told[case]
         assert_equal(told["alone"], one_process())
-
-
-# -- uneven inputs -----------------------------------------------------------------------------------------------------
-
-
-def join_models(rank: int) -> dict[str, Any]:
-    """Rank 1 has two batches less."""
-    told: dict[str, Any] = {}
-    for case in ("even", "both", "thrown", "optimizer only", "model only"):
-        group = dist.new_group(timeout=PATIENCE)
-        model: nn.Module = hosts.make_model("mlp")
-        if case != "optimizer only":
-            model = DistributedDataParallel(model, process_group=group)
-        optimizer = make(model, process_group=group)
-        joinables: list[Any] = {"optimizer only": [optimizer], "model only": [model]}.get(case, [model, optimizer])
-        batches = 4 if case == "even" or rank == 0 else 2
-
-        def train() -> None:
-            with Join(joinables, throw_on_early_termination=case == "thrown"):  # noqa: B023
-                for step in range(batches):  # noqa: B023
-                    optimizer.zero_grad()  # noqa: B023
-                    hosts.train_step(model, hosts.make_batch("mlp", step))  # noqa: B023
-                    optimizer.step()  # noqa: B023
-
-        begun = time.monotonic()
-        told[case] = hosts.said(train), time.monotonic() - begun
-        told[case, "trained"] = hosts.full_parameters(model, "none")
-    return told
-
-
-def test_uneven_inputs_are_refused_on_every_rank() -> None:
-    first, second = hosts.run_ranks(2, join_models)
-    assert first["even"][0] == second["even"][0] == "nothing was raised"
-    assert_equal(first["even", "trained"], second["even", "trained"])
-    for case in ("both", "optimizer only"):
-        for told in (first, second):
-            assert "this rank has run out of inputs" in told[case][0], (case, told[case])
-            assert "throw_on_early_termination=True" in told[case][0] and told[case][1] < PATIENCE.seconds
-        assert first[case][0].startswith("RuntimeError: rank 1: ")
-        assert_equal(first[case, "trained"], second[case, "trained"])
-    assert "exhausted" in first["thrown"][0] and "exhausted" in second["thrown"][0]
-    assert "rank 0 has waited in vain for the other ranks of its group of 2 in step()" in first["model only"][0]
-    assert "uneven inputs" in first["model only"][0] and "throw_on_early_termination=True" in first["model only"][0]
-    assert second["model only"][0].startswith("RuntimeError")
-
-
-# -- ranks that are not where the others are ---------------------------------------------------------------------------
-
-
-def astray(rank: int) -> dict[str, Any]:
-    """Ranks in different calls, and one that makes no call at all."""
-    told: dict[str, Any] = {}
-    for case in ("consolidating", "saving", "health", "another optimizer"):
-        group = dist.new_group(timeout=PATIENCE)
-        model, other = hosts.make_model("mlp"), hosts.make_model("mlp")
-        optimizer, second = make(model, process_group=group), make(other, process_group=group)
-        advance(model, "none", optimizer, range(2))
-        advance(other, "none", second, range(2))
-
-        def diverge() -> None:
-            if rank == 0:
-                advance(model, "none", optimizer, range(2, 3))  # noqa: B023
-            elif case == "consolidating":  # noqa: B023
-                optimizer.consolidate_state_dict()  # noqa: B023
-            elif case == "saving":  # noqa: B023
-                checkpoint.save(optimizer, tempfile.mkdtemp())  # noqa: B023
-            elif case == "health":  # noqa: B023
-                optimizer.health()  # noqa: B023
-            else:
-                advance(other, "none", second, range(2, 3))  # noqa: B023
-
-        told[case] = hosts.said(diverge)
-    group = dist.new_group(timeout=PATIENCE)
-    dist.barrier()
-    lonely = hosts.make_model("mlp")
-    told["one never steps"] = hosts.said(
-        lambda: rank or advance(lonely, "none", make(lonely, process_group=group), range(1))
-    )
-    return told
-
-
-def test_ranks_in_different_calls_raise_and_say_which() -> None:
-    first, second = hosts.run_ranks(2, astray)
-    for told in (first, second):
-        for case, call in (
-            ("consolidating", "consolidate_state_dict()"),
-            ("saving", "checkpoint.save()"),
-            ("health", "health()"),
-        ):
-            assert f"different calls of Shampoo4: rank 0: step(), rank 1: {call}; every rank" in told[case], told[case]
-        assert re.search(
-            r"rank 0: step\(\) of optimizer \d, rank 1: step\(\) of optimizer \d", told["another optimizer"]
-        )
-    assert "rank 0 has waited in vain" in first["one never steps"]
-    assert "a model that only some ranks train: " in first["one never steps"]
-    assert "process_group='alone'" in first["one never steps"]
-
-
-def anew(rank: int, store: str) -> dict[str, Any]:
-    """The process group is destroyed and made again between steps."""
-    model = hosts.make_model("mlp")
-    optimizer = make(model)
-    advance(model, "none", optimizer, range(5))
-    dist.barrier()
-    dist.destroy_process_group()
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    advance(model, "none", optimizer, range(5, 9))
-    group = dist.new_group([0, 1])
-    own = hosts.make_model("mlp")
-    other = make(own, process_group=group)
-    advance(own, "none", other, range(1))
-    dist.barrier()
-    dist.destroy_process_group()
-    dist.init_process_group("gloo", init_method=f"file://{store}2", rank=rank, world_size=2)
-    return {
-        "trained": hosts.full_parameters(model, "none"),
-        "group": hosts.said(lambda: advance(own, "none", other, range(1))),
-    }
-
-
-def test_a_process_group_that_is_made_anew(tmp_path: Path) -> None:
-    for told in hosts.run_ranks(2, anew, str(tmp_path / "store")):
-        assert_equal(told["trained"], one_process())
-        assert "the group that process_group= was given was destroyed" in told["group"]
 
 
 # -- in one process ----------------------------------------------------------------------------------------------------

@@ -314,14 +314,6 @@ def wrapped(name: str, host: str, seed: int = 0) -> tuple[nn.Module, Shampoo4]:
     return net, optimizer
 
 
-def refusal(function: Any, *arguments: Any) -> str:
-    try:
-        function(*arguments)
-    except (TypeError, ValueError) as error:
-        return f"{type(error).__name__}: {error}"
-    return "no error"
-
-
 def of_torchao(name: str, host: str, folder: Path) -> dict[str, Any]:
     """Nine steps, of which the last four from a state_dict where that is sharded; and four after loading."""
     net, optimizer = wrapped(name, host)
@@ -343,9 +335,9 @@ def of_torchao(name: str, host: str, folder: Path) -> dict[str, Any]:
 def of_bitsandbytes(name: str, host: str, folder: Path) -> dict[str, Any]:
     net, optimizer = wrapped(name, host)
     if host in DTENSOR_HOSTS:
-        return {"refused": refusal(replay, net, optimizer, range(1), host)}
+        return {"refused": hosts.said(lambda: replay(net, optimizer, range(1), host))}
     end = replay(net, optimizer, range(9), host)
-    refused = refusal(checkpoint.save, optimizer, folder / name / host)
+    refused = hosts.said(lambda: checkpoint.save(optimizer, folder / name / host))
     return {"end": end, "bytes": optimizer.state_bytes()["base"], "refused": refused}
 
 
