@@ -2,8 +2,7 @@
 
     python launch/benchmark.py modes                            each mode of ours, and other optimizers, in one process
     python launch/benchmark.py modes --num_hidden_layers 6      the larger model
-    python launch/benchmark.py ranks --ranks 2 --host fsdp2     processes: step times, bytes sent, the exchange's share
-    torchrun --nproc_per_node 8 launch/benchmark.py ranks       the same on processes that torchrun starts, on any nodes
+    torchrun --nproc_per_node 2 launch/benchmark.py ranks       processes: step times, bytes sent, exchange's share
     python launch/benchmark.py growth                           step times and states as parameters or blocks grow
 
 Each writes a table and a JSON file to --output_dir; modes and growth also draw a picture. launch/RESULTS.md explains
@@ -11,7 +10,7 @@ the columns and lists the settings of each optimizer.
 
 modes: the gradients of a vision transformer on random images are computed once and replayed. The optimizers take turns
 at each step, each on its own copy of the parameters, so that a busy machine slows all of them alike. Some use
-torch.compile; on a CPU heavyball runs eagerly unless --compile_all is given, since compiling takes it many minutes.
+torch.compile, but not heavyball on a CPU, where it would compile for many minutes.
 
 ranks: each optimizer trains its own copy of the same model. The time of a step is that of its slowest rank. The times
 of its parts come from torch's profiler, in one more interval of steps. On accelerators these are times of the host.
@@ -68,23 +67,19 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
             "--only", nargs="+", choices=names, default=list(names), metavar="NAME",
             help=f"some of {', '.join(names)} (all); adamw is always among them",
         )  # fmt: skip
-        compiling = each.add_mutually_exclusive_group()
-        compiling.add_argument("--eager", action="store_true", help="compile nothing (some, see above)")
-        if each is modes:
-            compiling.add_argument("--compile_all", action="store_true", help="compile whatever can be (some)")
-    ranks.add_argument("--ranks", type=int, default=2, help="processes, unless torchrun has started them (2)")
+        each.add_argument("--eager", action="store_true", help="never use torch.compile")
     ranks.add_argument("--host", choices=("ddp", "fsdp2", "hsdp"), default="ddp", help="what wraps the model (ddp)")
     ranks.add_argument("--trace", type=Path, metavar="DIR", help="for Chrome traces of every optimizer and rank (none)")
 
     growth = command("growth", "Step times and states of Shampoo4 as parameters or blocks grow.")
-    growth.set_defaults(eager=True, compile_all=False, interval=2)
+    growth.set_defaults(eager=True, interval=2)
     sizes = [1e6, 3e6, 1e7, 3e7]
     growth.add_argument("--parameters", type=float, nargs="+", default=sizes, help="how many (1e6 3e6 1e7 3e7)")
     growth.add_argument("--block_sizes", type=int, nargs="+", default=[1024], help="max_preconditioner_dim (1024)")
     growth.add_argument("--steps", type=int, default=6, help="timed steps, each second one a refresh (6)")
 
     flags = parser.parse_args(arguments)
-    for name in ("num_hidden_layers", "steps", "interval", "threads", "ranks", "parameters", "block_sizes"):
+    for name in ("num_hidden_layers", "steps", "interval", "threads", "parameters", "block_sizes"):
         values = getattr(flags, name, 1)
         if min(values if isinstance(values, list) else [values]) < 1:
             parser.error(f"--{name} must be at least 1, got {values}")
@@ -92,6 +87,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--steps must be at least 2, got {flags.steps}")
     if getattr(flags, "hidden_size", HEADS) < HEADS or getattr(flags, "hidden_size", 0) % HEADS:
         parser.error(f"--hidden_size takes multiples of {HEADS}, got {flags.hidden_size}")
+    if flags.command == "ranks" and "RANK" not in os.environ:
+        parser.error("torchrun starts the processes: torchrun --nproc_per_node 2 launch/benchmark.py ranks")
     flags.device = torch.device(flags.device)
     return flags
 

@@ -65,7 +65,7 @@ class Contender:
     def __init__(self, choice: Choice, shapes_of: list[Tensor], flags: argparse.Namespace) -> None:
         self.choice, self.device = choice, flags.device
         self.interval = flags.interval if choice.refreshes else 1  # after which steps are alike again
-        self.eager = flags.eager or (choice.slow_to_compile and flags.device.type == "cpu" and not flags.compile_all)
+        self.eager = flags.eager or (choice.slow_to_compile and flags.device.type == "cpu")
         self.parameters = [nn.Parameter(torch.zeros_like(like)) for like in shapes_of]
         self.steps = 0
         self.transient: list[int] = []  # bytes

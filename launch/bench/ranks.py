@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import multiprocessing
 import os
 import statistics
 import tempfile
@@ -23,7 +22,6 @@ from rich.table import Table
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.multiprocessing.spawn import start_processes
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile, record_function
 
@@ -45,7 +43,6 @@ from .optimizers import CHOICES, OURS, is_ordinary, random_batch, vit
 PARTS = ("gather", "statistics", "roots", "precondition", "graft", "send_back", "base")  # the library's labels
 PROFILED = ("step", "optimizer", *PARTS, "transfers", "overlapped")
 STEP, OPTIMIZER = "benchmark::step", "benchmark::optimizer"
-_IMPORTS = ["sharded_shampoo4", "torch.distributed.fsdp", "torch.distributed.tensor", "transformers.modeling_utils"]
 
 
 def compare_ranks(flags: argparse.Namespace, console: Console) -> None:
@@ -53,8 +50,8 @@ def compare_ranks(flags: argparse.Namespace, console: Console) -> None:
     about = setting(flags)
     if flags.trace:
         flags.trace.mkdir(parents=True, exist_ok=True)
-    rows = measure_ranks(flags)
-    if int(os.environ.get("RANK", 0)):
+    rows = train(flags)
+    if int(os.environ["RANK"]):
         return
     about["ranks"] = len(rows[0]["state_bytes"])
     console.print(rank_table(rows, about))
@@ -62,37 +59,13 @@ def compare_ranks(flags: argparse.Namespace, console: Console) -> None:
     write_json(flags.output_dir / "ranks.json", {**about, "optimizers": rows})
 
 
-def measure_ranks(flags: argparse.Namespace) -> list[Row]:
-    """Measure on processes that torchrun has started, or else on new ones; a row for each optimizer.
-
-    Under torchrun every rank gets the rows.
-    """
-    if "RANK" in os.environ:
-        return train(flags, "env://")
-    multiprocessing.set_forkserver_preload(_IMPORTS)
-    with tempfile.TemporaryDirectory() as folder:
-        start_processes(_started, (flags, folder), nprocs=flags.ranks, start_method="forkserver")
-        rows: list[Row] = json.loads(Path(folder, "rows.json").read_text())
-    return rows
-
-
-def _started(rank: int, flags: argparse.Namespace, folder: str) -> None:
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": flags.ranks, "LOCAL_WORLD_SIZE": flags.ranks}
-    os.environ.update({name: str(value) for name, value in names.items()})
-    torch.set_num_threads(flags.threads)
-    rows = train(flags, f"file://{folder}/store")
-    if rank == 0:
-        Path(folder, "rows.json").write_text(json.dumps(rows))
-
-
-def train(flags: argparse.Namespace, init_method: str) -> list[Row]:
+def train(flags: argparse.Namespace) -> list[Row]:
     """Train a model with each optimizer in turns, then each for a profiled interval. Return rows for all ranks."""
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     device, backend = flags.device, "gloo"
     if device.type == "cuda":
         device, backend = torch.device("cuda", int(os.environ["LOCAL_RANK"])), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
-    dist.init_process_group(backend, init_method=init_method, rank=rank, world_size=size)
+    dist.init_process_group(backend)
     names = [name for name in ("adamw", *OURS) if name == "adamw" or name in flags.only]
     runs = [Run(name, flags, device) for name in names]
     warm = warm_up_steps(flags.interval)
@@ -101,7 +74,7 @@ def train(flags: argparse.Namespace, init_method: str) -> list[Row]:
         for run in runs:
             run.step()
     mine = {run.name: run.measured(warm + 1, run.profiled(timed)) for run in runs}
-    every: list[dict[str, Any]] = [{} for _ in range(size)]
+    every: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(every, mine)
     dist.barrier()
     dist.destroy_process_group()

@@ -95,7 +95,6 @@ class ModelArguments:
     _argument_group_name = "model"
 
     model: str | None = _option(None, "size by name (default: by data set)", choices=sorted(PRESETS))
-    config_name: str | None = _option(None, "configuration to start from, instead of --model")
     model_name_or_path: str | None = _option(None, "pretrained model to start from, instead of --model")
     image_size: int | None = _option(None, "images are brought to this side")
     patch_size: int | None = _option(None, "side of a square of pixels that becomes a token")
@@ -113,8 +112,8 @@ class ModelArguments:
     gradient_checkpointing: bool = _option(False, "recompute activations in the backward pass")
 
     def __post_init__(self) -> None:
-        if sum(map(bool, (self.model, self.config_name, self.model_name_or_path))) > 1:
-            raise ValueError("give one of --model, --config_name and --model_name_or_path")
+        if self.model and self.model_name_or_path:
+            raise ValueError("give --model or --model_name_or_path, not both")
 
 
 @dataclass
@@ -232,7 +231,7 @@ def _defaults(given: dict[str, Any]) -> dict[str, Any]:
     defaults = dict(_BY_DATA_SET.get(source, _BY_DATA_SET["other"]))
     if source == "digits":
         defaults["dataset_name"] = "digits"
-    if given["config_name"] or given["model_name_or_path"]:
+    if given["model_name_or_path"]:
         del defaults["model"]
     rule = given["shampoo_base"] if given["optimizer"].startswith("shampoo") else given["optimizer"]
     return {**defaults, "learning_rate": 0.1 if rule == "sgd" else 1e-3}

@@ -59,7 +59,7 @@ _SIZES = {name for names in _BY_FAMILY.values() for name in names}
 
 
 def build_config(args: ModelArguments, label_names: list[str], channels: int) -> PretrainedConfig:
-    """Make the model's configuration from a preset, a file or a pretrained model, and the options for sizes.
+    """Make the model's configuration from a preset or a pretrained model, and the options for sizes.
 
     Args:
         args: the options.
@@ -80,14 +80,9 @@ def build_config(args: ModelArguments, label_names: list[str], channels: int) ->
         _reject(given, _BY_FAMILY[family], f"--model {args.model}")
         sizes = {**PRESETS[args.model], "num_channels": channels, **given}
         config = SwinConfig(**sizes, **labels) if family == "swin" else ViTConfig(**sizes, **labels)
-    elif args.model_name_or_path:
+    else:
         _reject(given, _RATES, "the weights of --model_name_or_path")
         config = AutoConfig.from_pretrained(args.model_name_or_path, **given, **labels)
-    else:
-        config = AutoConfig.from_pretrained(args.config_name, **labels)
-        _reject(given, _BY_FAMILY.get(config.model_type, _COMMON), f"the {config.model_type} of --config_name")
-        # A new object, because some sizes follow from others, such as Swin's hidden size from its depths.
-        config = type(config)(**{**config.to_dict(), "num_channels": channels, **given})
     if config.model_type == "swin":
         _check_swin(config)
     return config

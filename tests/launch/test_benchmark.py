@@ -150,7 +150,7 @@ def test_eager_compiles_nothing(eager: bool, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_what_compiles_slowly_is_eager_on_a_cpu() -> None:
     choice = Choice("slow", lambda *_: Breaks(0), compiles=True, slow_to_compile=True)
-    for flags, eager in (([], True), (["--compile_all"], False), (["--device", "cuda"], False), (["--eager"], True)):
+    for flags, eager in (([], True), (["--device", "cuda"], False), (["--eager"], True)):
         assert Contender(choice, [], benchmark.parse(["modes", *flags])).eager == eager
 
 
@@ -161,7 +161,7 @@ def test_what_compiles_slowly_is_eager_on_a_cpu() -> None:
         (["modes", "--hidden_size", "100"], "multiples of 6, got 100"),
         (["modes", "--steps", "0"], "--steps must be at least 1, got 0"),
         (["modes", "--only", "sgd"], "invalid choice: 'sgd'"),
-        (["modes", "--eager", "--compile_all"], "not allowed with"),
+        (["ranks"], "torchrun --nproc_per_node 2"),
         (["ranks", "--only", "shampoo4", "muon"], "invalid choice: 'muon'"),
         (["growth", "--parameters", "1e6", "0"], "--parameters must be at least 1"),
         (["growth", "--steps", "1"], "--steps must be at least 2, got 1"),
@@ -236,14 +236,11 @@ def test_state_bytes_of_ours_are_those_it_tells(options: dict[str, Any]) -> None
 # -- on ranks ----------------------------------------------------------------------------------------------------------
 
 
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", [(sys.executable,), TORCHRUN], ids=["alone", "torchrun"])
-def test_ranks_train_and_tell_what_they_send(launcher: tuple[str, ...], tmp_path: Path) -> None:
-    flags = ("--ranks", "2", "--host", "fsdp2", "--steps", "3", "--only", "shampoo4", "--trace", tmp_path / "trace")
-    ended = run_really(*launcher, LAUNCH / "benchmark.py", "ranks", *TINY, *flags, "--output_dir", tmp_path)
+def test_ranks_train_and_tell_what_they_send(tmp_path: Path) -> None:
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    flags = ("--host", "fsdp2", "--steps", "3", "--only", "shampoo4", "--trace", tmp_path / "trace")
+    ended = run_really(*torchrun, LAUNCH / "benchmark.py", "ranks", *TINY, *flags, "--output_dir", tmp_path)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count("fsdp2 on 2 ranks") == 1 and "Shampoo4, 4 bits, refresh" in ended.stdout
     rows = rows_of(tmp_path / "ranks.json")

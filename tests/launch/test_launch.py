@@ -190,7 +190,7 @@ def test_checkpoints_of_another_run_are_kept_and_not_continued(tmp_path: Path, o
         (["--learning", "1"], "--learning"),  # no abbreviations
         (["--max_train_steps", "0"], "at least 1"),
         (["--optimizer", "shampoo32", "--bits", "4"], "contradicts"),
-        (["--model", "vit-tiny", "--config_name", "x"], "give one of"),
+        (["--model", "vit-tiny", "--model_name_or_path", "x"], "not both"),
         (["--train_dir", "x", "--dataset_name", "digits"], "--train_dir"),
         (["--checkpointing_steps", "0"], "at least 1"),
         (["--root", "square"], "invalid choice: 'square'"),
@@ -207,7 +207,7 @@ def test_defaults_follow_the_data_set() -> None:
     assert (args.model.model, args.data.augment, args.data.dataset_name) == ("vit-digits", "none", "digits")
     assert parse_args(["--dataset_name", "cifar10"]).data.augment == "flip-crop"
     assert parse_args(["--dataset_name", "cifar10", "--augment", "none"]).data.augment == "none"
-    assert parse_args(["--config_name", "x"]).model.model is None
+    assert parse_args(["--model_name_or_path", "x"]).model.model is None
     rates = [parse_args(["--optimizer", *flags]).training.learning_rate for flags in (["sgd"], ["shampoo4"])]
     assert rates == [0.1, 1e-3]
 
