@@ -100,7 +100,7 @@ class Advice:
     def _on_costs(self, parameters: Sequence[Given]) -> Iterable[str]:
         matrices = [(g, matrix) for g in parameters if (matrix := g.matrix())]
         costly = [(g, matrix) for g, matrix in matrices if matrix.is_costly]
-        total = sum(matrix.nbytes for _, matrix in costly)
+        total = sum(matrix.factor_bytes for _, matrix in costly)
         everything = sum(g.nbytes for g in parameters) + sum(matrix.nbytes for _, matrix in matrices)
         if total < max(_LEAST_BYTES, _LEAST_SHARE * everything):
             return
@@ -124,7 +124,7 @@ class Advice:
 def _cost(given: Given, matrix: Matrix) -> str:
     """What a parameter's factors cost, and a smaller limit of blocks with which they would not."""
     found = (
-        f"{given.name} {tuple(given.shape)} has {format_bytes(matrix.nbytes)} of factors for "
+        f"{given.name} {tuple(given.shape)} has {format_bytes(matrix.factor_bytes)} of factors for "
         f"{format_bytes(given.nbytes)} of values ({matrix.bytes_per_element:.0f} bytes per element"
     )
     limit = matrix.options.max_preconditioner_dim

@@ -108,15 +108,17 @@ def base_value(parameters: Mapping[str, inspect.Parameter], name: str, value: An
     return like(name, value, parameter.default, whole=parameter.annotation in (int, "int"))
 
 
-def expand_preset(group: dict[str, Any], index: int) -> None:
-    """Replace the preset of a parameter group by its options, but for those that the group gives itself; in place."""
-    if "preset" in group:
-        try:
-            options = apply_preset(group)
-        except ValueError as error:
-            raise ValueError(f"param group {index}: {error}") from None
-        del group["preset"]
-        group.update(options)
+def expand_preset(group: dict[str, Any], index: int, method: str) -> None:
+    """Replace the preset of a parameter group by its options, but for those that the group gives itself; in place.
+
+    Add the defaults of the group's method, if it is another than the call's ``method``.
+    """
+    try:
+        options = apply_preset(group, method)
+    except ValueError as error:
+        raise ValueError(f"param group {index}: {error}") from None
+    group.pop("preset", None)
+    group.update(options)
 
 
 def check_group(group: dict[str, Any], index: int, given: Iterable[str], base: Base) -> None:

@@ -143,11 +143,11 @@ class Distributor:
         part, gradients = arrived.part, arrived.gradients
         if gradients is None:
             return None
-        if due.statistics:
-            self.preconditioner.absorb(part.number, part.chosen, gradients)
+        absorb = self.preconditioner.absorb
+        refreshed = absorb(part.number, part.chosen, gradients) if due.statistics else None
         if due.root:
             self.preconditioner.invert(part.number, part.chosen)
-        directions = self.preconditioner.precondition(part.number, part.chosen, gradients)
+        directions = self.preconditioner.precondition(part.number, part.chosen, gradients, refreshed)
         if directions is None:
             return gradients
         self.grafting.note(part.blocks, gradients, directions)

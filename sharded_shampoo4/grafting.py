@@ -41,7 +41,7 @@ class Grafting:
             gradients: (blocks, rows, columns).
             directions: (blocks, rows, columns); scaled in place if they are grafted by block.
         """
-        scope = self._matrices[self._matrix_of_block[blocks[0]]].options.grafting
+        scope = self._matrices[self._matrix_of_block[blocks[0]]].grafting
         if scope == "none":
             return
         with label("graft"):
@@ -107,7 +107,7 @@ class Grafting:
         return [
             index
             for index, (matrix, is_directed) in enumerate(zip(self._matrices, directed, strict=True))
-            if is_directed and matrix.options.grafting == "parameter"
+            if is_directed and matrix.grafting == "parameter"
         ]
 
     def _no_squares(self) -> Tensor:

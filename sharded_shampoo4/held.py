@@ -60,6 +60,11 @@ class HeldParameter:
         """Rows and columns of its matrix; None if it is not preconditioned."""
         return matrix_shape(self.shape) if self.options.precondition and self.trained else None
 
+    @property
+    def is_soap(self) -> bool:
+        """Whether it goes along its direction by itself: the base optimizer neither steps on it nor keeps states."""
+        return self.options.method == "soap" and self.view is not None
+
     def matrix(self, schedule: Mapping[tuple[int, str], Phases]) -> Matrix | None:
         """Its matrix, with fresh factors that are due as ``schedule`` says; None if it is not preconditioned."""
         shape = self.view

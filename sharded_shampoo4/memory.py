@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -101,7 +101,8 @@ def estimate_memory(
     preconditioner = [0] * world_size
     for (index, block), owner in zip(plan.blocks, plan.owners, strict=True):
         preconditioner[owner] += matrices[index].block_bytes(block)
-    base_bytes = made.bytes_on_ranks(dtype, sharding.sizes)
+    alone = [view is not None and options.method == "soap" for view in views]
+    base_bytes = made.bytes_on_ranks(dtype, base_sizes(host, sharding, alone))
     wire = wire_dtype([computed], [options.exchange_dtype == "bfloat16"])
     return MemoryEstimate(preconditioner, base_bytes, [wire.itemsize * count for count in plan.elements_sent()])
 
@@ -143,6 +144,17 @@ def shard_all(host: str, shapes: list[torch.Size], world_size: int, copies: int)
     # A rank with an empty shard keeps the counts of steps all the same.
     sizes = [[shard[rank].stop - shard[rank].start for shard in shards] for rank in range(world_size)]
     return Sharding(shards, sizes)
+
+
+def base_sizes(host: str, sharding: Sharding, alone: Sequence[bool]) -> list[list[int]]:
+    """By rank, the elements of each tensor that the base steps on, where some parameters go ``alone`` (soap)."""
+    if not any(alone):
+        return sharding.sizes
+    left = [shards for shards, without in zip(sharding.shards, alone, strict=True) if not without]
+    lengths = [[shards[rank].length for shards in left] for rank in range(len(sharding.sizes))]
+    if host in ("zero1", "zero2", "zero3"):
+        return [[sum(own)] if sum(own) else [] for own in lengths]
+    return lengths
 
 
 def _shard_in_a_row(shapes: list[torch.Size], world_size: int) -> Sharding:

@@ -27,6 +27,8 @@ from .options import (
     CodeBook,
     GraftingScope,
     LowDtype,
+    Method,
+    MomentDtype,
     PreconditionerOptions,
     Preset,
     Quantize,
@@ -71,6 +73,9 @@ class Shampoo4(SavedStates):
             smallest state. An option that is given beside it wins. One of "paper", "compact". A group's own preset wins
             over the options of the call, but not over those that the group gives itself. (default: None)
         precondition: Precondition the parameters; False leaves them to the base optimizer alone. (default: True)
+        method: What is made of the eigenbases: "shampoo" multiplies gradients by inverse roots and leaves the rest to
+            the base optimizer; "soap" is Adam in the coordinates of the eigenbases, and the base optimizer keeps
+            nothing of a preconditioned parameter. One of "shampoo", "soap". (default: "shampoo")
         bits: Bits per stored matrix element; 32 is the reference Shampoo, which keeps the statistics L and R
             themselves. One of 3, 4, 8, 32. (default: 4)
         quantize: What is quantized: the eigenbases of L and R, or with "preconditioner" L and R, the paper's naive
@@ -105,6 +110,13 @@ class Shampoo4(SavedStates):
             "even", "remainder". (default: "even")
         grafting: Whose gradient norm a direction takes: the parameter's, the block's, or none. One of "parameter",
             "block", "none". (default: "parameter")
+        soap_betas: With method="soap": decay of momentum and second moment, each in [0, 1), per step. (default: (0.95,
+            0.95))
+        soap_eps: With method="soap": what is added to the root of the second moment. (default: 1e-8)
+        momentum_dtype: With method="soap": how the momentum is stored; "int8" is 8 bits with a scale for each block.
+            One of "float32", "bfloat16", "int8". (default: "float32")
+        second_moment_dtype: With method="soap": how the second moment is stored. One of "float32", "bfloat16", "int8".
+            (default: "float32")
         max_failures: Failed updates of a factor in a row before step() raises. A failed update, one with numbers that
             are not finite, leaves the factor as it was. (default: 10)
         matmul_dtype: Type of the matrix products that make a direction; stored states do not depend on it. One of
@@ -139,6 +151,7 @@ class Shampoo4(SavedStates):
         weight_decay: float = 0.0,
         preset: Preset | None = None,
         precondition: bool = True,
+        method: Method = "shampoo",
         bits: Bits = 4,
         quantize: Quantize = "eigenbasis",
         codebook: CodeBook = "linear2",
@@ -159,6 +172,10 @@ class Shampoo4(SavedStates):
         max_preconditioner_dim: int = 1024,
         split: Split = "even",
         grafting: GraftingScope = "parameter",
+        soap_betas: tuple[float, float] = (0.95, 0.95),
+        soap_eps: float = 1e-8,
+        momentum_dtype: MomentDtype = "float32",
+        second_moment_dtype: MomentDtype = "float32",
         max_failures: int = 10,
         matmul_dtype: LowDtype = "float32",
         exchange_dtype: LowDtype = "float32",
@@ -205,7 +222,7 @@ class Shampoo4(SavedStates):
         if "total_steps" in param_group:
             raise TypeError("total_steps is of the whole optimizer: give a param group root_interval instead")
         given = set(param_group)
-        expand_preset(param_group, len(self.param_groups))
+        expand_preset(param_group, len(self.param_groups), self.defaults["method"])
         super().add_param_group(param_group)
         try:
             check_group(param_group, len(self.param_groups) - 1, given, self.base)
@@ -242,14 +259,18 @@ class Shampoo4(SavedStates):
                 loss = closure()
         with own_arithmetic():
             distributor = self._session.current(self.param_groups, self.state, self)
+            updates = self._session.updates
             self._consolidated = {}
             if self._is_dry_step(distributor):
                 self.host.check_state_dict()
-                self.base.make_states(self.param_groups, self.state)
+                with updates.left_to_base(self.param_groups, self.state):
+                    self.base.make_states(self.param_groups, self.state)
             else:
                 distributor.precondition()
                 with self._together_at_first(distributor):
-                    self.base.step(self.param_groups, self.state)
+                    updates.step_along(self.param_groups)
+                    with updates.left_to_base(self.param_groups, self.state):
+                        self.base.step(self.param_groups, self.state)
             self._session.mark_stepped(self.state)
         return loss
 

@@ -26,6 +26,8 @@ ScaleDtype = Literal["float32", "bfloat16"]
 LowDtype = Literal["float32", "bfloat16"]
 Split = Literal["even", "remainder"]
 GraftingScope = Literal["parameter", "block", "none"]
+Method = Literal["shampoo", "soap"]
+MomentDtype = Literal["float32", "bfloat16", "int8"]
 Preset = Literal["paper", "compact"]
 
 
@@ -45,6 +47,12 @@ class PreconditionerOptions:
     """
 
     precondition: bool = _option(True, "Precondition the parameters; False leaves them to the base optimizer alone.")
+    method: Method = _option(
+        "shampoo",
+        'What is made of the eigenbases: "shampoo" multiplies gradients by inverse roots and leaves the rest to the '
+        'base optimizer; "soap" is Adam in the coordinates of the eigenbases, and the base optimizer keeps nothing of '
+        "a preconditioned parameter.",
+    )
     bits: Bits = _option(
         4, "Bits per stored matrix element; 32 is the reference Shampoo, which keeps the statistics L and R themselves."
     )
@@ -96,6 +104,15 @@ class PreconditionerOptions:
         "parameter",
         "Whose gradient norm a direction takes: the parameter's, the block's, or none.",
     )
+    soap_betas: tuple[float, float] = _option(
+        (0.95, 0.95),
+        'With method="soap": decay of momentum and second moment, each in [0, 1), per step.',
+    )
+    soap_eps: float = _option(1e-8, 'With method="soap": what is added to the root of the second moment.')
+    momentum_dtype: MomentDtype = _option(
+        "float32", 'With method="soap": how the momentum is stored; "int8" is 8 bits with a scale for each block.'
+    )
+    second_moment_dtype: MomentDtype = _option("float32", 'With method="soap": how the second moment is stored.')
     max_failures: int = _option(
         10,
         "Failed updates of a factor in a row before step() raises. A failed update, one with numbers that are not "
@@ -122,6 +139,10 @@ class PreconditionerOptions:
             value = _convert(option.name, getattr(self, option.name))
             object.__setattr__(self, option.name, value)
             _check(option.name, value)
+        for name in UNUSED_BY[self.method]:
+            if getattr(self, name) != DEFAULTS[name]:
+                other = "soap" if self.method == "shampoo" else "shampoo"
+                raise ValueError(f"{name}={getattr(self, name)!r} is for method={other!r}, got method={self.method!r}")
         if self.codebook == "normal" and self.quant_block_size < 2:
             raise ValueError("codebook='normal' needs a quant_block_size of at least 2: a block of 1 is its own scale")
         if self.root != "stored" and self.bits == 32:
@@ -155,9 +176,13 @@ class PreconditionerOptions:
         """Return the options that decide the layout of stored bytes: equal ones can read each other's states."""
         if not self.precondition:
             return {"precondition": False}
-        names = ["precondition", "bits", "max_preconditioner_dim", "split"]
+        names = ["precondition", "method", "bits", "max_preconditioner_dim", "split"]
+        if self.method == "soap":
+            names += ["momentum_dtype", "second_moment_dtype"]
         if self.bits != 32:
             names += ["quantize", "codebook", "quant_block_size", "scale_dtype", "root", "min_quant_numel"]
+        elif "int8" in (self.momentum_dtype, self.second_moment_dtype):
+            names += ["quant_block_size", "scale_dtype"]
         return {name: getattr(self, name) for name in names}
 
     def is_quantized(self, order: int) -> bool:
@@ -169,9 +194,14 @@ TYPES: dict[str, Any] = get_type_hints(PreconditionerOptions)
 DEFAULTS: dict[str, Any] = {option.name: option.default for option in fields(PreconditionerOptions)}
 HELP: dict[str, str] = {option.name: option.metadata["help"] for option in fields(PreconditionerOptions)}
 OPTION_NAMES = tuple(DEFAULTS)
+# Options that a method does not use.
+UNUSED_BY: dict[str, tuple[str, ...]] = {
+    "shampoo": ("soap_betas", "soap_eps", "momentum_dtype", "second_moment_dtype"),
+    "soap": ("quantize", "root", "root_interval", "grafting"),
+}
 _LOWEST: dict[str, int | None] = {option.name: option.metadata["lowest"] for option in fields(PreconditionerOptions)}
 _DROPPED = ", which is no longer there, nor are its states read: use 'implicit', which stores less with less error"
-_BEFORE: dict[str, Any] = {"interval_warmup": False}  # what versions did that did not know the option
+_BEFORE: dict[str, Any] = {"interval_warmup": False, "method": "shampoo"}  # what versions did that did not know the option
 _CONVERTERS: dict[type, Any] = {bool: to_boolean, int: to_integer, float: to_number, str: to_word, tuple: to_tuple}
 _cached = functools.lru_cache(maxsize=256, typed=True)(PreconditionerOptions)
 
@@ -180,7 +210,8 @@ def _convert(name: str, value: Any) -> Any:
     """What a value means; one that can mean nothing stays as it was, for :func:`_check` to refuse."""
     refuse_auto(name, value, DEFAULTS[name])
     value = _CONVERTERS[type(DEFAULTS[name])](value)
-    return tuple(map(to_integer, value)) if isinstance(value, tuple) else value
+    convert = to_number if name == "soap_betas" else to_integer
+    return tuple(map(convert, value)) if isinstance(value, tuple) else value
 
 
 def _check(name: str, value: Any) -> None:
@@ -192,10 +223,13 @@ def _check(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be True or False, got {value!r}")
     elif lowest is not None:
         check_integer(name, value, lowest)
-    elif name == "shampoo_beta" and not (_is_number(value) and 0.0 <= value < 1.0):
+    elif name == "shampoo_beta" and not _is_decay(value):
         raise ValueError(f"shampoo_beta must be in [0, 1), got {value!r}")
-    elif name == "matrix_eps" and not (_is_number(value) and 0.0 < value < math.inf):
-        raise ValueError(f"matrix_eps must be a positive number, got {value!r}")
+    elif name in ("matrix_eps", "soap_eps") and not (_is_number(value) and 0.0 < value < math.inf):
+        raise ValueError(f"{name} must be a positive number, got {value!r}")
+    elif name == "soap_betas":
+        if not (isinstance(value, (tuple, list)) and len(value) == 2 and all(map(_is_decay, value))):
+            raise ValueError(f"soap_betas must be two numbers in [0, 1), got {value!r}")
     elif name == "rectify_steps":
         if not (isinstance(value, (tuple, list)) and len(value) == 2):
             raise ValueError(f"rectify_steps must be two integers, for a statistics and a root step, got {value!r}")
@@ -205,6 +239,10 @@ def _check(name: str, value: Any) -> None:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_decay(value: Any) -> bool:
+    return _is_number(value) and 0.0 <= value < 1.0
 
 
 def choose(name: str, value: Any, choices: tuple[Any, ...]) -> None:
@@ -247,6 +285,7 @@ PRESET_HELP = (
 )
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
+        "method": "shampoo",
         "bits": 4,
         "quantize": "eigenbasis",
         "codebook": "linear2",
@@ -263,6 +302,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "grafting": "parameter",
     },
     "compact": {
+        "method": "shampoo",
         "bits": 4,
         "quantize": "eigenbasis",
         "codebook": "normal",
@@ -274,10 +314,31 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def apply_preset(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Replace the ``"preset"`` among the ``given`` options by its options, but for those that are given themselves.
+# Options that have other defaults with a method than those in the signature.
+METHODS: dict[str, dict[str, Any]] = {
+    "soap": {
+        "bits": 8,
+        "statistics_interval": 10,
+        "shampoo_beta": 0.9,
+        "rectify_steps": (0, 0),  # (1, 1) with fewer than 8 bits
+        **{name: DEFAULTS[name] for name in UNUSED_BY["soap"]},
+    },
+}
+METHODS["shampoo"] = {name: DEFAULTS[name] for name in (*METHODS["soap"], *UNUSED_BY["shampoo"])}
+
+
+def apply_preset(given: Mapping[str, Any], method: str = DEFAULTS["method"]) -> dict[str, Any]:
+    """Add to the ``given`` options those of their ``"preset"``, and the defaults of their method.
+
+    Options that are given themselves win over both.
+
+    Args:
+        given: options, and perhaps a preset, which is taken out.
+        method: of options that give none, whose defaults are there already.
 
     >>> apply_preset({"preset": "compact", "bits": 8, "lr": 0.1}) == {**PRESETS["compact"], "bits": 8, "lr": 0.1}
+    True
+    >>> apply_preset({"method": "soap", "bits": 8}) == {**METHODS["soap"], "method": "soap", "bits": 8}
     True
 
     Raises:
@@ -285,11 +346,17 @@ def apply_preset(given: Mapping[str, Any]) -> dict[str, Any]:
     """
     options = dict(given)
     preset = to_word(options.pop("preset", None))
-    if preset is None:
+    if preset is not None:
+        refuse_auto("preset", preset, "compact")
+        choose("preset", preset, get_args(Preset))
+        options = {**PRESETS[preset], **options}
+    chosen = to_word(options.get("method", method))
+    if chosen == method or chosen not in METHODS:  # which the checks refuse
         return options
-    refuse_auto("preset", preset, "compact")
-    choose("preset", preset, get_args(Preset))
-    return {**PRESETS[preset], **options}
+    defaults = dict(METHODS[chosen])
+    if chosen == "soap" and to_integer(options.get("bits", defaults["bits"])) < 8:
+        defaults["rectify_steps"] = (1, 1)
+    return {**defaults, **options}
 
 
 _Constructor = TypeVar("_Constructor", bound=Callable[..., None])

@@ -112,6 +112,8 @@ def _progress(session: Session, parameters: Sequence[_Parameter]) -> str:
     matrices = [matrix for distributor in session.all() for matrix in distributor.matrices]
     steps = max((matrix.step for matrix in matrices), default=0)
     roots = max((matrix.roots for matrix in matrices), default=0)
+    if roots and all(matrix.is_soap for matrix in matrices):
+        return f"Preconditioned: eigenbases were computed {roots} times in {steps} steps."
     if roots:
         return f"Preconditioned: inverse roots were computed {roots} times in {steps} steps."
     begins = [first_root(p.options) for p in parameters if p.trained and p.options.precondition]
@@ -137,7 +139,8 @@ def _describe_parameter(parameter: _Parameter, owners: str) -> tuple[tuple[str, 
         orders = {order for block in matrix.blocks for order in (block.rows, block.columns)}
         bits = sorted({options.bits if options.is_quantized(order) else 32 for order in orders})
         view = f", as {shape[0]} x {shape[1]}" if is_stack(whole) else ""
-        kept = f"yes: {' and '.join(map(str, bits))} bits{view}"
+        method = "" if options.method == "shampoo" else f"{options.method}, "
+        kept = f"yes: {method}{' and '.join(map(str, bits))} bits{view}"
         size = format_bytes(matrix.nbytes)
         if matrix.is_costly:
             size += f", {matrix.bytes_per_element:.0f} per element"

@@ -29,6 +29,7 @@ from .planning.plan import Work
 from .planning.schedule import Phases
 from .report import shorten, warn
 from .state_dict import Loaded, Marks
+from .updates import Updates
 
 
 class _Seen(NamedTuple):
@@ -37,6 +38,7 @@ class _Seen(NamedTuple):
     signature: Signature
     entries: list[HeldParameter]
     distributor: Distributor
+    updates: Updates
 
 
 class Session:
@@ -50,6 +52,7 @@ class Session:
     Attributes:
         loaded: factors that were loaded or set aside, by their parameters, which no distributor has now.
         last: distributor of the last step.
+        updates: who steps on what in the last step.
         marks: of factors, in ``optimizer.state``.
     """
 
@@ -59,7 +62,8 @@ class Session:
         self.chosen = chosen
         self.ranks: Ranks | None = None
         self.loaded: dict[Tensor, Loaded] = {}
-        self.last: Distributor | None = None  # that of the last step
+        self.last: Distributor | None = None
+        self.updates = Updates([])
         self._has_left_word = False
         self._by_key: dict[tuple[Hashable, ...], Distributor] = {}
         self._seen: dict[int, _Seen] = {}  # by the first tensor in a call, what was found in its last step
@@ -106,21 +110,24 @@ class Session:
         raised on every rank.
         """
         ranks = self._start(groups, optimizer, "step()")
-        signature, seen, entries = None, None, []
+        signature, seen, entries, updates = None, None, [], Updates([])
         try:
             signature = self.members.signature(groups)
             seen = self._seen.get(signature.first)
             if seen is None or seen.signature != signature:
                 seen, entries = None, self._check_entries(groups, state)
+                updates = Updates(entries)
         except Exception as found:
             error = error or found
         if seen is not None:
             self.last = self._agree(ranks, seen.entries, seen.distributor, False, state, error, stepping=True)
+            self.updates = seen.updates
         else:
             self.last = self._find(ranks, entries, state, error, stepping=True)
+            self.updates = updates
             if signature is not None:
                 now = {first: seen for first, seen in self._seen.items() if seen.signature.version == signature.version}
-                self._seen = {**now, signature.first: _Seen(signature, entries, self.last)}
+                self._seen = {**now, signature.first: _Seen(signature, entries, self.last, updates)}
         return self.last
 
     def _check_entries(
@@ -147,8 +154,12 @@ class Session:
             for p, holder in zip(distributor.parameters, distributor.holders, strict=True)
             if p is holder
         ]
+        alone = {p for p, entry in self.loaded.items() if entry.options.method == "soap"}
+        for distributor in self.all():
+            pairs = zip(distributor.parameters, distributor.matrices, strict=True)
+            alone |= {p for p, matrix in pairs if matrix.is_soap and matrix.step}
         self.marks = Marks()
-        self.marks.put(state, [p for p in (*attached, *self.loaded) if state.get(p)])
+        self.marks.put(state, [p for p in (*attached, *self.loaded) if state.get(p) or p in alone])
 
     def attach_all(
         self,

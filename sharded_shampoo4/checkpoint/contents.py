@@ -43,8 +43,8 @@ def collect(subject: Subject) -> tuple[dict[str, Any], dict[str, Tensor]]:
         tensors: dict[str, Tensor] = {}
         for (name, entry), writer in zip(subject.trained.items(), writers, strict=True):
             if entry.shard.replica == writer and entry.shard.length:
-                for kind, vector in _vectors(subject, entry):
-                    tensors[key(kind, name)] = interval(vector[entry.in_holder], entry.shard, entry.shape)
+                for kind, part in _parts(subject, entry):
+                    tensors[key(kind, name)] = interval(part, entry.shard, entry.shape)
         for other in subject.saved_untrained:
             if other.shard.replica == first[other.name] and other.shard.length:
                 tensors[key(UNTRAINED, other.name)] = interval(other.held.reshape(-1), other.shard, other.shape)
@@ -118,13 +118,14 @@ def _is_plain(value: Any) -> bool:
     return True
 
 
-def _vectors(subject: Subject, entry: HeldParameter) -> Iterator[tuple[str, Tensor]]:
-    """A holder's values and elementwise base states, flattened, of this rank, each with its kind."""
-    holder = entry.holder
-    yield VALUES, local_tensor(holder).detach().reshape(-1)
-    for kind, value in _base_state(subject, holder).items():
-        if isinstance(value, Tensor) and value.shape == holder.shape:
-            yield kind, floats(value)
+def _parts(subject: Subject, entry: HeldParameter) -> Iterator[tuple[str, Tensor]]:
+    """This rank's elements of a parameter's values and of the base's elementwise states, each with its kind."""
+    yield VALUES, local_tensor(entry.holder).detach().reshape(-1)[entry.in_holder]
+    place, shape = subject.updates.in_states(entry), subject.updates.state_like(entry.holder).shape
+    if place is not None:
+        for kind, value in _base_state(subject, entry.holder).items():
+            if isinstance(value, Tensor) and value.shape == shape:
+                yield kind, floats(value)[place]
 
 
 def _base_state(subject: Subject, holder: Tensor) -> dict[str, Any]:
@@ -134,11 +135,13 @@ def _base_state(subject: Subject, holder: Tensor) -> dict[str, Any]:
 
 def _describe_base(subject: Subject, entry: HeldParameter) -> dict[str, Any]:
     """What the manifest says of the base's states; raises ValueError if they cannot be stored."""
-    holder, described = entry.holder, dict[str, Any]()
-    state = _base_state(subject, holder)
-    subject.optimizer.base.refuse_unportable(entry.name, state, holder.shape)
+    described = dict[str, Any]()
+    if entry.is_soap:
+        return described
+    state, shape = _base_state(subject, entry.holder), subject.updates.state_like(entry.holder).shape
+    subject.optimizer.base.refuse_unportable(entry.name, state, shape)
     for kind, value in state.items():
-        if isinstance(value, Tensor) and value.shape == holder.shape:
+        if isinstance(value, Tensor) and value.shape == shape:
             dtype = "float32" if is_low_bit(value) else str(value.dtype).removeprefix("torch.")
             described[kind] = {"dtype": dtype}
         elif isinstance(value, Tensor):

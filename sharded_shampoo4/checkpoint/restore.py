@@ -55,7 +55,7 @@ def check(manifest: Mapping[str, Any], subject: Subject) -> Fit:
     for here, name in found.trained.items():
         entry = entries[here]
         if saved[name]["base"]:
-            held = torch.Size([local_tensor(entry.holder).numel()])
+            held = torch.Size([local_tensor(subject.updates.state_like(entry.holder)).numel()])
             base.refuse_unportable(here, subject.imagined_states(entry), held)
         options = PreconditionerOptions.of_group(saved[name]["options"])
         refuse_former_levels(manifest["format"], options, f"{here} in the checkpoint")
@@ -129,8 +129,9 @@ class Restoration:
     def _add_states(self, name: str, entry: HeldParameter) -> None:
         saved, holder = self._fit.trained.get(name), entry.holder
         state = self._states.setdefault(holder, {})
-        if saved is None:
-            return  # it was not trained: its states begin anew
+        place, like = self._subject.updates.in_states(entry), self._subject.updates.state_like(holder)
+        if saved is None or place is None:
+            return  # it was not trained, and its states begin anew; or the base has none
         if local_tensor(holder).numel() == 0 and not is_dtensor(holder):
             return  # of FSDP1, which gives it no gradients: its count of steps would stand still
         for kind, described in self._manifest["parameters"][saved]["base"].items():
@@ -139,9 +140,9 @@ class Restoration:
                 continue
             if kind not in state:
                 dtype = self._dtype(entry, kind, getattr(torch, described["dtype"]))
-                state[kind] = torch.zeros_like(holder, dtype=dtype, memory_format=torch.contiguous_format).detach()
+                state[kind] = torch.zeros_like(like, dtype=dtype, memory_format=torch.contiguous_format).detach()
             if entry.shard.length:
-                part = local_tensor(state[kind]).view(-1)[entry.in_holder]
+                part = local_tensor(state[kind]).view(-1)[place]
                 self.tensors[key(kind, self._in_file(saved))] = interval(part, entry.shard, entry.shape)
 
     def _dtype(self, entry: HeldParameter, kind: str, saved: torch.dtype) -> torch.dtype:
@@ -197,7 +198,8 @@ class Restoration:
     def _quantize(self, entry: HeldParameter) -> None:
         """Put low-bit states, which the base itself makes, in the place of the floats that were read."""
         state, group = self._states[entry.holder], self._subject.groups[entry.group]
-        (made,) = self._subject.optimizer.base.states_of([entry.holder], group)
+        like = self._subject.updates.state_like(entry.holder)
+        (made,) = self._subject.optimizer.base.states_of([like], group)
         for kind, value in made.items():
             if kind in state and is_low_bit(value):
                 local_tensor(value).copy_(local_tensor(state[kind]))

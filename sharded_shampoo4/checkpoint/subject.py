@@ -17,6 +17,7 @@ from ..numerics.preconditioner import Matrix
 from ..optimizer import Shampoo4
 from ..placement import local_tensor
 from ..planning.plan import Owned
+from ..updates import Updates
 from .untrained import Untrained, find, of_parameter
 
 
@@ -81,6 +82,11 @@ class Subject:
             return []
         return [other for other in self.untrained if self.frozen or not other.frozen]
 
+    @cached_property
+    def updates(self) -> Updates:
+        """Where the base's states of each parameter are."""
+        return Updates(self._entries)
+
     @property
     def groups(self) -> list[dict[str, Any]]:
         """The optimizer's groups, by the numbers that entries have."""
@@ -108,7 +114,7 @@ class Subject:
 
         They are vectors of this rank's elements of what the base steps on, and numbers.
         """
-        holder = local_tensor(entry.holder)
+        holder = local_tensor(self.updates.state_like(entry.holder))
         key = (entry.group, holder.numel(), holder.dtype)
         if key not in self._imagined:
             made = self.optimizer.base.meta_states([holder.numel()], holder.dtype, self.groups[entry.group])

@@ -25,17 +25,21 @@ def rectify(basis: Tensor, steps: int) -> Tensor:
 
 
 def refresh(
-    eigenvalues: Tensor, basis: Tensor, statistic: Tensor, beta: float, iterations: int = 1
+    eigenvalues: Tensor, basis: Tensor, statistic: Tensor, beta: float, iterations: int = 1, ridge: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """Absorb a statistic, G G^T or G^T G, into eigenvalues (B, n) and ``basis`` (B, n, n): Algorithm 1.
 
     A = beta V diag(eigenvalues) V^T + (1 - beta) statistic; one step of orthogonal iteration, P = QR(A V), started from
     the old basis, or several, P = QR(A P). Returns the Rayleigh quotients diag(P^T A P) and P.
+
+    With a ``ridge`` the iteration is that of A + ridge max(diag(A)) I, which has the same eigenvectors: those of
+    eigenvalues far below the ridge stay as they are, instead of following rounding errors.
     """
     average = beta * linalg.matmul(basis * eigenvalues.unsqueeze(-2), basis.mT) + (1 - beta) * statistic
     image = linalg.matmul(average, basis)
+    shift = ridge * average.diagonal(dim1=-2, dim2=-1).amax(-1).view(-1, 1, 1) if ridge else None
     for _ in range(iterations):
-        basis = linalg.qr(image)
+        basis = linalg.qr(image if shift is None else image + shift * basis)
         image = linalg.matmul(average, basis)
     return (basis * image).sum(-2), basis
 

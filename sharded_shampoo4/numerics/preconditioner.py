@@ -15,11 +15,14 @@ import torch
 from torch import Tensor
 
 from ..labels import label
-from ..options import PreconditionerOptions
+from ..options import GraftingScope, PreconditionerOptions
 from ..planning.blocks import Block, Shard, count_parts, cut_blocks
 from ..planning.plan import Owned, PlannedMatrix
 from ..planning.schedule import TOGETHER, Intervals, Phase, Phases, intervals_at
-from .factors import HEALTH, FactorPool, Index, factor_bytes
+from . import linalg
+from .factors import HEALTH, FactorPool, factor_bytes
+from .moments import MomentPool, Turn, moments_bytes
+from .pool import Index, Pool
 
 # Bytes of factors for an element of their matrix that are worth a warning: twice the states of AdamW, and seven times
 # what 4-bit factors of a square matrix take. Such factors in float32 take 16.
@@ -32,15 +35,23 @@ _PoolKey = tuple[PreconditionerOptions, torch.device, int]
 
 @dataclass(eq=False)
 class Matrix:
-    """A preconditioned parameter and how far its preconditioner has come."""
+    """A preconditioned parameter and how far its preconditioner has come.
+
+    Attributes:
+        dtype: in which directions are computed: float32, or float64 for such parameters.
+        step: optimizer steps with a gradient, counted from 1.
+        roots: root intervals that have passed; before the first, every inverse root is taken for the identity. With
+            method="soap", which has no roots, statistics intervals and the first step.
+        phases: steps at which factors are due, where they are staggered.
+    """
 
     name: str
     shape: tuple[int, int]
     options: PreconditionerOptions
     device: torch.device
-    dtype: torch.dtype = torch.float32  # in which directions are computed: float32, or float64 for such parameters
-    step: int = 0  # optimizer steps with a gradient, counted from 1
-    roots: int = 0  # root intervals that have passed; before the first, every inverse root is taken for the identity
+    dtype: torch.dtype = torch.float32
+    step: int = 0
+    roots: int = 0
     phases: Phases = field(default_factory=dict)
 
     @functools.cached_property
@@ -50,7 +61,25 @@ class Matrix:
     def advance(self) -> None:
         """Count a step."""
         self.step += 1
-        self.roots += _is_due(self.step, self.intervals.root)
+        if self.is_soap:
+            self.roots += self._is_first or _is_due(self.step, self.intervals.statistics)
+        else:
+            self.roots += _is_due(self.step, self.intervals.root)
+
+    @property
+    def is_soap(self) -> bool:
+        """Whether the blocks keep moments, and the base optimizer nothing of this parameter."""
+        return self.options.method == "soap"
+
+    @property
+    def grafting(self) -> GraftingScope:
+        """Whose norm directions take: nobody's with method="soap"."""
+        return "none" if self.is_soap else self.options.grafting
+
+    @property
+    def _is_first(self) -> bool:
+        """Whether this is the first step of method="soap", in which all factors take the gradient's eigenbases."""
+        return self.is_soap and self.step == 1
 
     @property
     def rooted(self) -> bool:
@@ -81,6 +110,9 @@ class Matrix:
     @property
     def due(self) -> Due:
         """What is due in this step for any of its factors."""
+        if self.is_soap:
+            found = _due(self.step, self.intervals._replace(root=0), self._phases_in_use)
+            return Due(True, False, True) if self._is_first else found
         return _due(self.step, self.intervals, self._phases_in_use)
 
     @functools.cached_property
@@ -89,24 +121,31 @@ class Matrix:
 
     def statistics_due(self, block: Block, side: int) -> bool:
         """Whether the left (side 0) or right (1) factor of a block absorbs the gradient in this step."""
-        return _is_due(self.step, self.intervals.statistics, self.phases.get(block, TOGETHER)[side].statistics)
+        return self._is_first or _is_due(self.step, self.intervals.statistics, self.phases.get(block, TOGETHER)[side].statistics)
 
     def root_due(self, block: Block, side: int) -> bool:
         """Whether the left (side 0) or right (1) factor of a block recomputes its root in this step."""
-        return _is_due(self.step, self.intervals.root, self.phases.get(block, TOGETHER)[side].root)
+        return not self.is_soap and _is_due(self.step, self.intervals.root, self.phases.get(block, TOGETHER)[side].root)
 
     @functools.cached_property
-    def nbytes(self) -> int:
+    def factor_bytes(self) -> int:
         """Bytes of all factors of this matrix, without cutting it: it may have very many blocks."""
         rows, columns = self._parts
         left = sum(count * factor_bytes(order, self.options) for order, count in rows)
         right = sum(count * factor_bytes(order, self.options) for order, count in columns)
         return left * sum(count for _, count in columns) + right * sum(count for _, count in rows)
 
+    @functools.cached_property
+    def nbytes(self) -> int:
+        """Bytes of all factors and moments of this matrix."""
+        rows, columns = self._parts
+        moments = sum(m * n * moments_bytes(row, column, self.options) for row, m in rows for column, n in columns)
+        return self.factor_bytes + moments
+
     @property
     def bytes_per_element(self) -> float:
         """Bytes of all factors for each element of this matrix."""
-        return self.nbytes / math.prod(self.shape)
+        return self.factor_bytes / math.prod(self.shape)
 
     @property
     def is_costly(self) -> bool:
@@ -123,8 +162,9 @@ class Matrix:
         return rows, columns
 
     def block_bytes(self, block: Block) -> int:
-        """Bytes of one block's factors."""
-        return factor_bytes(block.rows, self.options) + factor_bytes(block.columns, self.options)
+        """Bytes of one block's factors and moments."""
+        factors = factor_bytes(block.rows, self.options) + factor_bytes(block.columns, self.options)
+        return factors + moments_bytes(block.rows, block.columns, self.options)
 
     def planned(self, shards: Sequence[Shard]) -> PlannedMatrix:
         """Return what a plan must know of it, where these are the shards of all ranks.
@@ -139,7 +179,7 @@ class Matrix:
 
 
 def fresh_block(matrix: Matrix, block: Block) -> Tensor:
-    """The factors of a block of ``matrix`` before any step, as uint8."""
+    """The factors and moments of a block of ``matrix`` before any step, as uint8."""
     owned = Owned(0, block)
     return Preconditioner([matrix], [[owned]]).to_bytes(owned)
 
@@ -188,34 +228,65 @@ def worse(first: list[float] | None, second: list[float]) -> list[float]:
 Sides = tuple[list[int], list[int]]  # which of some blocks' left factors, and which of their right factors
 
 
+class Refreshed(NamedTuple):
+    """What a refresh leaves for the directions of the same step: bases, eigenvectors as columns, and the momentum."""
+
+    left: Tensor  # (k, rows, rows)
+    right: Tensor  # (k, columns, columns)
+    momentum: Tensor  # (k, rows, columns)
+
+
 class BlockBatch:
-    """Equal-shaped blocks whose left factors are neighbors in one pool and right factors in another (or the same)."""
+    """Equal-shaped blocks whose left factors are neighbors in one pool and right factors in another (or the same).
+
+    ``moments`` are those of the blocks, with method="soap".
+    """
 
     def __init__(
-        self, members: list[Owned], left: FactorPool, left_start: int, right: FactorPool, right_start: int
+        self,
+        members: list[Owned],
+        left: FactorPool,
+        left_start: int,
+        right: FactorPool,
+        right_start: int,
+        moments: MomentPool | None,
     ) -> None:
         self.members = members
         self.left, self.left_start = left, left_start
         self.right, self.right_start = right, right_start
+        self.moments = moments
         self._whole = (
             slice(left_start, left_start + len(members)),
             slice(right_start, right_start + len(members)),
         )
 
-    def absorb(self, chosen: Sequence[int], due: Sides, gradients: Tensor) -> None:
+    def absorb(self, chosen: Sequence[int], due: Sides, gradients: Tensor) -> Refreshed | None:
         """Statistics step of those of the ``chosen`` members that are ``due``, by sides.
 
-        ``gradients`` (k, rows, columns) are those of the chosen ones.
+        ``gradients`` (k, rows, columns) are those of the chosen ones. Moments follow their bases: the new ones are
+        returned then.
         """
+        old = None if self.moments is None else self.bases(chosen, gradients.dtype)
         left, right = self._due(chosen, due)
         of_left, of_right = (_some(gradients, which) for which in due)
+        changed: list[Tensor | None] = [None, None]
         if self.left is self.right:
-            self.left.absorb(torch.cat([left, right]), torch.cat([of_left, of_right.mT]))
-            return
-        if due[0]:
-            self.left.absorb(left, of_left)
-        if due[1]:
-            self.right.absorb(right, of_right.mT)
+            both = self.left.absorb(torch.cat([left, right]), torch.cat([of_left, of_right.mT]))
+            changed = list(both.split([len(left), len(right)]))
+        else:
+            if due[0]:
+                changed[0] = self.left.absorb(left, of_left)
+            if due[1]:
+                changed[1] = self.right.absorb(right, of_right.mT)
+        if self.moments is None or old is None:
+            return None
+        new = self.bases(chosen, gradients.dtype)
+        turns = [
+            Turn(side, index_tensor(which, gradients.device), _some(old[side], which), _some(new[side], which), kept)
+            for side, (which, kept) in enumerate(zip(due, changed, strict=True))
+            if kept is not None and which
+        ]
+        return Refreshed(*new, self.moments.rotate(self._run(chosen), turns, gradients.dtype))
 
     def invert(self, chosen: Sequence[int], due: Sides) -> None:
         """Root step of those of the ``chosen`` members that are ``due``, by sides."""
@@ -228,12 +299,30 @@ class BlockBatch:
         if due[1]:
             self.right.invert(right)
 
-    def precondition(self, chosen: Sequence[int], gradients: Tensor) -> Tensor:
-        """Directions L^(-1/4) G R^(-1/4) of the ``chosen`` members, before grafting: (k, rows, columns)."""
-        left, right = self._runs(chosen)
+    def precondition(
+        self, chosen: Sequence[int], gradients: Tensor, steps: Sequence[int], refreshed: Refreshed | None
+    ) -> Tensor:
+        """Directions of the ``chosen`` members, before grafting: (k, rows, columns).
+
+        L^(-1/4) G R^(-1/4), or with moments V_L X V_R^T, where X is what Adam makes of V_L^T G V_R. ``steps`` are the
+        members' counts of steps; ``refreshed`` what :meth:`absorb` has returned in this step, if it was called.
+        """
         dtype = getattr(torch, self.left.options.matmul_dtype) if gradients.dtype == torch.float32 else gradients.dtype
-        half = self.left.root(left, dtype).left_of(gradients.to(dtype))
-        return self.right.root(right, dtype).right_of(half).to(gradients.dtype)
+        if self.moments is None:
+            left, right = self._runs(chosen)
+            half = self.left.root(left, dtype).left_of(gradients.to(dtype))
+            return self.right.root(right, dtype).right_of(half).to(gradients.dtype)
+        bases = refreshed[:2] if refreshed else self.bases(chosen, gradients.dtype)
+        left_basis, right_basis = (basis.to(dtype) for basis in bases)
+        projected = linalg.matmul(linalg.matmul(left_basis.mT, gradients.to(dtype)), right_basis).to(gradients.dtype)
+        momentum = refreshed.momentum if refreshed else None
+        directions = self.moments.direct(self._run(chosen), projected, steps, momentum).to(dtype)
+        return linalg.matmul(linalg.matmul(left_basis, directions), right_basis.mT).to(gradients.dtype)
+
+    def bases(self, chosen: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The rectified eigenbases of the ``chosen`` members, (k, rows, rows) and (k, columns, columns)."""
+        left, right = self._runs(chosen)
+        return self.left.basis(left, dtype), self.right.basis(right, dtype)
 
     def _due(self, chosen: Sequence[int], due: Sides) -> tuple[Tensor, Tensor]:
         """The places in the pools of the left and the right factors that are due."""
@@ -247,6 +336,11 @@ class BlockBatch:
     def _runs(self, chosen: Sequence[int]) -> tuple[Index, Index]:
         """Like :meth:`_positions`, but as slices where all members are chosen: views instead of copies."""
         return self._positions(chosen) if len(chosen) < len(self.members) else self._whole
+
+    def _run(self, chosen: Sequence[int]) -> Index:
+        """The places of the chosen members' moments."""
+        everyone = len(chosen) == len(self.members)
+        return slice(0, len(self.members)) if everyone else index_tensor(chosen, self.left.device)
 
 
 def _some(gradients: Tensor, which: Sequence[int]) -> Tensor:
@@ -270,6 +364,7 @@ class Preconditioner:
         self.matrices = list(matrices)
         self.batches: list[BlockBatch] = []
         self._places: dict[Owned, tuple[Place, Place]] = {}  # of a block: its left and its right factor
+        self._moments_of: dict[Owned, tuple[MomentPool | None, int]] = {}
         sizes: dict[_PoolKey, int] = {}
         starts: list[tuple[tuple[_PoolKey, int], tuple[_PoolKey, int]]] = []
         for members in batches:
@@ -284,22 +379,35 @@ class Preconditioner:
         pools = {key: FactorPool(key[2], count, key[0], key[1]) for key, count in sizes.items()}
         self.pools = list(pools.values())
         for members, ((left, left_start), (right, right_start)) in zip(batches, starts, strict=True):
-            self.batches.append(BlockBatch(list(members), pools[left], left_start, pools[right], right_start))
+            moments = self._moments(members)
+            self.batches.append(BlockBatch(list(members), pools[left], left_start, pools[right], right_start, moments))
             for offset, owned in enumerate(members):
                 self._places[owned] = (pools[left], left_start + offset), (pools[right], right_start + offset)
+                self._moments_of[owned] = moments, offset
 
-    def absorb(self, number: int, chosen: Sequence[int], gradients: Tensor) -> None:
+    def _moments(self, members: Sequence[Owned]) -> MomentPool | None:
+        """The moments of a batch, if it has any."""
+        matrix, block = self.matrices[members[0].matrix], members[0].block
+        if not matrix.is_soap:
+            return None
+        return MomentPool((block.rows, block.columns), len(members), matrix.options, matrix.device)
+
+    def absorb(self, number: int, chosen: Sequence[int], gradients: Tensor) -> Refreshed | None:
         """Absorb gradients into the statistics that are due in this step.
 
         Args:
             number: of a batch.
             chosen: positions in it.
             gradients: of the chosen blocks, (chosen, rows, columns).
+
+        Returns:
+            what :meth:`precondition` takes, where it has been computed.
         """
         due = self._sides(number, chosen, Matrix.statistics_due)
-        if any(due):
-            with label("statistics"):
-                self.batches[number].absorb(chosen, due, gradients)
+        if not any(due):
+            return None
+        with label("statistics"):
+            return self.batches[number].absorb(chosen, due, gradients)
 
     def invert(self, number: int, chosen: Sequence[int]) -> None:
         """Recompute the inverse roots of the ``chosen`` blocks of a batch that are due in this step."""
@@ -308,16 +416,19 @@ class Preconditioner:
             with label("roots"):
                 self.batches[number].invert(chosen, due)
 
-    def precondition(self, number: int, chosen: Sequence[int], gradients: Tensor) -> Tensor | None:
+    def precondition(
+        self, number: int, chosen: Sequence[int], gradients: Tensor, refreshed: Refreshed | None = None
+    ) -> Tensor | None:
         """Directions of the ``chosen`` blocks of a batch before grafting, (chosen, rows, columns).
 
         None before the first roots, where the direction is the gradient.
         """
         batch = self.batches[number]
-        if not any(self.matrices[batch.members[position].matrix].rooted for position in chosen):
+        matrices = [self.matrices[batch.members[position].matrix] for position in chosen]
+        if not any(matrix.rooted for matrix in matrices):
             return None
         with label("precondition"):
-            return batch.precondition(chosen, gradients)
+            return batch.precondition(chosen, gradients, [matrix.step for matrix in matrices], refreshed)
 
     def _sides(self, number: int, chosen: Sequence[int], is_due: Callable[[Matrix, Block, int], bool]) -> Sides:
         """Which of the ``chosen`` blocks of a batch have a left factor that is due, and which a right one."""
@@ -358,16 +469,21 @@ class Preconditioner:
         return worst
 
     def to_bytes(self, owned: Owned) -> Tensor:
-        """The left and the right factor of a block of this rank, as uint8."""
-        return torch.cat([pool.to_bytes(at) for pool, at in self._places[owned]])
+        """The left and the right factor of a block of this rank, and its moments, as uint8."""
+        return torch.cat([pool.to_bytes(at) for pool, at in self._kept(owned)])
 
     def from_bytes(self, owned: Owned, data: Tensor) -> None:
         """Restore what :meth:`to_bytes` gave for a block of the same shape and options."""
-        (left, left_at), (right, right_at) = self._places[owned]
-        size = factor_bytes(left.order, left.options)
-        left.from_bytes(left_at, data[:size])
-        right.from_bytes(right_at, data[size:])
+        for pool, at in self._kept(owned):
+            pool.from_bytes(at, data[: pool.member_bytes])
+            data = data[pool.member_bytes :]
+
+    def _kept(self, owned: Owned) -> list[tuple[Pool, int]]:
+        """Where all that is kept of a block lies."""
+        moments, at = self._moments_of[owned]
+        return [*self._places[owned], *([] if moments is None else [(moments, at)])]
 
     @property
     def nbytes(self) -> int:
-        return sum(pool.nbytes for pool in self.pools)
+        moments = sum(batch.moments.nbytes for batch in self.batches if batch.moments is not None)
+        return sum(pool.nbytes for pool in self.pools) + moments

@@ -61,6 +61,8 @@ def _doubled(limit: int) -> int:
 
 def first_root(options: PreconditionerOptions) -> int:
     """The step at which directions begin."""
+    if options.method == "soap":
+        return 1
     if options.interval_warmup:
         return min(options.root_interval, 2 * _FIRST)
     return options.root_interval
@@ -102,6 +104,8 @@ def _work(order: int, options: PreconditionerOptions) -> tuple[int, int]:
     Cubes are for products and factorizations; squares for quantization, which takes as long as products with 128
     columns do (measured on CPUs).
     """
+    if options.method == "soap":
+        return order**2 * (order + 128), 0
     if not options.is_quantized(order) or options.quantize != "eigenbasis":
         return order**2, order**3  # eigh; statistics are a product only
     cost = order**2 * (order + 128)

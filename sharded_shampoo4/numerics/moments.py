@@ -1,0 +1,141 @@
+"""Momentum and second moments of blocks in the coordinates of their eigenbases: what makes Shampoo's bases SOAP.
+
+Source: SOAP (Vyas et al., arXiv 2409.11321); the same rule is called eigenvalue-corrected Shampoo in arXiv 2506.03595.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..options import PreconditionerOptions
+from . import linalg
+from .pool import Coding, Index, Layout, Pool, layout_bytes
+
+
+def moments_layout(rows: int, columns: int, options: PreconditionerOptions) -> Layout:
+    """Name, shape and type of every tensor that the moments of one block keep; nothing but with method="soap".
+
+    ``momentum`` and ``second_moment`` (rows, columns) as they are, or in 8 bits: of the second moment its square roots.
+    """
+    if options.method != "soap":
+        return {}
+    layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    for name, kept in (("momentum", options.momentum_dtype), ("second_moment", options.second_moment_dtype)):
+        if kept == "int8":
+            layout.update(_coding(options).layout(name, rows, columns))
+        else:
+            layout[name] = ((rows, columns), getattr(torch, kept))
+    return layout
+
+
+def _coding(options: PreconditionerOptions) -> Coding:
+    scale_dtype: torch.dtype = getattr(torch, options.scale_dtype)
+    return Coding("dynamic_tree", 8, options.quant_block_size, scale_dtype)
+
+
+def moments_bytes(rows: int, columns: int, options: PreconditionerOptions) -> int:
+    """Bytes that the moments of one block keep."""
+    return layout_bytes(moments_layout(rows, columns, options))
+
+
+class Turn(NamedTuple):
+    """New bases on one side of some blocks.
+
+    Attributes:
+        side: 0 for left bases, 1 for right ones.
+        which: positions of the blocks, int64 (k,).
+        old, new: eigenvectors before and after, as columns, (k, n, n).
+        changed: which of them are new at all, bool (k,).
+    """
+
+    side: int
+    which: Tensor
+    old: Tensor
+    new: Tensor
+    changed: Tensor
+
+
+class MomentPool(Pool):
+    """The moments of ``count`` blocks of (rows, columns) elements with the same options, on one device; zero at first.
+
+    Momentum and second moment are the running averages of P and P * P, where P = V_L^T G V_R is a block's gradient in
+    the coordinates of its eigenbases.
+    """
+
+    def __init__(
+        self, shape: tuple[int, int], count: int, options: PreconditionerOptions, device: torch.device
+    ) -> None:
+        super().__init__(moments_layout(*shape, options), count, _coding(options), device)
+        self.columns = shape[1]
+        self.options = options
+
+    def rotate(self, where: Index, turns: Sequence[Turn], dtype: torch.dtype) -> Tensor:
+        """Express the momentum of blocks in their new bases.
+
+        Args:
+            where: the blocks.
+            turns: at most one for each side.
+            dtype: in which to compute.
+
+        Returns:
+            Tensor: the momentum (k, rows, columns) before it is rounded to what is stored.
+        """
+        momentum = self.decode("momentum", where, self.columns).to(dtype)
+        for side, which, old, new, changed in turns:
+            part = momentum[which]
+            if side == 0:
+                turned = linalg.matmul(new.mT, linalg.matmul(old, part))
+            else:
+                turned = linalg.matmul(linalg.matmul(part, old.mT), new)
+            turned = torch.where(changed.view(-1, 1, 1), turned, part)
+            momentum = momentum.index_copy(0, which, turned)
+        self._store("momentum", where, momentum)
+        return momentum
+
+    def direct(
+        self, where: Index, projected: Tensor, steps: Sequence[int], momentum: Tensor | None = None
+    ) -> Tensor:
+        """Absorb gradients, and return directions: M / (1 - b1^t) / (sqrt(D / (1 - b2^t)) + eps).
+
+        Args:
+            where: the blocks.
+            projected: P of each, (k, rows, columns); is overwritten.
+            steps: t, the count of steps of each block, this one among them.
+            momentum: what :meth:`rotate` has returned in this step, if it was called.
+
+        Returns:
+            Tensor: directions (k, rows, columns) in the coordinates of the eigenbases.
+        """
+        first, second = self.options.soap_betas
+        # Products and sums apart: as one operation, they may be rounded otherwise at another place in memory.
+        if momentum is None:
+            momentum = self.decode("momentum", where, self.columns).to(projected.dtype)
+        momentum = momentum * first
+        momentum += projected * (1 - first)
+        moment = self.decode("second_moment", where, self.columns).to(projected.dtype)
+        if self.options.second_moment_dtype == "int8":
+            moment = moment.square()
+        moment = moment * second
+        moment += projected.square_().mul_(1 - second)
+        self._store("momentum", where, momentum)
+        roots = moment.sqrt()
+        self._store("second_moment", where, roots if self.options.second_moment_dtype == "int8" else moment)
+        unbiased = [1 - first**step for step in steps]
+        ratio = [one / (1 - second**step) ** 0.5 for one, step in zip(unbiased, steps, strict=True)]
+        roots = roots.mul_(_each(ratio, roots)).add_(_each([self.options.soap_eps * one for one in unbiased], roots))
+        return momentum.div_(roots)
+
+    def _store(self, name: str, where: Index, values: Tensor) -> None:
+        for key, value in self.encode(name, values).items():
+            self.tensors[key][where] = value
+
+
+def _each(numbers: Sequence[float], like: Tensor) -> Tensor | float:
+    """One number for each block, as a plain number where all are equal, which copies nothing to the device."""
+    if all(number == numbers[0] for number in numbers):
+        return numbers[0]
+    return torch.tensor(numbers, dtype=like.dtype, device=like.device).view(-1, 1, 1)

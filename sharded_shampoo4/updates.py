@@ -1,0 +1,126 @@
+"""Who steps on what: matrices of method="soap" go along their directions, all else is the base optimizer's.
+
+Where a param group holds parameters, each of them is one or the other. A flat tensor of ZeRO has parts of both: the base
+then steps on a vector of its own parts, and keeps states for these only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .held import HeldParameter
+from .placement import local_tensor
+
+
+class Updates:
+    """How the tensors in the param groups are shared between soap's steps and the base optimizer's.
+
+    Args:
+        entries: all parameters that a step is about.
+    """
+
+    def __init__(self, entries: Sequence[HeldParameter]) -> None:
+        self._along: dict[Tensor, list[slice]] = {}  # by holder with a soap matrix, where these lie in it
+        self._left: dict[Tensor, list[slice]] = {}  # and where the base's parameters do
+        self._in_states: dict[str, slice] = {}  # by name, where a parameter lies in the vectors of the base's states
+        holders = {entry.holder for entry in entries if entry.is_soap}
+        for entry in entries:
+            if entry.holder not in holders or not entry.trained:
+                continue
+            parts = (self._along if entry.is_soap else self._left).setdefault(entry.holder, [])
+            if not entry.is_soap:
+                start = sum(part.stop - part.start for part in parts)
+                self._in_states[entry.name] = slice(start, start + entry.shard.length)
+            if entry.shard.length:
+                parts.append(entry.in_holder)
+
+    def step_along(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Take soap's steps: W <- (1 - lr weight_decay) W - lr direction; directions stand in the gradients.
+
+        The weight decay is decoupled, as AdamW's, whatever the base's is.
+        """
+        for group in groups:
+            weights, directions = [], []
+            for holder in group["params"]:
+                if holder not in self._along or holder.grad is None:
+                    continue
+                flat, gradient = local_tensor(holder), local_tensor(holder.grad)
+                whole = self._along[holder] == [slice(0, flat.numel())]
+                for part in self._along[holder] if flat.numel() else ():
+                    weights.append(flat if whole else flat.view(-1)[part])
+                    directions.append(gradient if whole else gradient.view(-1)[part])
+            if weights:
+                _step_along(weights, directions, group["lr"], group.get("weight_decay", 0.0))
+
+    @contextlib.contextmanager
+    def left_to_base(
+        self, groups: Sequence[dict[str, Any]], states: MutableMapping[Tensor, Any]
+    ) -> Iterator[None]:
+        """Leave in ``groups`` only what the base steps on, with its ``states``; put everything back at the end."""
+        if not self._along:
+            yield
+            return
+        standing = [group["params"] for group in groups]
+        gathered: dict[Tensor, Tensor] = {}  # the base's vector, by its holder
+        try:
+            for group in groups:
+                group["params"] = [self._share(p, gathered) for p in group["params"] if self._has_share(p)]
+            for holder, vector in gathered.items():
+                if states.get(holder):
+                    states[vector] = states.pop(holder)
+            yield
+        finally:
+            for group, params in zip(groups, standing, strict=True):
+                group["params"] = params
+            for holder, vector in gathered.items():
+                if vector in states:
+                    states[holder] = states.pop(vector)
+                lengths = [part.stop - part.start for part in self._left[holder]]
+                for part, values in zip(self._left[holder], vector.detach().split(lengths), strict=True):
+                    holder.detach()[part].copy_(values)
+
+    def _has_share(self, holder: Tensor) -> bool:
+        return holder not in self._along or bool(self._left.get(holder))
+
+    def _share(self, holder: Tensor, gathered: dict[Tensor, Tensor]) -> Tensor:
+        """What the base steps on: the tensor itself, or a vector of its parts."""
+        if holder not in self._along:
+            return holder
+        vector = torch.nn.Parameter(torch.cat([holder.detach()[part] for part in self._left[holder]]))
+        if holder.grad is not None:
+            vector.grad = torch.cat([holder.grad[part] for part in self._left[holder]])
+        gathered[holder] = vector
+        return vector
+
+    # -- where the base's states are -----------------------------------------------------------------------------------
+
+    def in_states(self, entry: HeldParameter) -> slice | None:
+        """Return where a parameter's elements are in the base's flattened states; None if it keeps none."""
+        if entry.is_soap:
+            return None
+        own = self._in_states.get(entry.name)
+        return entry.in_holder if own is None else own
+
+    def state_like(self, holder: Tensor) -> Tensor:
+        """Return what has the shape of the base's states of ``holder``: itself, or a vector of the base's parts."""
+        if holder not in self._along:
+            return holder
+        return holder.detach().new_empty(sum(part.stop - part.start for part in self._left.get(holder, ())))
+
+
+def _step_along(weights: list[Tensor], directions: list[Tensor], lr: Any, weight_decay: Any) -> None:
+    if isinstance(lr, Tensor) and lr.device.type == "cpu":
+        lr = float(lr)
+    decay = 1 - lr * weight_decay
+    if isinstance(lr, Tensor) or weight_decay:
+        torch._foreach_mul_(weights, decay)
+    if not isinstance(lr, Tensor):
+        torch._foreach_add_(weights, directions, alpha=-lr)
+        return
+    for weight, direction in zip(weights, directions, strict=True):
+        weight.addcmul_(direction, -lr)

@@ -1,0 +1,153 @@
+"""A small, slow reference of SOAP in low-bit eigenbases (arXiv 2409.11321, with bases as in 4-bit Shampoo) for tests.
+
+One block at a time, no packing, no batching. A basis is absorbed from the gradient of a refresh alone, by one step of
+orthogonal iteration, A V + ridge V = Q R, as the library documents it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .reference import CODEBOOKS, Reference, chunks, dequantize, quantize, rectify
+
+
+class Basis:
+    """Eigenvalues and eigenvectors of one side of a block; vectors as codes, or in float32 where `codebook` is None."""
+
+    def __init__(self, order: int, codebook: Tensor | None, block: int, beta: float, matrix_eps: float,
+                 rectify_steps: tuple[int, int], dtype: torch.dtype, **way: Any) -> None:  # fmt: skip
+        self.codebook, self.block, self.way, self.beta, self.eps = codebook, block, way, beta, matrix_eps
+        self.rectify_steps, self.dtype = (0, 0) if codebook is None else rectify_steps, dtype
+        self.eigenvalues = torch.zeros(order)
+        self._store(torch.eye(order))
+
+    def _store(self, vectors: Tensor) -> None:
+        if self.codebook is None:
+            self.plain = vectors.float()
+        else:
+            self.codes, self.scales = quantize(vectors.T, self.codebook, self.block, **self.way)
+
+    def vectors(self) -> Tensor:
+        """V as it is used in a step, eigenvectors as columns, float32."""
+        return rectify(self._stored(), self.rectify_steps[1])
+
+    def _stored(self) -> Tensor:
+        if self.codebook is None:
+            return self.plain
+        return dequantize(self.codes, self.scales, self.codebook, self.block).T
+
+    def refresh(self, gradient: Tensor) -> None:
+        """Absorb G G^T; nothing happens if G is zero or the result is not finite."""
+        if not gradient.any():
+            return
+        g = gradient.to(self.dtype)
+        v = rectify(self._stored().to(self.dtype), self.rectify_steps[0])
+        a = self.beta * v @ torch.diag(self.eigenvalues.to(self.dtype)) @ v.T + (1 - self.beta) * g @ g.T
+        q = torch.linalg.qr(a @ v + self.eps * a.diagonal().max() * v).Q
+        if q.isfinite().all():
+            self.eigenvalues = (q.T @ a @ q).diagonal().float()
+            self._store(q)
+
+
+class Moment:
+    """A matrix in float32, bfloat16, or 8 bits ("dynamic_tree"), as which it is kept between steps."""
+
+    def __init__(self, shape: tuple[int, int], kept: str, block: int, scale_dtype: torch.dtype) -> None:
+        self.kept, self.block, self.scale_dtype = kept, block, scale_dtype
+        self.value = torch.zeros(shape)
+
+    def store(self, value: Tensor) -> None:
+        if self.kept == "int8":
+            book = CODEBOOKS["dynamic_tree"](8)
+            stored = quantize(value, book, self.block, scale_dtype=self.scale_dtype)
+            self.value = dequantize(*stored, book, self.block)
+        else:
+            self.value = value.to(getattr(torch, self.kept)).float()
+
+
+class SoapReference:
+    """Gradients in, directions out. `bases[index, row, column]` are the two sides of a block, as Reference.blocks.
+
+    A parameter that is no matrix keeps its gradient.
+    """
+
+    def __init__(
+        self,
+        shapes: Sequence[Sequence[int]],
+        *,
+        bits: int = 8,
+        codebook: str | Tensor = "linear2",
+        quant_block_size: int = 64,
+        scale_dtype: str = "float32",
+        min_quant_numel: int = 4096,
+        shampoo_beta: float = 0.9,
+        matrix_eps: float = 1e-6,
+        statistics_interval: int = 10,
+        rectify_steps: tuple[int, int] = (0, 0),
+        refresh_dtype: str = "float64",
+        max_preconditioner_dim: int = 1024,
+        soap_betas: tuple[float, float] = (0.95, 0.95),
+        soap_eps: float = 1e-8,
+        momentum_dtype: str = "float32",
+        second_moment_dtype: str = "float32",
+    ) -> None:
+        self.shapes, self.interval = [tuple(shape) for shape in shapes], statistics_interval
+        self.betas, self.eps, self.t = soap_betas, soap_eps, [0] * len(shapes)
+        self.roots_kept = second_moment_dtype == "int8"
+        scales: torch.dtype = getattr(torch, scale_dtype)
+        named = isinstance(codebook, str)
+        levels = CODEBOOKS[codebook](bits) if named and bits < 32 else codebook
+        way: dict[str, Any] = {"scale_dtype": scales, "search": not named}
+        self.blocks: dict[tuple[int, int, int], tuple[Basis, Basis, Moment, Moment, tuple[int, int]]] = {}
+        for index, shape in enumerate(self.shapes):
+            matrix = Reference.matrix_shape(shape)
+            rows = chunks(matrix[0], max_preconditioner_dim, "even") if matrix else []
+            columns = chunks(matrix[1], max_preconditioner_dim, "even") if matrix else []
+            for r0, r1 in rows:
+                for c0, c1 in columns:
+                    sides = [
+                        Basis(order, levels if bits < 32 and order**2 >= min_quant_numel else None, quant_block_size,
+                              shampoo_beta, matrix_eps, rectify_steps, getattr(torch, refresh_dtype), **way)
+                        for order in (r1 - r0, c1 - c0)
+                    ]  # fmt: skip
+                    kept = [
+                        Moment((r1 - r0, c1 - c0), dtype, quant_block_size, scales)
+                        for dtype in (momentum_dtype, second_moment_dtype)
+                    ]
+                    self.blocks[index, r0, c0] = (sides[0], sides[1], kept[0], kept[1], (r1, c1))
+
+    def step(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """One step; None stays None and does not advance that parameter's t."""
+        return [None if g is None else self._direction(i, g.detach().float()) for i, g in enumerate(gradients)]
+
+    def _direction(self, index: int, gradient: Tensor) -> Tensor:
+        self.t[index] += 1
+        shape = Reference.matrix_shape(self.shapes[index])
+        if shape is None:
+            return gradient.clone()
+        matrix = gradient.reshape(shape)
+        out = torch.empty_like(matrix)
+        for (own, r0, c0), (left, right, momentum, moment, (r1, c1)) in self.blocks.items():
+            if own == index:
+                out[r0:r1, c0:c1] = self._block(self.t[index], matrix[r0:r1, c0:c1], left, right, momentum, moment)
+        return out.reshape(gradient.shape)
+
+    def _block(self, t: int, g: Tensor, left: Basis, right: Basis, momentum: Moment, moment: Moment) -> Tensor:
+        kept = momentum.value
+        if t == 1 or t % self.interval == 0:
+            whole = left.vectors() @ kept @ right.vectors().T
+            left.refresh(g)
+            right.refresh(g.T)
+            kept = left.vectors().T @ whole @ right.vectors()
+        v, w = left.vectors(), right.vectors()
+        b1, b2 = self.betas
+        p = v.T @ g @ w
+        m = b1 * kept + (1 - b1) * p
+        d = b2 * (moment.value**2 if self.roots_kept else moment.value) + (1 - b2) * p**2
+        momentum.store(m)
+        moment.store(d.sqrt() if self.roots_kept else d)
+        return v @ ((m / (1 - b1**t)) / ((d / (1 - b2**t)).sqrt() + self.eps)) @ w.T

@@ -1,0 +1,43 @@
+"""method="soap" in one process: its directions against the slow reference, its states, and what it leaves to the base."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.directions import Directions, replayed
+from support.soap_reference import SoapReference
+from torch import nn
+
+from sharded_shampoo4 import Shampoo4
+from sharded_shampoo4.numerics import quantization
+
+SHAPES = [(64, 64), (65, 48), (130, 96), (48, 3, 5, 2), (96, 200), (7,)]
+OPTIONS = {
+    "32 bits": {"bits": 32},
+    "8 bits": {},
+    "4 bits": {"bits": 4},
+    "normal, bfloat16 scales": {"bits": 4, "codebook": "normal", "scale_dtype": "bfloat16"},
+    "everything quantized, rectified": {"bits": 8, "min_quant_numel": 0, "rectify_steps": (1, 2)},
+    "other constants": {"bits": 32, "soap_betas": (0.8, 0.99), "soap_eps": 1e-3, "shampoo_beta": 0.5},
+    "bfloat16 moments": {"momentum_dtype": "bfloat16", "second_moment_dtype": "bfloat16"},
+    "8-bit moments": {"momentum_dtype": "int8", "second_moment_dtype": "int8"},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_directions(name: str) -> None:
+    """Equal up to rounding. Where a stored value is within rounding of the boundary of two levels, it may differ."""
+    options = {"statistics_interval": 3, "max_preconditioner_dim": 100, **OPTIONS[name]}
+    fast = Directions(SHAPES, method="soap", interval_warmup=False, **options)
+    if options.get("codebook") == "normal":
+        options["codebook"] = quantization.normal(options["bits"], 64)
+    if options.get("bits") == 4:
+        options.setdefault("rectify_steps", (1, 1))
+    slow = SoapReference(SHAPES, **options)
+    differences = []
+    for gradients in replayed(SHAPES, 14):
+        for ours, theirs in zip(fast.step(gradients), slow.step(gradients), strict=True):
+            differences.append(((ours - theirs).norm() / theirs.norm()).item())
+    rounded = "moments" in name
+    assert sorted(differences)[len(differences) * 3 // 4] < (2e-3 if rounded else 2e-5), sorted(differences)[-12:]
+    assert max(differences) < 5e-2, sorted(differences)[-8:]
