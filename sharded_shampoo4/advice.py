@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .numerics.preconditioner import COSTLY_BYTES, Matrix
+from .numerics.matrix import COSTLY_BYTES, Matrix
 from .options import PreconditionerOptions
 from .planning.blocks import is_stack, matrix_shape
 from .planning.schedule import first_root

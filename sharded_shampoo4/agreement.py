@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from .comm.ranks import OWN_MODELS, Ranks
-from .numerics.preconditioner import Matrix
+from .numerics.matrix import Matrix
 from .options import OPTION_NAMES
 from .planning.blocks import Shard
 from .report import shorten

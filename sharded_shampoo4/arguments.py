@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import field, fields, make_dataclass
-from typing import Any, get_origin
+from typing import Any, get_args, get_origin
 
 from .options import DEFAULTS, HELP, PRESET_HELP, TYPES, Preset
 
@@ -14,7 +14,8 @@ def _field(name: str, kind: Any, help: str, default: Any) -> tuple[str, Any, Any
     if kind is bool:
         metadata |= {"nargs": "?", "const": True}  # --compile as well as --compile true
     if get_origin(kind) is tuple:
-        kind, metadata["metavar"] = list[int], "STEPS"
+        whole = get_args(kind)[0] is int
+        kind, metadata["metavar"] = (list[int], "STEPS") if whole else (list[float], "DECAY")
     return name, kind | None, field(default=None, metadata=metadata)
 
 

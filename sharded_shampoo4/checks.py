@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .held import HeldParameter
 from .members import Members
-from .numerics.preconditioner import Matrix
+from .numerics.matrix import Matrix
 from .report import shorten, warn
 
 

@@ -16,7 +16,8 @@ from .comm.exchange import Arrived, Exchange
 from .comm.ranks import OWN_MODELS, DeferredErrors, Ranks
 from .grafting import Grafting
 from .held import HeldParameter
-from .numerics.preconditioner import Due, Matrix, Preconditioner, fresh_block
+from .numerics.matrix import Due, Matrix
+from .numerics.preconditioner import Preconditioner, fresh_block
 from .placement import local_tensor
 from .planning.plan import Owned, Plan, Work
 

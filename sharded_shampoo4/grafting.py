@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .comm.ranks import DeferredErrors, Ranks
 from .labels import label
-from .numerics.preconditioner import Matrix, index_tensor
+from .numerics.batches import index_tensor
+from .numerics.matrix import Matrix
 from .planning.plan import Plan
 
 _SMALL, _LARGE = 1e-12, 1e18  # norms of blocks between which the squares of float32 rows are exact enough

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .hosts import Host
-from .numerics.preconditioner import Matrix
+from .numerics.matrix import Matrix
 from .options import PreconditionerOptions
 from .planning.blocks import Shard, matrix_shape
 from .planning.schedule import Phases

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .base import Base
 from .comm.exchange import wire_dtype
-from .numerics.preconditioner import Matrix
+from .numerics.matrix import Matrix
 from .options import OPTION_NAMES, PreconditionerOptions, apply_preset
 from .planning.blocks import Shard, matrix_shape
 from .planning.plan import Plan

@@ -201,7 +201,10 @@ UNUSED_BY: dict[str, tuple[str, ...]] = {
 }
 _LOWEST: dict[str, int | None] = {option.name: option.metadata["lowest"] for option in fields(PreconditionerOptions)}
 _DROPPED = ", which is no longer there, nor are its states read: use 'implicit', which stores less with less error"
-_BEFORE: dict[str, Any] = {"interval_warmup": False, "method": "shampoo"}  # what versions did that did not know the option
+_BEFORE: dict[str, Any] = {
+    "interval_warmup": False,
+    "method": "shampoo",
+}  # what versions did that did not know the option
 _CONVERTERS: dict[type, Any] = {bool: to_boolean, int: to_integer, float: to_number, str: to_word, tuple: to_tuple}
 _cached = functools.lru_cache(maxsize=256, typed=True)(PreconditionerOptions)
 

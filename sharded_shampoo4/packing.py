@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from .comm.ranks import Ranks
-from .numerics.preconditioner import Matrix, fresh_block
+from .numerics.matrix import Matrix
+from .numerics.preconditioner import fresh_block
 from .options import PreconditionerOptions
 from .planning.blocks import Block
 from .planning.plan import Owned

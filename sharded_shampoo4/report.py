@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .numerics.factors import HEALTH
-from .numerics.preconditioner import Matrix
+from .numerics.matrix import Matrix
 from .options import PreconditionerOptions
 from .planning.blocks import is_stack, matrix_shape
 from .planning.schedule import first_root

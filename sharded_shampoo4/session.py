@@ -23,7 +23,8 @@ from .distributor import Distributor
 from .held import HeldParameter, Signature
 from .hosts import Host
 from .members import Members
-from .numerics.preconditioner import Matrix, worse
+from .numerics.matrix import Matrix
+from .numerics.preconditioner import worse
 from .placement import process_group
 from .planning.plan import Work
 from .planning.schedule import Phases

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .comm.ranks import DeferredErrors
 from .names import match_names
-from .numerics.preconditioner import Matrix
+from .numerics.matrix import Matrix
 from .options import PreconditionerOptions
 from .packing import PackedPieces, PackedState, fresh_bytes, pack, pack_pieces, refuse_former_levels, shaping_difference
 from .placement import is_dtensor, shard_vector

@@ -1,7 +1,7 @@
 """Who steps on what: matrices of method="soap" go along their directions, all else is the base optimizer's.
 
-Where a param group holds parameters, each of them is one or the other. A flat tensor of ZeRO has parts of both: the base
-then steps on a vector of its own parts, and keeps states for these only.
+Where a param group holds parameters, each of them is one or the other. A flat tensor of ZeRO has parts of both: the
+base then steps on a vector of its own parts, and keeps states for these only.
 """
 
 from __future__ import annotations
@@ -58,9 +58,7 @@ class Updates:
                 _step_along(weights, directions, group["lr"], group.get("weight_decay", 0.0))
 
     @contextlib.contextmanager
-    def left_to_base(
-        self, groups: Sequence[dict[str, Any]], states: MutableMapping[Tensor, Any]
-    ) -> Iterator[None]:
+    def left_to_base(self, groups: Sequence[dict[str, Any]], states: MutableMapping[Tensor, Any]) -> Iterator[None]:
         """Leave in ``groups`` only what the base steps on, with its ``states``; put everything back at the end."""
         if not self._along:
             yield
@@ -117,10 +115,17 @@ def _step_along(weights: list[Tensor], directions: list[Tensor], lr: Any, weight
     if isinstance(lr, Tensor) and lr.device.type == "cpu":
         lr = float(lr)
     decay = 1 - lr * weight_decay
-    if isinstance(lr, Tensor) or weight_decay:
-        torch._foreach_mul_(weights, decay)
-    if not isinstance(lr, Tensor):
-        torch._foreach_add_(weights, directions, alpha=-lr)
+    low = [weight.dtype not in (torch.float32, torch.float64) for weight in weights]
+    for weight, direction, is_low in zip(weights, directions, low, strict=True):
+        if is_low:  # rounded once
+            weight.copy_(weight.to(torch.float32).mul_(decay).sub_(direction.to(torch.float32).mul_(lr)))
+        elif isinstance(lr, Tensor):
+            weight.mul_(decay).addcmul_(direction, -lr)
+    if isinstance(lr, Tensor) or all(low):
         return
-    for weight, direction in zip(weights, directions, strict=True):
-        weight.addcmul_(direction, -lr)
+    weights, directions = (
+        [t for t, is_low in zip(own, low, strict=True) if not is_low] for own in (weights, directions)
+    )
+    if weight_decay:
+        torch._foreach_mul_(weights, decay)
+    torch._foreach_add_(weights, directions, alpha=-lr)

@@ -47,7 +47,7 @@ graft norm: grafting.py
 - (directions + 1e-12)
 + (directions + 1e-4)
 
-step count: numerics/preconditioner.py
+step count: numerics/matrix.py
 - self.step += 1
 + self.step += 1 if self.step else 2
 
@@ -63,7 +63,7 @@ base option: base_options.py
 - ["weight_decay"] = weight_decay
 + ["weight_decay"] = weight_decay / 2
 
-costly factors: numerics/preconditioner.py
+costly factors: numerics/matrix.py
 - bytes_per_element > limit
 + bytes_per_element > 100 * limit
 

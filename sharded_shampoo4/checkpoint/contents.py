@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..held import HeldParameter
-from ..numerics.preconditioner import Matrix
+from ..numerics.matrix import Matrix
 from ..placement import local_tensor
 from ..planning.blocks import Shard
 from ..state_dict import MARK

@@ -13,7 +13,7 @@ from ..base import State
 from ..distributor import Distributor
 from ..held import HeldParameter
 from ..hosts import Host, of_engine, reshard
-from ..numerics.preconditioner import Matrix
+from ..numerics.matrix import Matrix
 from ..optimizer import Shampoo4
 from ..placement import local_tensor
 from ..planning.plan import Owned

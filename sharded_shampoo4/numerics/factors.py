@@ -161,7 +161,9 @@ class FactorPool(Pool):
             if "eigenvalues" in self.tensors:
                 root = eigenbasis.inverse_root(*self._eigenbasis(chunk, self._rectify_steps[1]), eps)
             else:
-                root = eigenbasis.inverse_root_of(self.decode("statistics", chunk, self.order).to(self.refresh_dtype), eps)
+                root = eigenbasis.inverse_root_of(
+                    self.decode("statistics", chunk, self.order).to(self.refresh_dtype), eps
+                )
             self._commit(chunk, self.encode("root", root), _ROOT)
 
     def root(self, where: Index, dtype: torch.dtype) -> InverseRoot:

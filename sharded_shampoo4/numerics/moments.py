@@ -96,9 +96,7 @@ class MomentPool(Pool):
         self._store("momentum", where, momentum)
         return momentum
 
-    def direct(
-        self, where: Index, projected: Tensor, steps: Sequence[int], momentum: Tensor | None = None
-    ) -> Tensor:
+    def direct(self, where: Index, projected: Tensor, steps: Sequence[int], momentum: Tensor | None = None) -> Tensor:
         """Absorb gradients, and return directions: M / (1 - b1^t) / (sqrt(D / (1 - b2^t)) + eps).
 
         Args:

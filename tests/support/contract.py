@@ -47,16 +47,33 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "tied, implicit roots, staggered": (
         "tied", {"max_preconditioner_dim": 25, "min_quant_numel": 0, "refresh": "staggered", "root": "implicit"}
     ),
+    "mlp, blocks, soap": ("mlp", {"method": "soap", "max_preconditioner_dim": 30, "min_quant_numel": 0}),
+    "tied, groups, soap": ("tied", {"method": "soap", "max_preconditioner_dim": 17, "split_groups": True}),
+    "vit, soap, 4 bits, staggered": (
+        "vit",
+        {
+            "method": "soap", "bits": 4, "codebook": "normal", "refresh": "staggered", "max_preconditioner_dim": 40,
+            "momentum_dtype": "int8", "second_moment_dtype": "int8", "min_quant_numel": 0,
+        },
+    ),
+    "bf16, soap": (
+        "bf16",
+        {"method": "soap", "momentum_dtype": "bfloat16", "second_moment_dtype": "bfloat16", "min_quant_numel": 0},
+    ),
     "mlp, 32 bits": ("mlp", {"bits": 32, "max_preconditioner_dim": 25, "grafting": "none"}),
 }  # fmt: skip
 
 
 def make_optimizer(model: torch.nn.Module, host: str, options: dict[str, Any]) -> Shampoo4:
     options = {**FAST, **options}
+    if options.get("method") == "soap":
+        del options["root_interval"]
     named = list(hosts.named(model, host).items())
     if options.pop("split_groups", False):
         half = len(named) // 2
         groups = [{"params": named[:half], "bits": 8, "statistics_interval": 3}, {"params": named[half:], "lr": 1e-3}]
+        if options.get("method") == "soap":
+            groups[0].update(method="shampoo", root_interval=3)
         optimizer = Shampoo4(groups, **options)
     else:
         optimizer = Shampoo4(named, **options)

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM, ViTConfig, ViTModel
 
 from sharded_shampoo4 import Shampoo4
-from sharded_shampoo4.numerics.preconditioner import Matrix
+from sharded_shampoo4.numerics.matrix import Matrix
 from sharded_shampoo4.options import PreconditionerOptions
 from sharded_shampoo4.planning.blocks import cut_blocks
 

@@ -49,6 +49,7 @@ def test_directions_and_codes(name: str, steps: int) -> None:
     options = {"statistics_interval": 2, "root_interval": 4, "max_preconditioner_dim": 100, **OPTIONS[name]}
     fast = Directions(SHAPES, **options)
     staggered = options.pop("refresh", "together") == "staggered"
+    options.pop("method", None)
     if options.get("codebook") == "normal":  # test_quantization.py has the levels
         options["codebook"] = quantization.normal(options.get("bits", 4), 64)
     slow = Reference(SHAPES, **options, phases=phases(fast) if staggered else None)

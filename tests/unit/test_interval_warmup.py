@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from sharded_shampoo4 import Shampoo4, estimate_memory
-from sharded_shampoo4.numerics.preconditioner import Matrix
+from sharded_shampoo4.numerics.matrix import Matrix
 from sharded_shampoo4.options import PreconditionerOptions
 
 

@@ -102,7 +102,7 @@ def test_an_accelerator_without_a_backend_is_named() -> None:
 
 def test_stored_factors_on_the_host_travel_from_the_accelerator() -> None:
     """As a state_dict with ``cpu_offload=True`` brings them: the group of the mesh may serve the accelerator only."""
-    from sharded_shampoo4.numerics.preconditioner import Matrix
+    from sharded_shampoo4.numerics.matrix import Matrix
     from sharded_shampoo4.options import PreconditionerOptions
     from sharded_shampoo4.packing import PackedState
 

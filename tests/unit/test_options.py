@@ -17,11 +17,12 @@ from transformers import HfArgumentParser
 
 from sharded_shampoo4 import Shampoo4, estimate_memory
 from sharded_shampoo4.arguments import Shampoo4Arguments
-from sharded_shampoo4.options import DEFAULTS, HELP, PRESETS, TYPES, PreconditionerOptions
+from sharded_shampoo4.options import DEFAULTS, HELP, METHODS, PRESETS, TYPES, UNUSED_BY, PreconditionerOptions
 
 ROOT = Path(__file__).parents[2]
 CHANGED: dict[str, Any] = {  # another value for every option
     "precondition": False,
+    "method": "soap",
     "bits": 8,
     "quantize": "preconditioner",
     "codebook": "normal",
@@ -41,6 +42,10 @@ CHANGED: dict[str, Any] = {  # another value for every option
     "max_preconditioner_dim": 50,
     "split": "remainder",
     "grafting": "none",
+    "soap_betas": (0.9, 0.99),
+    "soap_eps": 1e-6,
+    "momentum_dtype": "int8",
+    "second_moment_dtype": "bfloat16",
     "max_failures": 3,
     "matmul_dtype": "bfloat16",
     "exchange_dtype": "bfloat16",
@@ -174,7 +179,7 @@ def test_a_preset_is_its_settings_and_an_option_beside_it_wins(way: str, preset:
     """Also an option that is given the value it has by default."""
     settings = {"paper": Shampoo4.paper_settings, "compact": Shampoo4.compact_settings}[preset]()
     assert resolved(WAYS[way](preset=preset)) == {**DEFAULTS, **settings}
-    for name in set(settings) - {"quantize"}:  # which "implicit" roots need as it is
+    for name in set(settings) - {"quantize", "method"}:  # which "implicit" roots need as they are
         for value in (CHANGED[name], DEFAULTS[name]):
             found = resolved(WAYS[way](preset=preset, **{name: value}))
             assert found == {**DEFAULTS, **settings, name: value}
@@ -221,13 +226,47 @@ def test_a_misspelt_preset_is_an_error() -> None:
         Shampoo4([{"params": [matrix()], "presets": "compact"}])
 
 
+# -- methods ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_method_brings_its_defaults_and_an_option_beside_it_wins(way: str) -> None:
+    soap = {**DEFAULTS, **METHODS["soap"], "method": "soap"}
+    assert resolved(WAYS[way](method="soap")) == soap
+    assert resolved(WAYS[way](method="soap", total_steps=20_000) if way == "call" else WAYS[way](method="soap")) == soap
+    given = {"method": "soap", "bits": 4, "shampoo_beta": DEFAULTS["shampoo_beta"]}
+    assert resolved(WAYS[way](**given)) == {**soap, **given, "rectify_steps": (1, 1)}
+    assert resolved(WAYS[way](method="shampoo")) == DEFAULTS
+
+
+def test_groups_of_several_methods() -> None:
+    """A group with another method begins with that method's defaults, whatever the call gives for its own."""
+    groups = [{"params": [matrix()], "method": "soap"}, {"params": [matrix()]}]
+    optimizer = Shampoo4(groups, root="implicit", root_interval=50, split="remainder")
+    assert resolved(optimizer, 0) == {**DEFAULTS, **METHODS["soap"], "method": "soap", "split": "remainder"}
+    groups = [{"params": [matrix()], "method": "shampoo", "bits": 3}, {"params": [matrix()]}]
+    optimizer = Shampoo4(groups, method="soap", soap_eps=1e-3)
+    assert resolved(optimizer, 0) == {**DEFAULTS, "bits": 3}
+    assert resolved(optimizer, 1)["soap_eps"] == 1e-3
+
+
+@pytest.mark.parametrize("method", UNUSED_BY)
+def test_an_option_of_the_other_method_is_an_error(method: str) -> None:
+    for name in UNUSED_BY[method]:
+        with pytest.raises(ValueError, match=rf"{name}=.* is for method=.*, got method='{method}'"):
+            Shampoo4([matrix()], method=method, **{name: CHANGED[name]})
+
+
 # -- command lines -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", CHANGED)
 def test_every_option_can_be_given_on_a_command_line(name: str) -> None:
-    given = parsed(*flags({name: CHANGED[name]}))
-    assert PreconditionerOptions(**given) == dataclasses.replace(PreconditionerOptions(), **{name: CHANGED[name]})
+    method = {"method": "soap"} if name in UNUSED_BY["shampoo"] else {}
+    given = parsed(*flags({**method, name: CHANGED[name]}))
+    assert PreconditionerOptions(**given) == dataclasses.replace(
+        PreconditionerOptions(), **method, **{name: CHANGED[name]}
+    )
     assert parsed() == {}
 
 

@@ -1,14 +1,11 @@
-"""method="soap" in one process: its directions against the slow reference, its states, and what it leaves to the base."""
+"""method="soap" in one process: directions against the slow reference, and what is left to the base."""
 
 from __future__ import annotations
 
 import pytest
-import torch
 from support.directions import Directions, replayed
 from support.soap_reference import SoapReference
-from torch import nn
 
-from sharded_shampoo4 import Shampoo4
 from sharded_shampoo4.numerics import quantization
 
 SHAPES = [(64, 64), (65, 48), (130, 96), (48, 3, 5, 2), (96, 200), (7,)]

@@ -1,0 +1,203 @@
+"""A preconditioned parameter: its blocks, their bytes, and at which steps what of it is due."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+from ..options import GraftingScope, PreconditionerOptions
+from ..planning.blocks import Block, Shard, count_parts, cut_blocks
+from ..planning.plan import PlannedMatrix
+from ..planning.schedule import TOGETHER, Intervals, Phase, Phases, intervals_at
+from .factors import factor_bytes
+from .moments import moments_bytes
+
+# Bytes of factors for an element of their matrix that are worth a warning: twice the states of AdamW, and seven times
+# what 4-bit factors of a square matrix take. Such factors in float32 take 16.
+COSTLY_BYTES = 16.0
+COSTLY_FLOAT32_BYTES = 64.0
+
+
+@dataclass(eq=False)
+class Matrix:
+    """A preconditioned parameter and how far its preconditioner has come.
+
+    Attributes:
+        dtype: in which directions are computed: float32, or float64 for such parameters.
+        step: optimizer steps with a gradient, counted from 1.
+        roots: root intervals that have passed; before the first, every inverse root is taken for the identity. With
+            method="soap", which has no roots, statistics intervals and the first step.
+        phases: steps at which factors are due, where they are staggered.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    options: PreconditionerOptions
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+    step: int = 0
+    roots: int = 0
+    phases: Phases = field(default_factory=dict)
+
+    @functools.cached_property
+    def blocks(self) -> list[Block]:
+        return cut_blocks(self.shape, self.options.max_preconditioner_dim, self.options.split)
+
+    def advance(self) -> None:
+        """Count a step."""
+        self.step += 1
+        if self.is_soap:
+            self.roots += self._is_first or _is_due(self.step, self.intervals.statistics)
+        else:
+            self.roots += _is_due(self.step, self.intervals.root)
+
+    @property
+    def is_soap(self) -> bool:
+        """Whether the blocks keep moments, and the base optimizer nothing of this parameter."""
+        return self.options.method == "soap"
+
+    @property
+    def grafting(self) -> GraftingScope:
+        """Whose norm directions take: nobody's with method="soap"."""
+        return "none" if self.is_soap else self.options.grafting
+
+    @property
+    def _is_first(self) -> bool:
+        """Whether this is the first step of method="soap", in which all factors take the gradient's eigenbases."""
+        return self.is_soap and self.step == 1
+
+    @property
+    def rooted(self) -> bool:
+        """Whether directions are preconditioned."""
+        return self.roots > 0
+
+    @property
+    def intervals(self) -> Intervals:
+        """Those in force at this step."""
+        options = self.options
+        return intervals_at(self.step, options.statistics_interval, options.root_interval, options.interval_warmup)
+
+    def like(self, other: Matrix) -> bool:
+        """Whether the same factors serve both, at the same steps."""
+        return (self.shape, self.options, self.device, self.dtype, self.phases) == (
+            other.shape,
+            other.options,
+            other.device,
+            other.dtype,
+            other.phases,
+        )
+
+    @property
+    def busy(self) -> bool:
+        """Whether this step needs the gradient at all."""
+        return self.rooted or self.due.statistics or self.due.root
+
+    @property
+    def due(self) -> Due:
+        """What is due in this step for any of its factors."""
+        if self.is_soap:
+            found = _due(self.step, self.intervals._replace(root=0), self._phases_in_use)
+            return Due(True, False, True) if self._is_first else found
+        return _due(self.step, self.intervals, self._phases_in_use)
+
+    @functools.cached_property
+    def _phases_in_use(self) -> frozenset[Phase]:
+        return frozenset(phase for block in self.blocks for phase in self.phases.get(block, TOGETHER))
+
+    def statistics_due(self, block: Block, side: int) -> bool:
+        """Whether the left (side 0) or right (1) factor of a block absorbs the gradient in this step."""
+        return self._is_first or _is_due(
+            self.step, self.intervals.statistics, self.phases.get(block, TOGETHER)[side].statistics
+        )
+
+    def root_due(self, block: Block, side: int) -> bool:
+        """Whether the left (side 0) or right (1) factor of a block recomputes its root in this step."""
+        return not self.is_soap and _is_due(self.step, self.intervals.root, self.phases.get(block, TOGETHER)[side].root)
+
+    @functools.cached_property
+    def factor_bytes(self) -> int:
+        """Bytes of all factors of this matrix, without cutting it: it may have very many blocks."""
+        rows, columns = self._parts
+        left = sum(count * factor_bytes(order, self.options) for order, count in rows)
+        right = sum(count * factor_bytes(order, self.options) for order, count in columns)
+        return left * sum(count for _, count in columns) + right * sum(count for _, count in rows)
+
+    @functools.cached_property
+    def nbytes(self) -> int:
+        """Bytes of all factors and moments of this matrix."""
+        rows, columns = self._parts
+        moments = sum(m * n * moments_bytes(row, column, self.options) for row, m in rows for column, n in columns)
+        return self.factor_bytes + moments
+
+    @property
+    def bytes_per_element(self) -> float:
+        """Bytes of all factors for each element of this matrix."""
+        return self.factor_bytes / math.prod(self.shape)
+
+    @property
+    def is_costly(self) -> bool:
+        """Whether the factors cost much more than those of a square matrix of as many elements."""
+        longest = max(order for side in self._parts for order, _ in side)
+        limit = COSTLY_BYTES if self.options.is_quantized(longest) else COSTLY_FLOAT32_BYTES
+        return self.bytes_per_element > limit
+
+    @functools.cached_property
+    def _parts(self) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+        """Into how many parts of which sizes the rows and the columns are cut."""
+        limit, split = self.options.max_preconditioner_dim, self.options.split
+        rows, columns = (count_parts(size, limit, split) for size in self.shape)
+        return rows, columns
+
+    def block_bytes(self, block: Block) -> int:
+        """Bytes of one block's factors and moments."""
+        factors = factor_bytes(block.rows, self.options) + factor_bytes(block.columns, self.options)
+        return factors + moments_bytes(block.rows, block.columns, self.options)
+
+    def planned(self, shards: Sequence[Shard]) -> PlannedMatrix:
+        """Return what a plan must know of it, where these are the shards of all ranks.
+
+        Blocks stand in one batch if their options, types and devices are equal. Other ranks number devices otherwise.
+        """
+        device = self.device if len(shards) == 1 else self.device.type
+        kind = (self.options, self.dtype, device)
+        return PlannedMatrix(
+            self.name, self.shape, tuple(self.blocks), tuple(shards), kind, self.options.scratch_mib, self.phases
+        )
+
+
+class Due(NamedTuple):
+    """What a step has to do.
+
+    Attributes:
+        statistics: whether any factor absorbs the gradient.
+        root: whether any factor recomputes its inverse root.
+        check: whether an interval ends, when failures are looked for.
+    """
+
+    statistics: bool
+    root: bool
+    check: bool
+
+    @classmethod
+    def any(cls, matrices: Iterable[Matrix]) -> Due:
+        """What is due for any of ``matrices``."""
+        found = {matrix.due for matrix in matrices}
+        return cls(*(any(due[kind] for due in found) for kind in range(3)))
+
+
+@functools.lru_cache(maxsize=256)
+def _due(step: int, intervals: Intervals, phases: frozenset[Phase]) -> Due:
+    return Due(
+        any(_is_due(step, intervals.statistics, phase.statistics) for phase in phases),
+        any(_is_due(step, intervals.root, phase.root) for phase in phases),
+        _is_due(step, intervals.statistics) or _is_due(step, intervals.root),
+    )
+
+
+def _is_due(step: int, interval: int, phase: int = 0) -> bool:
+    return interval > 0 and (step - phase) % interval == 0
