@@ -1,7 +1,7 @@
 """Two emulated hosts, and a real two-node Slurm on them: jobs that are stopped, requeued and go on; other launchers.
 
-RUN_SLURM=1 python -m pytest tests/launch/test_two_nodes.py, as root, with iproute2 and
-`apt-get install --no-install-recommends slurm-wlm munge`. Takes some minutes.
+RUN_SLURM=1 python -m pytest tests/launch/test_two_nodes.py, as root, with iproute2. Takes some minutes. Jobs also need
+`apt-get install --no-install-recommends slurm-wlm munge`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from support.launching import LAUNCH, accelerate, environment, losses, train
 
 pytestmark = [
     pytest.mark.skipif(os.environ.get("RUN_SLURM") != "1", reason="takes minutes and root: RUN_SLURM=1 runs it"),
-    pytest.mark.skipif(os.environ.get("RUN_SLURM") == "1" and missing(slurm=True) is not None, reason=str(missing())),
+    pytest.mark.skipif(os.environ.get("RUN_SLURM") == "1" and missing() is not None, reason=str(missing())),
 ]
 FLAGS = (
     *("--max_train_samples", 640, "--max_eval_samples", 128, "--num_hidden_layers", 2, "--per_device_train_batch_size"),
@@ -40,6 +40,8 @@ def hosts() -> Iterator[TwoHosts]:
 
 @pytest.fixture(scope="module")
 def slurm(hosts: TwoHosts) -> Iterator[Slurm]:
+    if reason := missing(slurm=True):
+        pytest.skip(reason)
     with Slurm(hosts) as slurm:
         yield slurm
 
