@@ -114,9 +114,9 @@ class Shampoo4(SavedStates):
             0.95))
         soap_eps: With method="soap": what is added to the root of the second moment. (default: 1e-8)
         momentum_dtype: With method="soap": how the momentum is stored; "int8" is 8 bits with a scale for each block.
-            One of "float32", "bfloat16", "int8". (default: "float32")
+            One of "float32", "bfloat16", "int8". (default: "bfloat16")
         second_moment_dtype: With method="soap": how the second moment is stored. One of "float32", "bfloat16", "int8".
-            (default: "float32")
+            (default: "bfloat16")
         max_failures: Failed updates of a factor in a row before step() raises. A failed update, one with numbers that
             are not finite, leaves the factor as it was. (default: 10)
         matmul_dtype: Type of the matrix products that make a direction; stored states do not depend on it. One of
@@ -174,8 +174,8 @@ class Shampoo4(SavedStates):
         grafting: GraftingScope = "parameter",
         soap_betas: tuple[float, float] = (0.95, 0.95),
         soap_eps: float = 1e-8,
-        momentum_dtype: MomentDtype = "float32",
-        second_moment_dtype: MomentDtype = "float32",
+        momentum_dtype: MomentDtype = "bfloat16",
+        second_moment_dtype: MomentDtype = "bfloat16",
         max_failures: int = 10,
         matmul_dtype: LowDtype = "float32",
         exchange_dtype: LowDtype = "float32",

@@ -110,9 +110,9 @@ class PreconditionerOptions:
     )
     soap_eps: float = _option(1e-8, 'With method="soap": what is added to the root of the second moment.')
     momentum_dtype: MomentDtype = _option(
-        "float32", 'With method="soap": how the momentum is stored; "int8" is 8 bits with a scale for each block.'
+        "bfloat16", 'With method="soap": how the momentum is stored; "int8" is 8 bits with a scale for each block.'
     )
-    second_moment_dtype: MomentDtype = _option("float32", 'With method="soap": how the second moment is stored.')
+    second_moment_dtype: MomentDtype = _option("bfloat16", 'With method="soap": how the second moment is stored.')
     max_failures: int = _option(
         10,
         "Failed updates of a factor in a row before step() raises. A failed update, one with numbers that are not "
@@ -321,6 +321,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 METHODS: dict[str, dict[str, Any]] = {
     "soap": {
         "bits": 8,
+        "scale_dtype": "bfloat16",
+        "refresh_dtype": "float32",
         "statistics_interval": 10,
         "shampoo_beta": 0.9,
         "rectify_steps": (0, 0),  # (1, 1) with fewer than 8 bits

@@ -34,7 +34,7 @@ def moments_layout(rows: int, columns: int, options: PreconditionerOptions) -> L
 
 def _coding(options: PreconditionerOptions) -> Coding:
     scale_dtype: torch.dtype = getattr(torch, options.scale_dtype)
-    return Coding("dynamic_tree", 8, options.quant_block_size, scale_dtype)
+    return Coding("linear2", 8, options.quant_block_size, scale_dtype)
 
 
 def moments_bytes(rows: int, columns: int, options: PreconditionerOptions) -> int:

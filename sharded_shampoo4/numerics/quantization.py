@@ -98,6 +98,7 @@ class _Tables(NamedTuple):
     thresholds: Tensor  # (2**bits - 1,) float32; a value equal to thresholds[i] still belongs to level i
     words: Tensor  # one entry per word, holding that word's float32 levels
     pairs: Tensor | None  # the same for two bytes
+    edges: Tensor | None  # of "linear2": the thresholds between two numbers that nothing is beyond
 
 
 @functools.lru_cache(maxsize=32)
@@ -112,7 +113,9 @@ def _tables(codebook: str, bits: int, block: int, device: torch.device) -> _Tabl
     words = _table_of_words(levels, bits, _WORD_BITS[bits]).to(device)
     in_pairs = device.type == "cpu" and bits != 3 and sys.byteorder == "little"
     pairs = _table_of_words(levels, bits, 16) if in_pairs else None
-    return _Tables(levels.to(device), thresholds.to(device), words, pairs)
+    beyond = torch.tensor([torch.nan], dtype=torch.float32, device="cpu")
+    edges = torch.cat([beyond, thresholds, beyond]).to(device) if codebook == "linear2" else None
+    return _Tables(levels.to(device), thresholds.to(device), words, pairs, edges)
 
 
 def _table_of_words(levels: Tensor, bits: int, word_bits: int) -> Tensor:
@@ -187,7 +190,21 @@ def quantize(
 
 def _nearest(blocks: Tensor, scales: Tensor, tables: _Tables) -> Tensor:
     scales = scales.to(torch.float32).unsqueeze(-1)
-    return torch.bucketize(blocks / torch.where(scales > 0, scales, 1.0), tables.thresholds, out_int32=True)
+    ratios = blocks / torch.where(scales > 0, scales, 1.0)
+    if tables.edges is None:
+        return torch.bucketize(ratios, tables.thresholds, out_int32=True)
+    return _nearest_square(ratios, tables.edges)
+
+
+def _nearest_square(ratios: Tensor, edges: Tensor) -> Tensor:
+    """What bucketize gives for the levels of "linear2", many times as fast: the square root tells it but for one."""
+    top = len(edges) - 2
+    near = ratios.abs().sqrt_().copysign_(ratios).add_(1.0).mul_(top / 2).round_()
+    codes = near.nan_to_num_(0.0).clamp_(0, top).to(torch.int32).flatten()
+    values = ratios.flatten()
+    above = values > edges.index_select(0, codes + 1)
+    below = values <= edges.index_select(0, codes)
+    return codes.add_(above.view(torch.int8)).sub_(below.view(torch.int8)).view(ratios.shape)
 
 
 def _least_squares(

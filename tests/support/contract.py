@@ -47,7 +47,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "tied, implicit roots, staggered": (
         "tied", {"max_preconditioner_dim": 25, "min_quant_numel": 0, "refresh": "staggered", "root": "implicit"}
     ),
-    "mlp, blocks, soap": ("mlp", {"method": "soap", "max_preconditioner_dim": 30, "min_quant_numel": 0}),
+    "mlp, blocks, soap": (
+        "mlp", {"method": "soap", "momentum_dtype": "float32", "max_preconditioner_dim": 30, "min_quant_numel": 0}
+    ),
     "tied, groups, soap": ("tied", {"method": "soap", "max_preconditioner_dim": 17, "split_groups": True}),
     "vit, soap, 4 bits, staggered": (
         "vit",

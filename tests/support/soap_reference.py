@@ -54,7 +54,7 @@ class Basis:
 
 
 class Moment:
-    """A matrix in float32, bfloat16, or 8 bits ("dynamic_tree"), as which it is kept between steps."""
+    """A matrix in float32, bfloat16, or 8 bits ("linear2"), as which it is kept between steps."""
 
     def __init__(self, shape: tuple[int, int], kept: str, block: int, scale_dtype: torch.dtype) -> None:
         self.kept, self.block, self.scale_dtype = kept, block, scale_dtype
@@ -62,7 +62,7 @@ class Moment:
 
     def store(self, value: Tensor) -> None:
         if self.kept == "int8":
-            book = CODEBOOKS["dynamic_tree"](8)
+            book = CODEBOOKS["linear2"](8)
             stored = quantize(value, book, self.block, scale_dtype=self.scale_dtype)
             self.value = dequantize(*stored, book, self.block)
         else:

@@ -45,7 +45,7 @@ CHANGED: dict[str, Any] = {  # another value for every option
     "soap_betas": (0.9, 0.99),
     "soap_eps": 1e-6,
     "momentum_dtype": "int8",
-    "second_moment_dtype": "bfloat16",
+    "second_moment_dtype": "float32",
     "max_failures": 3,
     "matmul_dtype": "bfloat16",
     "exchange_dtype": "bfloat16",

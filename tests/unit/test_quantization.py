@@ -184,3 +184,17 @@ def test_errors_of_the_inverse_root_have_the_order_of_the_results(bits: int) -> 
     assert root_error(bits=bits, root="implicit") < 0.8 * default
     compact = {"codebook": "normal", "scale_dtype": torch.bfloat16, "root": "implicit", "steps": 1}
     assert root_error(bits=bits, **compact) < 0.85 * default
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_codes_of_linear_squares_are_those_of_a_search(bits: int) -> None:
+    """Also at the boundaries of two levels and a rounding error beside them, and for numbers that are not finite."""
+    tables = quantization._tables("linear2", bits, 64, torch.device("cpu"))
+    edges = tables.thresholds
+    beside = [torch.nextafter(edges, torch.full_like(edges, end)) for end in (-torch.inf, torch.inf)]
+    values = torch.cat([edges, *beside, torch.linspace(-1.01, 1.01, 100_003), torch.tensor([0.0, -0.0, 1e-40])])
+    assert torch.equal(
+        quantization._nearest_square(values, tables.edges), torch.bucketize(values, edges, out_int32=True)
+    )
+    broken = quantization._nearest_square(torch.tensor([torch.nan, torch.inf, -torch.inf]), tables.edges)
+    assert ((broken >= 0) & (broken < 2**bits)).all()

@@ -24,7 +24,9 @@ OPTIONS = {
 @pytest.mark.parametrize("name", OPTIONS)
 def test_directions(name: str) -> None:
     """Equal up to rounding. Where a stored value is within rounding of the boundary of two levels, it may differ."""
-    options = {"statistics_interval": 3, "max_preconditioner_dim": 100, **OPTIONS[name]}
+    moments = {} if "moments" in name else {"momentum_dtype": "float32", "second_moment_dtype": "float32"}
+    exact = {"refresh_dtype": "float64", "scale_dtype": "float32"}
+    options = {"statistics_interval": 3, "max_preconditioner_dim": 100, **exact, **moments, **OPTIONS[name]}
     fast = Directions(SHAPES, method="soap", interval_warmup=False, **options)
     if options.get("codebook") == "normal":
         options["codebook"] = quantization.normal(options["bits"], 64)
