@@ -142,9 +142,24 @@ def check_group(group: dict[str, Any], index: int, given: Iterable[str], base: B
     try:
         group.update(PreconditionerOptions.of_group(group).as_group())
         group.update(base.converted({name: group[name] for name in own}))
+        refuse_ignored(PreconditionerOptions.of_group(group), group)
     except (TypeError, ValueError) as error:
         raise ValueError(f"param group {index}: {error}") from None
 
+
+def refuse_ignored(options: PreconditionerOptions, values: Mapping[str, Any]) -> None:
+    """Raise ValueError if ``values`` of the base's options turn on what soap's own steps would do without."""
+    if not options.precondition or options.method != "soap":
+        return
+    for name in _NOT_OF_SOAP:
+        if values.get(name):
+            raise ValueError(
+                f"{name}={values[name]!r} is an option of the base optimizer, which matrices with method='soap' do not "
+                "take part in: leave it out, or give precondition=False"
+            )
+
+
+_NOT_OF_SOAP = ("maximize", "amsgrad")
 
 # What other libraries call an option, and what to write here.
 _STEPS = "statistics_interval (T1, steps between statistics) and root_interval (T2, steps between inverse roots)"

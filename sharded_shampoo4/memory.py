@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .base import Base
+from .base_options import refuse_ignored
 from .comm.exchange import wire_dtype
 from .numerics.matrix import Matrix
 from .options import OPTION_NAMES, PreconditionerOptions, apply_preset
@@ -81,6 +82,7 @@ def estimate_memory(
     options = PreconditionerOptions.of_call(given)
     own = (*OPTION_NAMES, "total_steps", "process_group")
     made = Base(base, lr, weight_decay, {name: value for name, value in given.items() if name not in own})
+    refuse_ignored(options, made.arguments)
     if options.precondition and not dtype.is_floating_point:
         raise TypeError(f"dtype is {dtype}, and Shampoo4 preconditions real numbers only: give precondition=False")
     computed = torch.promote_types(dtype, torch.float32)

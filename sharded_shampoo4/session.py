@@ -260,7 +260,7 @@ class Session:
         self,
         ranks: Ranks,
         entries: list[HeldParameter],
-        state: Mapping[Tensor, Any],
+        state: MutableMapping[Tensor, Any],
         error: Exception | None,
         stepping: bool = False,
     ) -> Distributor:
@@ -285,7 +285,7 @@ class Session:
         entries: list[HeldParameter],
         distributor: Distributor | None,
         stale: bool,
-        state: Mapping[Tensor, Any],
+        state: MutableMapping[Tensor, Any],
         error: Exception | None,
         stepping: bool,
     ) -> Distributor:
@@ -319,7 +319,7 @@ class Session:
         self,
         ranks: Ranks,
         entries: list[HeldParameter],
-        state: Mapping[Tensor, Any],
+        state: MutableMapping[Tensor, Any],
     ) -> Distributor:
         """Make a distributor for parameters that have changed, and carry their factors over; collective."""
         key = _key(entries)
@@ -343,6 +343,7 @@ class Session:
         distributor = Distributor(ranks, chosen, matrices, sum(others, Work()))
         packing.check_that_ranks_agree(ranks, {entry.name: self.loaded.get(entry.parameter) for entry in chosen})
         self._set_aside(ranks, old, entries, chosen)
+        self.marks.hand_over(state, entries)
         errors = DeferredErrors(ranks)
         for index, (entry, matrix) in enumerate(zip(chosen, matrices, strict=True)):
             if entry.parameter in self.loaded:

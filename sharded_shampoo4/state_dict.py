@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from torch import Tensor
 
 from .comm.ranks import DeferredErrors
+from .held import HeldParameter
 from .names import match_names
 from .numerics.matrix import Matrix
 from .options import PreconditionerOptions
@@ -66,6 +67,19 @@ class Marks:
     def missing(self, state: Mapping[Tensor, Any]) -> set[Tensor]:
         """Return the parameters whose marks somebody has taken out of ``state``."""
         return {p for p in self.parameters if state.get(p, {}).get(STATE_KEY) is not MARK}
+
+    def hand_over(self, state: MutableMapping[Tensor, Any], entries: Iterable[HeldParameter]) -> None:
+        """Leave in ``state`` what belongs to who steps on each parameter now: the base, or soap's own steps."""
+        for entry in entries:
+            own = state.get(entry.parameter)
+            if not own or entry.flat:
+                continue
+            marks = {STATE_KEY: MARK} if own.get(STATE_KEY) is MARK else {}
+            if entry.is_soap:
+                state[entry.parameter] = marks
+            elif entry.trained and own == marks:  # which the base would take for states of its own
+                del state[entry.parameter]
+                self.parameters.discard(entry.parameter)
 
     def keep(self, parameters: Collection[Tensor]) -> None:
         """Forget all others than ``parameters``."""
