@@ -112,10 +112,6 @@ def plot_curves(lines: list[dict[str, Any]], path: Path, title: str) -> None:
             loss.set_yscale("log")
         loss.legend()
         _draw(accuracy, evals, "eval_accuracy", "", RED)
-        if evals:
-            last = evals[-1]
-            place, offset = (last["step"], last["eval_accuracy"]), {"textcoords": "offset points", "xytext": (-4, -18)}
-            accuracy.annotate(f"{last['eval_accuracy']:.2%}", place, ha="right", color=RED, **offset)
         accuracy.set_title("evaluation accuracy")
         accuracy.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.4g}%")
         _draw(rate, train, "learning_rate", "", GRAY, marker="")
