@@ -3,6 +3,7 @@
     python launch/compare.py runs/*                                     # finished runs of train_vit.py
     python launch/compare.py --output_dir runs/fashion --seeds 0 1 2 -- --dataset_name fashion-mnist --decay_all
     python launch/compare.py --output_dir runs/ablation --ablation -- --dataset_name fashion-mnist --decay_all
+    python launch/compare.py --output_dir runs/rivals --tasks vit gpt --seeds 0 1 2      # with other optimizers, tuned
     python launch/compare.py --output_dir runs/modes --modes -- --dataset_name fashion-mnist --decay_all
 
 What stands after ``--`` goes to train_vit.py. A run that has finished is not made again, one that was cut off goes on.
@@ -222,6 +223,7 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, l
     add("--optimizers", nargs="+", choices=list(OPTIMIZERS), default=usual, help="what to train (all but compact, sgd)")
     add("--seeds", nargs="+", type=int, default=[0], help="one run of each optimizer for each (0)")
     sets = parser.add_mutually_exclusive_group()
+    add("--tasks", nargs="+", choices=["vit", "gpt"], help="compare with other optimizers, each at its own best rate")
     for name, help in (
         ("--ablation", "code book, what is quantized, rectification, 4 and 3 bits"),
         ("--modes", "roots, scales, levels, QR steps, staggered factors, bfloat16 products, compact settings"),
@@ -242,6 +244,11 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, l
 def main(argv: Sequence[str] | None = None) -> None:
     """Train if asked to, then compare."""
     args, flags = parse_args(argv)
+    if args.tasks:
+        from rivals.contest import RIVALS, compare  # needs the optimizers' packages
+
+        compare(list(RIVALS), args.tasks, args.seeds, args.output_dir)
+        return
     folders = args.runs
     if args.output_dir:
         chosen = {name: OPTIMIZERS[name] for name in args.optimizers}

@@ -69,9 +69,10 @@ class Shampoo4(SavedStates):
             for that rounding, not bitwise. bitsandbytes' do not take FSDP2's DTensors, nor portable checkpoints.
             (default: "adamw")
         weight_decay: Weight decay of the base optimizer. (default: 0.0)
-        preset: Options to begin with: the "paper"'s where they differ from the defaults, or "compact" ones, of the
-            smallest state. An option that is given beside it wins. One of "paper", "compact". A group's own preset wins
-            over the options of the call, but not over those that the group gives itself. (default: None)
+        preset: Options to begin with: the "paper"'s where they differ from the defaults; "compact", the smallest state
+            with method="shampoo"; "soap-compact", the smallest with method="soap". An option that is given beside it
+            wins. One of "paper", "compact", "soap-compact". A group's own preset wins over the options of the call, but
+            not over those that the group gives itself. (default: None)
         precondition: Precondition the parameters; False leaves them to the base optimizer alone. (default: True)
         method: What is made of the eigenbases: "shampoo" multiplies gradients by inverse roots and leaves the rest to
             the base optimizer; "soap" is Adam in the coordinates of the eigenbases, and the base optimizer keeps

@@ -28,7 +28,7 @@ Split = Literal["even", "remainder"]
 GraftingScope = Literal["parameter", "block", "none"]
 Method = Literal["shampoo", "soap"]
 MomentDtype = Literal["float32", "bfloat16", "int8"]
-Preset = Literal["paper", "compact"]
+Preset = Literal["paper", "compact", "soap-compact"]
 
 
 def _option(default: Any, help: str, lowest: int | None = None) -> Any:
@@ -283,8 +283,8 @@ def _chosen_intervals(statistics: Any, root: Any, total_steps: Any) -> tuple[Any
 
 
 PRESET_HELP = (
-    'Options to begin with: the "paper"\'s where they differ from the defaults, or "compact" ones, of the smallest '
-    "state. An option that is given beside it wins."
+    'Options to begin with: the "paper"\'s where they differ from the defaults; "compact", the smallest state with '
+    'method="shampoo"; "soap-compact", the smallest with method="soap". An option that is given beside it wins.'
 )
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
@@ -314,6 +314,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "root": "implicit",
         "rectify_steps": (1, 1),
     },
+    "soap-compact": {
+        "method": "soap",
+        "bits": 4,
+        "momentum_dtype": "int8",
+        "second_moment_dtype": "int8",
+    },
 }
 
 
@@ -322,6 +328,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "soap": {
         "bits": 8,
         "scale_dtype": "bfloat16",
+        "max_preconditioner_dim": 256,
         "refresh_dtype": "float32",
         "statistics_interval": 10,
         "shampoo_beta": 0.9,

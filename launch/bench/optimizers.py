@@ -91,6 +91,13 @@ def _ours(**options: Any) -> Make:
     return make
 
 
+def _soap(**options: Any) -> Make:
+    def make(parameters: list[nn.Parameter], interval: int) -> Steps:
+        return Shampoo4(parameters, method="soap", **options, statistics_interval=interval, interval_warmup=False)
+
+    return make
+
+
 def _imported(module: str, name: str, **options: Any) -> Make:
     """Return a function that makes a peer. An option with the value ``...`` becomes the interval."""
 
@@ -125,6 +132,8 @@ OURS = {
     "shampoo4-staggered": Choice("Shampoo4, staggered", _ours(refresh="staggered")),
     "shampoo4-implicit": Choice("Shampoo4, implicit roots", _ours(root="implicit")),
     "shampoo4-compact": Choice("Shampoo4, compact", _ours(preset="compact")),
+    "shampoo4-soap": Choice("Shampoo4, soap", _soap()),
+    "shampoo4-soap-compact": Choice("Shampoo4, soap, compact", _soap(preset="soap-compact")),
     "shampoo4-compiled": Choice("Shampoo4, compiled", _ours(compile=True), compiles=True),
 }
 

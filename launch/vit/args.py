@@ -197,7 +197,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Arguments:
         (DataArguments, ModelArguments, TrainingArguments, Shampoo4Arguments),
         description="Train a vision transformer, with 4-bit Shampoo or an optimizer to compare it with: one process, "
         "or many under torchrun, accelerate launch or deepspeed. launch/README.md shows how. Runs are short here: "
-        "Shampoo's intervals are 10 and 50 steps unless they or a preset are given.",
+        "Shampoo's intervals are 10 and 50 steps unless they, a preset or a method are given.",
         usage="%(prog)s [options]",
         allow_abbrev=False,
     )
@@ -245,4 +245,6 @@ def _shampoo_options(optimizer: str, given: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(
                 f"--optimizer {optimizer} means --{name} {own[name]}, which --{name} {given[name]} contradicts"
             )
-    return {**({} if "preset" in given else _SHORT_RUNS), **own, **given}
+    options = {**own, **given}
+    has_its_own = "preset" in given or "method" in options or options.get("preset") == "soap-compact"
+    return options if has_its_own else {**_SHORT_RUNS, **options}

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "shampoo4": {},
     "shampoo4-compact": {"preset": "compact"},
+    "shampoo4-soap": {"method": "soap"},
+    "shampoo4-soap-compact": {"preset": "soap-compact"},
     "shampoo32": {"bits": 32},
     "shampoo4-naive": {"quantize": "preconditioner"},
     "adamw": {},

@@ -228,6 +228,8 @@ def test_options_of_shampoo_are_what_the_name_means_and_what_is_given() -> None:
     given = {"bits": 8, "interval_warmup": False, "rectify_steps": [0, 2]}
     assert parse_args(flags).shampoo == {**parse_args([]).shampoo, "preset": "compact", **given}
     assert parse_args(["--preset", "paper", "--root_interval", "7"]).shampoo == {"preset": "paper", "root_interval": 7}
+    assert parse_args(["--optimizer", "shampoo4-soap"]).shampoo == {"method": "soap"}
+    assert parse_args(["--method", "soap", "--bits", "4"]).shampoo == {"method": "soap", "bits": 4}
 
 
 def test_digits_are_split_by_class() -> None:

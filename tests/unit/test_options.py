@@ -177,12 +177,15 @@ def flags(options: dict[str, Any]) -> list[str]:
 @pytest.mark.parametrize("way", WAYS)
 def test_a_preset_is_its_settings_and_an_option_beside_it_wins(way: str, preset: str) -> None:
     """Also an option that is given the value it has by default."""
-    settings = {"paper": Shampoo4.paper_settings, "compact": Shampoo4.compact_settings}[preset]()
-    assert resolved(WAYS[way](preset=preset)) == {**DEFAULTS, **settings}
+    settings = PRESETS[preset]
+    defaults = DEFAULTS if settings["method"] == "shampoo" else {**DEFAULTS, **METHODS["soap"], "rectify_steps": (1, 1)}
+    assert resolved(WAYS[way](preset=preset)) == {**defaults, **settings}
     for name in set(settings) - {"quantize", "method"}:  # which "implicit" roots need as they are
         for value in (CHANGED[name], DEFAULTS[name]):
             found = resolved(WAYS[way](preset=preset, **{name: value}))
-            assert found == {**DEFAULTS, **settings, name: value}
+            if (preset, name) == ("soap-compact", "bits"):
+                defaults = {**defaults, "rectify_steps": (0, 0) if value == 8 else (1, 1)}
+            assert found == {**defaults, **settings, name: value}
 
 
 def test_a_group_s_preset_wins_over_the_call_s_options() -> None:
@@ -205,7 +208,7 @@ def test_states_and_estimates_know_what_a_preset_means() -> None:
 @pytest.mark.parametrize(
     ("preset", "message"),
     [
-        ("compcat", "preset must be one of 'paper', 'compact', got 'compcat'"),
+        ("compcat", "preset must be one of 'paper', 'compact', 'soap-compact', got 'compcat'"),
         ("auto", 'preset is "auto"'),
         (4, "got 4"),
     ],
@@ -224,6 +227,11 @@ def test_a_misspelt_preset_is_an_error() -> None:
         Shampoo4([matrix()], prest="compact")
     with pytest.raises(TypeError, match="unknown option 'presets' in param group 0; did you mean 'preset'"):
         Shampoo4([{"params": [matrix()], "presets": "compact"}])
+
+
+def test_the_settings_of_presets() -> None:
+    assert Shampoo4.paper_settings() == PRESETS["paper"]
+    assert Shampoo4.compact_settings() == PRESETS["compact"]
 
 
 # -- methods ---------------------------------------------------------------------------------------------------------

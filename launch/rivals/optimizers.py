@@ -1,0 +1,84 @@
+"""The optimizers of the fair comparison, with their usual settings."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from sharded_shampoo4 import Shampoo4
+from sharded_shampoo4.tensors import tensor_bytes
+
+from .tasks import Task
+
+Make = Callable[[nn.Module, Task], Sequence[Optimizer]]
+
+
+@dataclass(frozen=True)
+class Rival:
+    """An optimizer: its name in tables, and what makes it, or several that share the parameters."""
+
+    label: str
+    make: Make
+    multiple: float = 1.0  # of the learning rate at which a search begins
+    around: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext  # each step
+
+
+def _adamw(model: nn.Module, task: Task) -> list[Optimizer]:
+    return [AdamW(model.parameters(), betas=(0.9, task.beta2), weight_decay=task.weight_decay)]
+
+
+def _muon(model: nn.Module, task: Task) -> list[Optimizer]:
+    """Muon for matrices of hidden layers, with AdamW's update size; AdamW for all else."""
+    hidden, others = [], []
+    for name, parameter in model.named_parameters():
+        is_hidden = parameter.ndim == 2 and not any(word in name for word in ("embed", "classifier", "lm_head"))
+        (hidden if is_hidden else others).append(parameter)
+    return [
+        torch.optim.Muon(hidden, weight_decay=task.weight_decay, adjust_lr_fn="match_rms_adamw"),
+        AdamW(others, betas=(0.9, task.beta2), weight_decay=task.weight_decay),
+    ]
+
+
+@contextlib.contextmanager
+def _newton_schulz_in_float32() -> Iterator[None]:
+    """Compute Muon's iteration in float32: bfloat16 takes about 20 times as long on most CPUs."""
+    with mock.patch.object(Tensor, "bfloat16", lambda tensor, **_: tensor.float()):
+        yield
+
+
+def _soap(model: nn.Module, task: Task) -> list[Optimizer]:
+    made = importlib.import_module("pytorch_optimizer").SOAP
+    options = {"betas": (0.95, 0.95), "weight_decay": task.weight_decay, "precondition_frequency": 10}
+    return [made(model.parameters(), **options)]
+
+
+def _ours(**options: Any) -> Make:
+    def make(model: nn.Module, task: Task) -> list[Optimizer]:
+        base = {"betas": (0.9, task.beta2), "weight_decay": task.weight_decay, "total_steps": task.steps}
+        return [Shampoo4(model.named_parameters(), **base, **options)]
+
+    return make
+
+
+RIVALS = {
+    "adamw": Rival("AdamW", _adamw),
+    "muon": Rival("Muon", _muon, 2, _newton_schulz_in_float32),
+    "soap": Rival("SOAP, float32 (pytorch_optimizer)", _soap, 2),
+    "shampoo4": Rival("Shampoo4, the paper's rule", _ours(method="shampoo")),
+    "shampoo4-soap": Rival('Shampoo4, method="soap"', _ours(method="soap"), 2),
+}
+
+
+def state_bytes(optimizers: Sequence[Optimizer]) -> int:
+    """Return the bytes of all states."""
+    ours = (sum(made.state_bytes().values()) for made in optimizers if isinstance(made, Shampoo4))
+    others = (state for made in optimizers if not isinstance(made, Shampoo4) for state in made.state.values())
+    return sum(ours) + tensor_bytes(others)
