@@ -15,6 +15,8 @@ from ..options import PreconditionerOptions
 from . import linalg
 from .pool import Coding, Index, Layout, Pool, layout_bytes
 
+_SMALLEST = 1 / 255**2  # level above zero of 8-bit linear squares
+
 
 def moments_layout(rows: int, columns: int, options: PreconditionerOptions) -> Layout:
     """Name, shape and type of every tensor that the moments of one block keep; nothing but with method="soap".
@@ -114,10 +116,7 @@ class MomentPool(Pool):
             momentum = self.decode("momentum", where, self.columns).to(projected.dtype)
         momentum = momentum * first
         momentum += projected * (1 - first)
-        moment = self.decode("second_moment", where, self.columns).to(projected.dtype)
-        if self.options.second_moment_dtype == "int8":
-            moment = moment.square()
-        moment = moment * second
+        moment = self._second_moment(where).to(projected.dtype) * second
         moment += projected.square_().mul_(1 - second)
         self._store("momentum", where, momentum)
         roots = moment.sqrt()
@@ -126,6 +125,18 @@ class MomentPool(Pool):
         ratio = [one / (1 - second**step) ** 0.5 for one, step in zip(unbiased, steps, strict=True)]
         roots = roots.mul_(_each(ratio, roots)).add_(_each([self.options.soap_eps * one for one in unbiased], roots))
         return momentum.div_(roots)
+
+    def _second_moment(self, where: Index) -> Tensor:
+        """The second moments; of those in 8 bits, no root is below half of the smallest level.
+
+        A root that is rounded to zero would make a direction of any size of what is left of the momentum.
+        """
+        moment = self.decode("second_moment", where, self.columns)
+        if self.options.second_moment_dtype != "int8":
+            return moment
+        floor = self.stored("second_moment.scales", where).float() * (_SMALLEST / 2)
+        floor = floor.repeat_interleave(self.options.quant_block_size, -1)[..., : self.columns]
+        return torch.maximum(moment, floor).square_()
 
     def _store(self, name: str, where: Index, values: Tensor) -> None:
         for key, value in self.encode(name, values).items():

@@ -59,12 +59,15 @@ class Moment:
     def __init__(self, shape: tuple[int, int], kept: str, block: int, scale_dtype: torch.dtype) -> None:
         self.kept, self.block, self.scale_dtype = kept, block, scale_dtype
         self.value = torch.zeros(shape)
+        self.least = self.value  # with half the smallest level for 0, as roots are read
 
     def store(self, value: Tensor) -> None:
         if self.kept == "int8":
             book = CODEBOOKS["linear2"](8)
             stored = quantize(value, book, self.block, scale_dtype=self.scale_dtype)
             self.value = dequantize(*stored, book, self.block)
+            floor = (stored[1].float() * book[book > 0].min() / 2).repeat_interleave(self.block, 1)
+            self.least = torch.maximum(self.value, floor[:, : value.shape[1]])
         else:
             self.value = value.to(getattr(torch, self.kept)).float()
 
@@ -147,7 +150,7 @@ class SoapReference:
         b1, b2 = self.betas
         p = v.T @ g @ w
         m = b1 * kept + (1 - b1) * p
-        d = b2 * (moment.value**2 if self.roots_kept else moment.value) + (1 - b2) * p**2
+        d = b2 * (moment.least**2 if self.roots_kept else moment.value) + (1 - b2) * p**2
         momentum.store(m)
         moment.store(d.sqrt() if self.roots_kept else d)
         return v @ ((m / (1 - b1**t)) / ((d / (1 - b2**t)).sqrt() + self.eps)) @ w.T
