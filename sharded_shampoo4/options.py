@@ -109,6 +109,13 @@ class PreconditionerOptions:
         'With method="soap": decay of momentum and second moment, each in [0, 1), per step.',
     )
     soap_eps: float = _option(1e-8, 'With method="soap": what is added to the root of the second moment.')
+    soap_nesterov: bool = _option(False, 'With method="soap": Nesterov\'s momentum.')
+    newton_schulz_steps: int = _option(
+        0,
+        "With method=\"soap\": steps of Muon's iteration that bring a direction's singular values close to 1; 5 are "
+        "usual.",
+        lowest=0,
+    )
     momentum_dtype: MomentDtype = _option(
         "bfloat16", 'With method="soap": how the momentum is stored; "int8" is 8 bits with a scale for each block.'
     )
@@ -196,7 +203,14 @@ HELP: dict[str, str] = {option.name: option.metadata["help"] for option in field
 OPTION_NAMES = tuple(DEFAULTS)
 # Options that a method does not use.
 UNUSED_BY: dict[str, tuple[str, ...]] = {
-    "shampoo": ("soap_betas", "soap_eps", "momentum_dtype", "second_moment_dtype"),
+    "shampoo": (
+        "soap_betas",
+        "soap_eps",
+        "soap_nesterov",
+        "newton_schulz_steps",
+        "momentum_dtype",
+        "second_moment_dtype",
+    ),
     "soap": ("quantize", "root", "root_interval", "grafting"),
 }
 _LOWEST: dict[str, int | None] = {option.name: option.metadata["lowest"] for option in fields(PreconditionerOptions)}

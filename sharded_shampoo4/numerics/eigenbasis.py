@@ -24,6 +24,24 @@ def rectify(basis: Tensor, steps: int) -> Tensor:
     return basis
 
 
+def orthogonalize(matrices: Tensor, steps: int) -> Tensor:
+    """Bring the singular values of ``matrices`` (B, m, n) close to 1, by ``steps`` of Muon's Newton-Schulz iteration.
+
+    X <- 3.4445 X - 4.775 X X^T X + 2.0315 (X X^T)^2 X, from X / ||X||_F. Five steps leave singular values between about
+    0.7 and 1.2. Zeros stay zeros.
+    """
+    wide = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT.contiguous()
+    # Norms of rows first: so they do not depend on the batch.
+    norms = torch.linalg.vector_norm(torch.linalg.vector_norm(wide, dim=2), dim=1).view(-1, 1, 1)
+    found: Tensor = wide / (norms + torch.finfo(norms.dtype).tiny)
+    for _ in range(steps):
+        gram = linalg.matmul(found, found.mT)
+        factor = linalg.matmul(gram, gram) * 2.0315
+        factor -= gram * 4.775
+        found = linalg.matmul(factor, found).add_(found * 3.4445)
+    return found if wide is matrices else found.mT
+
+
 def refresh(
     eigenvalues: Tensor, basis: Tensor, statistic: Tensor, beta: float, iterations: int = 1, ridge: float = 0.0
 ) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..options import PreconditionerOptions
-from . import linalg
+from . import eigenbasis, linalg
 from .pool import Coding, Index, Layout, Pool, layout_bytes
 
 _SMALLEST = 1 / 255**2  # level above zero of 8-bit linear squares
@@ -101,6 +101,10 @@ class MomentPool(Pool):
     def direct(self, where: Index, projected: Tensor, steps: Sequence[int], momentum: Tensor | None = None) -> Tensor:
         """Absorb gradients, and return directions: M / (1 - b1^t) / (sqrt(D / (1 - b2^t)) + eps).
 
+        With Nesterov's momentum b1 M / (1 - b1^(t+1)) + (1 - b1) P / (1 - b1^t) takes the place of M / (1 - b1^t).
+        Newton-Schulz steps give directions singular values of about 1, and the size that Muon's have with AdamW's
+        learning rates: a root mean square of 0.2.
+
         Args:
             where: the blocks.
             projected: P of each, (k, rows, columns); is overwritten.
@@ -117,14 +121,22 @@ class MomentPool(Pool):
         momentum = momentum * first
         momentum += projected * (1 - first)
         moment = self._second_moment(where).to(projected.dtype) * second
-        moment += projected.square_().mul_(1 - second)
+        moment += projected.square().mul_(1 - second)
         self._store("momentum", where, momentum)
+        unbiased = [1 - first**step for step in steps]
+        if self.options.soap_nesterov:
+            ahead = [first * one / (1 - first ** (step + 1)) for one, step in zip(unbiased, steps, strict=True)]
+            momentum = momentum * _each(ahead, momentum)
+            momentum += projected.mul_(1 - first)
         roots = moment.sqrt()
         self._store("second_moment", where, roots if self.options.second_moment_dtype == "int8" else moment)
-        unbiased = [1 - first**step for step in steps]
         ratio = [one / (1 - second**step) ** 0.5 for one, step in zip(unbiased, steps, strict=True)]
         roots = roots.mul_(_each(ratio, roots)).add_(_each([self.options.soap_eps * one for one in unbiased], roots))
-        return momentum.div_(roots)
+        directions = momentum.div_(roots)
+        if self.options.newton_schulz_steps:
+            directions = eigenbasis.orthogonalize(directions, self.options.newton_schulz_steps)
+            directions = directions * (0.2 * max(directions.shape[1:]) ** 0.5)
+        return directions
 
     def _second_moment(self, where: Index) -> Tensor:
         """The second moments; of those in 8 bits, no root is below half of the smallest level.

@@ -6,6 +6,7 @@ orthogonal iteration, A V + ridge V = Q R, as the library documents it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -95,11 +96,14 @@ class SoapReference:
         max_preconditioner_dim: int = 1024,
         soap_betas: tuple[float, float] = (0.95, 0.95),
         soap_eps: float = 1e-8,
+        soap_nesterov: bool = False,
+        newton_schulz_steps: int = 0,
         momentum_dtype: str = "float32",
         second_moment_dtype: str = "float32",
     ) -> None:
         self.shapes, self.interval = [tuple(shape) for shape in shapes], statistics_interval
         self.betas, self.eps, self.t = soap_betas, soap_eps, [0] * len(shapes)
+        self.nesterov, self.newton_schulz_steps = soap_nesterov, newton_schulz_steps
         self.roots_kept = second_moment_dtype == "int8"
         scales: torch.dtype = getattr(torch, scale_dtype)
         named = isinstance(codebook, str)
@@ -153,4 +157,14 @@ class SoapReference:
         d = b2 * (moment.least**2 if self.roots_kept else moment.value) + (1 - b2) * p**2
         momentum.store(m)
         moment.store(d.sqrt() if self.roots_kept else d)
-        return v @ ((m / (1 - b1**t)) / ((d / (1 - b2**t)).sqrt() + self.eps)) @ w.T
+        ahead = m / (1 - b1**t)
+        if self.nesterov:
+            ahead = b1 * m / (1 - b1 ** (t + 1)) + (1 - b1) * p / (1 - b1**t)
+        x = v @ (ahead / ((d / (1 - b2**t)).sqrt() + self.eps)) @ w.T
+        if self.newton_schulz_steps:
+            x = x / x.norm()
+            for _ in range(self.newton_schulz_steps):
+                a = x @ x.T
+                x = 3.4445 * x - 4.775 * a @ x + 2.0315 * a @ a @ x
+            x = 0.2 * math.sqrt(max(x.shape)) * x
+        return x

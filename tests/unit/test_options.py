@@ -44,6 +44,8 @@ CHANGED: dict[str, Any] = {  # another value for every option
     "grafting": "none",
     "soap_betas": (0.9, 0.99),
     "soap_eps": 1e-6,
+    "soap_nesterov": True,
+    "newton_schulz_steps": 5,
     "momentum_dtype": "int8",
     "second_moment_dtype": "float32",
     "max_failures": 3,
@@ -108,8 +110,8 @@ def test_help_is_made_of_sentences_that_argparse_can_print(name: str) -> None:
 # -- pages -------------------------------------------------------------------------------------------------------------
 
 EVERYDAY = (
-    "lr", "weight_decay", "base", "preset", "bits", "statistics_interval", "root_interval", "total_steps", "refresh",
-    "max_preconditioner_dim", "precondition",
+    "lr", "weight_decay", "base", "preset", "method", "bits", "statistics_interval", "root_interval", "total_steps",
+    "refresh", "max_preconditioner_dim", "precondition",
 )  # fmt: skip
 
 
