@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,6 +14,7 @@ from sharded_shampoo4.numerics import eigenbasis, quantization
 
 BITS = (3, 4, 8)
 BOOKS = ("linear2", "dynamic_tree")
+normal_levels = functools.cache(quantization.normal)
 
 
 @pytest.mark.parametrize("bits", [3, 4, 8])
@@ -97,7 +100,7 @@ def test_bytes_of_an_odd_row(bits: int, bytes_per_row: int) -> None:
 
 @pytest.mark.parametrize(("bits", "block"), [(3, 64), (4, 64), (4, 7), (8, 64)])
 def test_normal_levels_but_zero_are_the_means_of_what_is_nearest_to_them(bits: int, block: int) -> None:
-    levels = quantization.normal(bits, block).double()
+    levels = normal_levels(bits, block).double()
     assert levels.numel() == 2**bits and (levels.diff() > 0).all() and levels[2 ** (bits - 1) - 1] == 0
     values = torch.randn(2**22 // block, block, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     values = (values / values.abs().amax(1, keepdim=True)).flatten()
@@ -117,7 +120,7 @@ def test_scales_of_least_squared_error_as_the_reference(data: st.DataObject) -> 
     values = torch.randn(rows, length, generator=generator)
     values[torch.rand(values.shape, generator=generator) < data.draw(st.sampled_from([0.0, 0.5, 1.0]))] = 0.0
     codes, scales = quantization.quantize(values, codebook="normal", bits=bits, block=block, scale_dtype=scale_dtype)
-    levels = quantization.normal(bits, block)
+    levels = normal_levels(bits, block)
     expected_codes, expected_scales = reference.quantize(values, levels, block, scale_dtype, search=True)
     assert scales.dtype == scale_dtype and torch.equal(scales, expected_scales)
     assert torch.equal(quantization.unpack(codes, bits, length), expected_codes.to(torch.uint8))
