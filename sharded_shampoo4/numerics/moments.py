@@ -86,7 +86,7 @@ class MomentPool(Pool):
         Returns:
             Tensor: the momentum (k, rows, columns) before it is rounded to what is stored.
         """
-        momentum = self.decode("momentum", where, self.columns).to(dtype)
+        momentum = self._fresh("momentum", where, dtype)
         for side, which, old, new, changed in turns:
             part = momentum[which]
             if side == 0:
@@ -94,7 +94,7 @@ class MomentPool(Pool):
             else:
                 turned = linalg.matmul(linalg.matmul(part, old.mT), new)
             turned = torch.where(changed.view(-1, 1, 1), turned, part)
-            momentum = momentum.index_copy(0, which, turned)
+            momentum.index_copy_(0, which, turned)
         self._store("momentum", where, momentum)
         return momentum
 
@@ -117,16 +117,16 @@ class MomentPool(Pool):
         first, second = self.options.soap_betas
         # Products and sums apart: as one operation, they may be rounded otherwise at another place in memory.
         if momentum is None:
-            momentum = self.decode("momentum", where, self.columns).to(projected.dtype)
-        momentum = momentum * first
+            momentum = self._fresh("momentum", where, projected.dtype)
+        momentum.mul_(first)
         momentum += projected * (1 - first)
-        moment = self._second_moment(where).to(projected.dtype) * second
+        moment = self._second_moment(where, projected.dtype).mul_(second)
         moment += projected.square().mul_(1 - second)
         self._store("momentum", where, momentum)
         unbiased = [1 - first**step for step in steps]
         if self.options.soap_nesterov:
             ahead = [first * one / (1 - first ** (step + 1)) for one, step in zip(unbiased, steps, strict=True)]
-            momentum = momentum * _each(ahead, momentum)
+            momentum.mul_(_each(ahead, momentum))
             momentum += projected.mul_(1 - first)
         roots = moment.sqrt()
         self._store("second_moment", where, roots if self.options.second_moment_dtype == "int8" else moment)
@@ -138,17 +138,22 @@ class MomentPool(Pool):
             directions = directions * (0.2 * max(directions.shape[1:]) ** 0.5)
         return directions
 
-    def _second_moment(self, where: Index) -> Tensor:
+    def _fresh(self, name: str, where: Index, dtype: torch.dtype) -> Tensor:
+        """What is stored, as numbers of ``dtype`` in memory of its own."""
+        found = self.decode(name, where, self.columns)
+        return found.to(dtype, copy=name in self.tensors)
+
+    def _second_moment(self, where: Index, dtype: torch.dtype) -> Tensor:
         """The second moments; of those in 8 bits, no root is below half of the smallest level.
 
         A root that is rounded to zero would make a direction of any size of what is left of the momentum.
         """
-        moment = self.decode("second_moment", where, self.columns)
+        moment = self._fresh("second_moment", where, dtype)
         if self.options.second_moment_dtype != "int8":
             return moment
         floor = self.stored("second_moment.scales", where).float() * (_SMALLEST / 2)
         floor = floor.repeat_interleave(self.options.quant_block_size, -1)[..., : self.columns]
-        return torch.maximum(moment, floor).square_()
+        return torch.maximum(moment, floor.to(dtype)).square_()
 
     def _store(self, name: str, where: Index, values: Tensor) -> None:
         for key, value in self.encode(name, values).items():
