@@ -1,0 +1,82 @@
+"""The fair comparison of compare.py, on a task of a moment: searched learning rates, stored runs, table and picture."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from support import launching  # noqa: F401  finds launch/
+from torch import Tensor, nn
+
+# isort: split
+from rivals import contest
+from rivals.optimizers import RIVALS, state_bytes
+from rivals.tasks import TASKS, Batch, Task
+
+
+def batches(seed: int) -> Iterator[Batch]:
+    generator = torch.Generator().manual_seed(seed)
+    truth = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+    while True:
+        inputs = torch.randn(16, 8, generator=generator)
+        yield inputs, inputs @ truth
+
+
+def make_model(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 4))
+
+
+def loss(model: nn.Module, batch: Batch) -> Tensor:
+    return nn.functional.mse_loss(model(batch[0]), batch[1])
+
+
+TINY = Task(
+    "tiny", "two layers", 24, 0.0, 0.95, 4e-3, "validation loss", lambda done: 1 - done, make_model, batches, loss,
+    lambda model: {"validation loss": loss(model, next(batches(99))).item()},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [name for name in RIVALS if name != "soap"])  # whose package may be missing
+def test_the_best_rate_is_better_than_its_neighbors_and_runs_are_made_once(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lr, results = contest.Contest(TINY, tmp_path).results(name, [0, 1])
+    stored = {path.name: json.loads(path.read_text()) for path in (tmp_path / "tiny").iterdir()}
+    searched = {float(key.split("-")[-3]): run["validation loss"] for key, run in stored.items() if "-8steps" in key}
+    assert min(searched, key=searched.__getitem__) == lr
+    assert all(near in searched for near in (lr / 2, lr * 2) if 5e-4 <= near <= 3.2e-2)
+    assert [len(run["losses"]) for run in results] == [24, 24] and results[0]["losses"] != results[1]["losses"]
+    monkeypatch.setattr(contest, "run", lambda *_: pytest.fail("a run was made again"))
+    assert contest.Contest(TINY, tmp_path).results(name, [0, 1]) == (lr, results)
+
+
+def test_a_run_that_diverges_is_the_worst(tmp_path: Path) -> None:
+    def broken(model: nn.Module, batch: Batch) -> Tensor:
+        return loss(model, batch) * torch.nan
+
+    found = contest.run(dataclasses.replace(TINY, loss=broken), RIVALS["adamw"], 1e-3, 0, 5)
+    assert found["validation loss"] == math.inf and len(found["losses"]) == 1
+
+
+def test_table_and_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(TASKS, "tiny", TINY)
+    contest.compare(["adamw", "shampoo4-soap"], ["tiny"], [0, 1], tmp_path)
+    printed = capsys.readouterr().out
+    assert "AdamW" in printed and 'method="soap"' in printed and "validation loss" in printed
+    assert (tmp_path / "rivals.png").stat().st_size > 10_000
+
+
+def test_state_bytes_are_those_of_all_optimizers() -> None:
+    for name, most in (("adamw", 9), ("muon", 9), ("shampoo4-soap", 30)):
+        model = make_model(0)
+        optimizers = RIVALS[name].make(model, TINY)
+        loss(model, next(batches(0))).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        assert 3 < state_bytes(optimizers) / sum(p.numel() for p in model.parameters()) < most
