@@ -89,13 +89,11 @@ class BlockBatch:
         if due[1]:
             self.right.invert(right)
 
-    def precondition(
-        self, chosen: Sequence[int], gradients: Tensor, steps: Sequence[int], refreshed: Refreshed | None
-    ) -> Tensor:
+    def precondition(self, chosen: Sequence[int], gradients: Tensor, refreshed: Refreshed | None) -> Tensor:
         """Directions of the ``chosen`` members, before grafting: (k, rows, columns).
 
-        L^(-1/4) G R^(-1/4), or with moments V_L X V_R^T, where X is what Adam makes of V_L^T G V_R. ``steps`` are the
-        members' counts of steps; ``refreshed`` what :meth:`absorb` has returned in this step, if it was called.
+        L^(-1/4) G R^(-1/4), or with moments V_L X V_R^T, where X is what Adam makes of V_L^T G V_R.
+        ``refreshed`` is what :meth:`absorb` has returned in this step, if it was called.
         """
         dtype = getattr(torch, self.left.options.matmul_dtype) if gradients.dtype == torch.float32 else gradients.dtype
         if self.moments is None:
@@ -106,7 +104,7 @@ class BlockBatch:
         left_basis, right_basis = (basis.to(dtype) for basis in bases)
         projected = linalg.matmul(linalg.matmul(left_basis.mT, gradients.to(dtype)), right_basis).to(gradients.dtype)
         momentum = refreshed.momentum if refreshed else None
-        directions = self.moments.direct(self._run(chosen), projected, steps, momentum).to(dtype)
+        directions = self.moments.direct(self._run(chosen), projected, momentum).to(dtype)
         return linalg.matmul(linalg.matmul(left_basis, directions), right_basis.mT).to(gradients.dtype)
 
     def bases(self, chosen: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:

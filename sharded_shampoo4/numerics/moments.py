@@ -22,10 +22,11 @@ def moments_layout(rows: int, columns: int, options: PreconditionerOptions) -> L
     """Name, shape and type of every tensor that the moments of one block keep; nothing but with method="soap".
 
     ``momentum`` and ``second_moment`` (rows, columns) as they are, or in 8 bits: of the second moment its square roots.
+    ``decays``: the powers b1^t and b2^t of the decays, after t steps of the block.
     """
     if options.method != "soap":
         return {}
-    layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"decays": ((2,), torch.float64)}
     for name, kept in (("momentum", options.momentum_dtype), ("second_moment", options.second_moment_dtype)):
         if kept == "int8":
             layout.update(_coding(options).layout(name, rows, columns))
@@ -74,6 +75,9 @@ class MomentPool(Pool):
         super().__init__(moments_layout(*shape, options), count, _coding(options), device)
         self.columns = shape[1]
         self.options = options
+        self.betas = torch.tensor(options.soap_betas, dtype=torch.float64, device=device)
+        if self.tensors:
+            self.tensors["decays"].fill_(1.0)
 
     def rotate(self, where: Index, turns: Sequence[Turn], dtype: torch.dtype) -> Tensor:
         """Express the momentum of blocks in their new bases.
@@ -98,7 +102,7 @@ class MomentPool(Pool):
         self._store("momentum", where, momentum)
         return momentum
 
-    def direct(self, where: Index, projected: Tensor, steps: Sequence[int], momentum: Tensor | None = None) -> Tensor:
+    def direct(self, where: Index, projected: Tensor, momentum: Tensor | None = None) -> Tensor:
         """Absorb gradients, and return directions: M / (1 - b1^t) / (sqrt(D / (1 - b2^t)) + eps).
 
         With Nesterov's momentum b1 M / (1 - b1^(t+1)) + (1 - b1) P / (1 - b1^t) takes the place of M / (1 - b1^t).
@@ -108,7 +112,6 @@ class MomentPool(Pool):
         Args:
             where: the blocks.
             projected: P of each, (k, rows, columns); is overwritten.
-            steps: t, the count of steps of each block, this one among them.
             momentum: what :meth:`rotate` has returned in this step, if it was called.
 
         Returns:
@@ -123,15 +126,15 @@ class MomentPool(Pool):
         moment = self._second_moment(where, projected.dtype).mul_(second)
         moment += projected.square().mul_(1 - second)
         self._store("momentum", where, momentum)
-        unbiased = [1 - first**step for step in steps]
+        decays = self.stored("decays", where) * self.betas
+        self.tensors["decays"][where] = decays
+        mass, second_mass = (1 - decays).unbind(1)
         if self.options.soap_nesterov:
-            ahead = [first * one / (1 - first ** (step + 1)) for one, step in zip(unbiased, steps, strict=True)]
-            momentum.mul_(_each(ahead, momentum))
+            momentum.mul_(_each(first * mass / (1 - first * decays[:, 0]), momentum))
             momentum += projected.mul_(1 - first)
         roots = moment.sqrt()
         self._store("second_moment", where, roots if self.options.second_moment_dtype == "int8" else moment)
-        ratio = [one / (1 - second**step) ** 0.5 for one, step in zip(unbiased, steps, strict=True)]
-        roots = roots.mul_(_each(ratio, roots)).add_(_each([self.options.soap_eps * one for one in unbiased], roots))
+        roots = roots.mul_(_each(mass / second_mass.sqrt(), roots)).add_(_each(self.options.soap_eps * mass, roots))
         directions = momentum.div_(roots)
         if self.options.newton_schulz_steps:
             directions = eigenbasis.orthogonalize(directions, self.options.newton_schulz_steps)
@@ -160,8 +163,6 @@ class MomentPool(Pool):
             self.tensors[key][where] = value
 
 
-def _each(numbers: Sequence[float], like: Tensor) -> Tensor | float:
-    """One number for each block, as a plain number where all are equal, which copies nothing to the device."""
-    if all(number == numbers[0] for number in numbers):
-        return numbers[0]
-    return torch.tensor(numbers, dtype=like.dtype, device=like.device).view(-1, 1, 1)
+def _each(numbers: Tensor, like: Tensor) -> Tensor:
+    """One number (k,) for each block, to multiply with blocks ``like`` (k, rows, columns)."""
+    return numbers.to(like.dtype).view(-1, 1, 1)

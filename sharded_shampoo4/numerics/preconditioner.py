@@ -91,11 +91,10 @@ class Preconditioner:
         None before the first roots, where the direction is the gradient.
         """
         batch = self.batches[number]
-        matrices = [self.matrices[batch.members[position].matrix] for position in chosen]
-        if not any(matrix.rooted for matrix in matrices):
+        if not any(self.matrices[batch.members[position].matrix].rooted for position in chosen):
             return None
         with label("precondition"):
-            return batch.precondition(chosen, gradients, [matrix.step for matrix in matrices], refreshed)
+            return batch.precondition(chosen, gradients, refreshed)
 
     def _sides(self, number: int, chosen: Sequence[int], is_due: Callable[[Matrix, Block, int], bool]) -> Sides:
         """Which of the ``chosen`` blocks of a batch have a left factor that is due, and which a right one."""
