@@ -21,7 +21,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 
 from sharded_shampoo4 import Shampoo4
 
-OPTIONS = {"max_preconditioner_dim": 30, "min_quant_numel": 0}
+OPTIONS: dict[str, Any] = {"max_preconditioner_dim": 30, "min_quant_numel": 0}
+SOAP: dict[str, Any] = {**OPTIONS, "method": "soap", "bits": 4, "momentum_dtype": "bfloat16", "second_moment_dtype": "int8"}
 KIND = "mlp"  # DCP, and not we, stumbles over parameters that never have a gradient: their states come and go
 
 
@@ -32,9 +33,9 @@ def advance(model: torch.nn.Module, host: str, optimizer: Shampoo4, steps: range
     return hosts.full_parameters(model, host)
 
 
-def make(host: str) -> tuple[torch.nn.Module, Shampoo4]:
+def make(host: str, options: dict[str, Any] = OPTIONS) -> tuple[torch.nn.Module, Shampoo4]:
     model = hosts.wrap(hosts.make_model(KIND), host)
-    return model, make_optimizer(model, host, OPTIONS)
+    return model, make_optimizer(model, host, options)
 
 
 def through_a_file(state: Any) -> Any:
@@ -44,11 +45,13 @@ def through_a_file(state: Any) -> Any:
     return torch.load(file, weights_only=True)
 
 
-def continues(host: str, how: Callable[[torch.nn.Module, Shampoo4, torch.nn.Module, Shampoo4], None]) -> bool:
+def continues(
+    host: str, how: Callable[[torch.nn.Module, Shampoo4, torch.nn.Module, Shampoo4], None], options: dict[str, Any]
+) -> bool:
     """Five steps, a transfer of all states to a fresh model and optimizer, five steps of both: equal in the end?"""
-    model, optimizer = make(host)
+    model, optimizer = make(host, options)
     advance(model, host, optimizer, range(5))
-    other_model, other = make(host)
+    other_model, other = make(host, options)
     other_model.load_state_dict(model.state_dict())
     how(model, optimizer, other_model, other)
     held = optimizer.state_bytes()
@@ -87,18 +90,27 @@ def by_dcp(model: Any, optimizer: Shampoo4, other_model: Any, other: Shampoo4) -
     dist.barrier()
 
 
-def transfers(rank: int) -> dict[str, bool]:
-    found = {f"{host}, state_dict": continues(host, by_state_dict) for host in hosts.HOSTS}
-    found |= {f"{host}, file": continues(host, by_file) for host in ("ddp", "fsdp1", "fsdp2")}
-    found |= {f"{host}, full": continues(host, by_full_state_dict) for host in ("fsdp2", "hsdp")}
-    found |= {f"{host}, dcp": continues(host, by_dcp) for host in ("fsdp2", "hsdp")}
-    return found
+WAYS = {
+    by_state_dict: hosts.HOSTS,
+    by_file: ("ddp", "fsdp1", "fsdp2"),
+    by_full_state_dict: ("fsdp2", "hsdp"),
+    by_dcp: ("fsdp2", "hsdp"),
+}
+
+
+def transfers(rank: int) -> dict[tuple[str, ...], bool]:
+    return {
+        (method, host, how.__name__): continues(host, how, options)
+        for method, options in (("shampoo", OPTIONS), ("soap", SOAP))
+        for how, ran in WAYS.items()
+        for host in ran
+    }
 
 
 @pytest.mark.parametrize("world_size", slow_but_for([2], [2, 3]))
 def test_states_continue_bitwise(world_size: int) -> None:
     for found in hosts.run_ranks(world_size, transfers):
-        assert all(found.values()), found
+        assert len(found) == 22 and all(found.values()), found
 
 
 def save_for_others(rank: int, folder: str) -> None:

@@ -31,10 +31,16 @@ WAYS: dict[str, dict[str, bool]] = {
 }
 
 
-def go_on(rank: int, host: str, name: str) -> bool:
+METHODS: dict[str, dict[str, str]] = {
+    "shampoo": {},
+    "soap": {"method": "soap", "momentum_dtype": "int8", "second_moment_dtype": "bfloat16"},
+}
+
+
+def go_on(rank: int, host: str, name: str, method: str) -> bool:
     """Whether a fresh model and optimizer continue bitwise with what torch's functions have saved and set."""
     options = WAYS[name]
-    first, second = Training(host), Training(host, seed=1)
+    first, second = (Training(host, seed=seed, **METHODS[method]) for seed in (0, 1))
     first.train(FIRST)
     if host in ("none", "ddp"):
         first.optimizer.consolidate_state_dict()
@@ -51,24 +57,29 @@ def go_on(rank: int, host: str, name: str) -> bool:
     return all(torch.equal(expected[key], found[key]) for key in expected)
 
 
-def go_on_everywhere(rank: int, host: str) -> dict[str, bool]:
-    return {name: go_on(rank, host, name) for name in WAYS}
+def go_on_everywhere(rank: int, host: str) -> dict[tuple[str, str], bool]:
+    return {(name, method): go_on(rank, host, name, method) for name in WAYS for method in METHODS}
 
 
 @pytest.mark.parametrize("host", ["ddp", "fsdp2", "hsdp"])
 def test_torchs_functions_save_and_set_whole_states(host: str) -> None:
     for found in hosts.run_ranks(2, go_on_everywhere, host):
-        assert found == dict.fromkeys(WAYS, True)
+        assert found == dict.fromkeys(((name, method) for name in WAYS for method in METHODS), True)
 
 
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", ["as it is", "flattened", "full"])
-def test_the_same_in_one_process(name: str) -> None:
+def test_the_same_in_one_process(name: str, method: str) -> None:
     with hosts.one_thread():
-        assert go_on(0, "none", name)
+        assert go_on(0, "none", name, method)
 
 
 def ask_fsdp1(rank: int) -> list[str]:
-    training = Training("fsdp1")
+    return [message for options in METHODS.values() for message in ask_fsdp1_with(options)]
+
+
+def ask_fsdp1_with(options: dict[str, str]) -> list[str]:
+    training = Training("fsdp1", **options)
     training.train(FIRST)
     found = [
         hosts.said(lambda: FullyShardedDataParallel.optim_state_dict(training.model, training.optimizer)),
@@ -76,7 +87,7 @@ def ask_fsdp1(rank: int) -> list[str]:
     ]
     training.optimizer.consolidate_state_dict()
     found.append(hosts.said(lambda: FullyShardedDataParallel.optim_state_dict(training.model, training.optimizer)))
-    other = Training("fsdp1", seed=1)
+    other = Training("fsdp1", seed=1, **options)
     whole = copy.deepcopy(training.optimizer.state_dict())
     found.append(hosts.said(lambda: set_optimizer_state_dict(other.model, other.optimizer, whole)))
     return found
@@ -84,6 +95,7 @@ def ask_fsdp1(rank: int) -> list[str]:
 
 def test_fsdp1s_own_states_are_refused_and_the_message_says_what_to_call() -> None:
     for found in hosts.run_ranks(2, ask_fsdp1):
+        assert len(found) == 8
         for message in found:
             assert message.startswith("RuntimeError: FSDP.optim_state_dict()"), message
             assert "optimizer.consolidate_state_dict()" in message and "sharded_shampoo4.checkpoint" in message
@@ -111,24 +123,30 @@ def test_factors_that_took_no_step_are_known_to_every_rank(host: str) -> None:
 
 
 def clear_and_train(rank: int, host: str) -> list[Any]:
+    return [clear_and_train_with(rank, host, options) for options in METHODS.values()]
+
+
+def clear_and_train_with(rank: int, host: str, options: dict[str, str]) -> tuple[bool, str]:
     """Weights after states were cleared, with a new optimizer on the same weights; and what one rank alone hears."""
-    training = Training(host)
+    training = Training(host, **options)
     training.train(range(5))
     training.optimizer.state.clear()
-    other = Training(host)
+    other = Training(host, **options)
     other.train(range(5))
-    other.optimizer = make_optimizer(other.model, host, OPTIONS)
+    other.optimizer = make_optimizer(other.model, host, {**OPTIONS, **options})
     first, second = training.train(range(5, 12)), other.train(range(5, 12))
     if rank == 1:
         training.optimizer.state.clear()
-    return [all(torch.equal(first[name], second[name]) for name in first), hosts.said(lambda: training.train(range(1)))]
+    same = all(torch.equal(first[name], second[name]) for name in first)
+    return same, hosts.said(lambda: training.train(range(1)))
 
 
 @pytest.mark.parametrize("host", ["ddp", "fsdp1", "fsdp2"])
 def test_clearing_the_states_clears_the_factors(host: str) -> None:
-    for same, alone in hosts.run_ranks(2, clear_and_train, host):
-        assert same
-        assert "was cleared, but not on rank 0" in alone
+    for found in hosts.run_ranks(2, clear_and_train, host):
+        for same, alone in found:
+            assert same
+            assert "was cleared, but not on rank 0" in alone
 
 
 def small() -> tuple[nn.Module, Shampoo4]:

@@ -14,7 +14,7 @@ import torch
 from support import worlds as hosts
 from support import zero_worlds as zero
 from support.marks import batch_of, slow_but_for
-from support.zero_cases import CASES, OPTIONS, Case, groups_of, make_gradients, make_model, start, train
+from support.zero_cases import CASES, Case, groups_of, make_gradients, make_model, start, train
 from torch import Tensor
 
 from sharded_shampoo4 import Shampoo4
@@ -46,6 +46,9 @@ QUICK = (
     "bf16 with gradients in float32",
     "fp16, stage 3",
     "zero.Init",
+    "groups, stage 2, soap",
+    "small sub-groups, stage 3, soap",
+    "bf16 with gradients in float32, soap",
 )  # of two ranks
 
 
@@ -63,15 +66,15 @@ def results(world_size: int, name: str) -> list[dict[str, Any]]:
 
 @functools.cache
 def run_alone(
-    kind: str, optimizer_by: str, overflow: int | None, rates: tuple[float, ...]
+    kind: str, optimizer_by: str, overflow: int | None, rates: tuple[float, ...], method: str
 ) -> tuple[dict[str, Tensor], int]:
     """The same training in one process, on float32 copies of the weights; and the bytes of all factors."""
-    case = Case("none", kind=kind, optimizer=optimizer_by, overflow=overflow)
+    case = Case("none", kind=kind, optimizer=optimizer_by, overflow=overflow, method=method)
     model = make_model(case)
     dtypes = {name: p.dtype for name, p in model.named_parameters()}
     model = model.float()
     named = list(model.named_parameters())
-    optimizer = Shampoo4(groups_of(named) if case.optimizer == "groups" else named, **OPTIONS)
+    optimizer = Shampoo4(groups_of(named) if case.optimizer == "groups" else named, **case.options)
     for step, rate in enumerate(rates):
         if step == case.overflow:
             continue
@@ -93,7 +96,7 @@ def test_the_weights_are_those_of_one_process(name: str, world_size: int) -> Non
     ranks = results(world_size, name)
     with hosts.one_thread():
         by = "groups" if case.optimizer == "groups" else "program"
-        expected, whole = run_alone(case.kind, by, case.overflow, tuple(ranks[0]["rates"]))
+        expected, whole = run_alone(case.kind, by, case.overflow, tuple(ranks[0]["rates"]), case.method)
     for rank in ranks:
         for key, value in rank["parameters"].items():
             assert torch.equal(value, expected[key]), (key, (value - expected[key]).abs().max())

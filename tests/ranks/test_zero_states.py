@@ -39,6 +39,10 @@ SAVED = {
     "offloaded, stage 2": Case("zero2", {"zero": {"offload_optimizer": CPU}}),
     "offloaded, stage 3": Case("zero3", {"zero": {"offload_optimizer": CPU, "offload_param": CPU}}),
     "the program's, stage 1": Case("zero1", optimizer="program"),
+    **{f"soap, stage {stage}": Case(f"zero{stage}", method="soap") for stage in range(4)},
+    "soap, groups, stage 2": CASES["groups, stage 2, soap"],
+    "soap, sub-groups, stage 3": CASES["small sub-groups, stage 3, soap"],
+    "soap, bf16 with gradients in float32": CASES["bf16 with gradients in float32, soap"],
 }
 
 
@@ -83,7 +87,7 @@ def float32_weights(stage: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return expected, dict(found)
 
 
-QUICK = ("stage 2", "groups, stage 2", "stage 3")
+QUICK = ("stage 2", "groups, stage 2", "stage 3", "soap, groups, stage 2", "soap, stage 3")
 
 
 def save_cases(rank: int, names: tuple[str, ...]) -> dict[str, Any]:
@@ -120,7 +124,7 @@ UNIVERSAL = {"2": Case("zero2"), "3": Case("zero3"), "groups": Case("zero3", opt
 def save_for_all_worlds(rank: int, folder: str) -> dict[str, dict[str, Tensor]]:
     zero.prepare()
     weights = {}
-    for name, case in UNIVERSAL.items():
+    for name, case in {**UNIVERSAL, "soap": Case("zero2", method="soap")}.items():
         engine = start(case)
         train(engine, case, FIRST)
         engine.save_checkpoint(f"{folder}/{name}", tag="saved")
@@ -161,12 +165,17 @@ def load_from_another_world(rank: int, folder: str) -> dict[str, dict[str, Any]]
 def test_universal_checkpoints_move_the_base_and_warn_that_the_factors_start_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = hosts.run_ranks(2, save_for_all_worlds, str(tmp_path))[0]
-    for name in UNIVERSAL:
+    def convert(name: str) -> None:
         folders = ("--input_folder", f"{tmp_path}/{name}/saved", "--output_folder", f"{tmp_path}/{name}/universal")
         workers = ("--num_extract_workers", "1", "--num_merge_workers", "1")
         monkeypatch.setattr(sys, "argv", ["ds_to_universal", "--inject_missing_state", *folders, *workers])
         ds_to_universal.main(ds_to_universal.parse_arguments())
+
+    expected = hosts.run_ranks(2, save_for_all_worlds, str(tmp_path))[0]
+    with pytest.raises(RuntimeError, match="exceeds dimension size"):  # the base has no states of matrices
+        convert("soap")
+    for name in UNIVERSAL:
+        convert(name)
     for rank in hosts.run_ranks(3, load_from_another_world, str(tmp_path)):
         for name, found in rank.items():
             assert all(torch.equal(found["weights"][key], expected[name][key]) for key in expected[name])

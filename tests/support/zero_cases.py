@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +16,7 @@ from . import worlds as hosts
 from . import zero_worlds as zero
 
 STEPS = 10
-OPTIONS = {
+OPTIONS: dict[str, Any] = {
     "lr": 1e-2,
     "weight_decay": 0.1,
     "statistics_interval": 2,
@@ -23,6 +24,7 @@ OPTIONS = {
     "max_preconditioner_dim": 30,
     "min_quant_numel": 0,
 }
+SOAP = {**{name: value for name, value in OPTIONS.items() if name != "root_interval"}, "method": "soap"}
 BF16 = {"bf16": {"enabled": True}}
 FP16 = {"fp16": {"enabled": True, "initial_scale_power": 4, "loss_scale_window": 1000, "hysteresis": 1}}
 CPU = {"device": "cpu", "pin_memory": False}
@@ -42,6 +44,12 @@ class Case:
     zero_init: bool = False
     overflow: int | None = None  # a step whose gradients overflow
     steps: int = STEPS
+    method: str = "shampoo"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The optimizer's."""
+        return SOAP if self.method == "soap" else OPTIONS
 
 
 def everywhere(
@@ -85,6 +93,17 @@ CASES: dict[str, Case] = {
     "zero.Init": Case("zero3", zero_init=True),
     "zero.Init of a ViT": Case("zero3", {"zero": {"sub_group_size": 4000}}, "vit", zero_init=True),
 }
+CASES |= {
+    f"{name}, soap": dataclasses.replace(CASES[name], method="soap")
+    for name in (
+        *(f"groups, stage {n}" for n in range(4)),
+        "small sub-groups, stage 3",
+        "offloaded parameters, stage 3",
+        "bf16 with gradients in float32",
+        "fp16, stage 3",
+        "zero.Init of a ViT",
+    )
+}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -112,7 +131,7 @@ def start(case: Case) -> Any:
     """An engine as ``case`` wants it."""
     config = zero.configuration(case.host, **copy.deepcopy(case.config))
     if case.optimizer != "program":
-        config["optimizer"] = {"type": "Shampoo4", "params": OPTIONS}
+        config["optimizer"] = {"type": "Shampoo4", "params": case.options}
     if case.zero_init:
         with zero.deepspeed.zero.Init(config_dict_or_path=config):
             model = make_model(case)
@@ -121,7 +140,7 @@ def start(case: Case) -> Any:
     replay = zero.Replay(model)
     if case.optimizer == "groups":
         return zero.start(replay, config, groups=groups_of(list(replay.named_parameters())))
-    optimizer = Shampoo4(replay.named_parameters(), **OPTIONS) if case.optimizer == "program" else None
+    optimizer = Shampoo4(replay.named_parameters(), **case.options) if case.optimizer == "program" else None
     return zero.start(replay, config, optimizer)
 
 
