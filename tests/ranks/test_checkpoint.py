@@ -20,22 +20,29 @@ from sharded_shampoo4.members import Members
 from sharded_shampoo4.options import PreconditionerOptions
 
 
+METHODS: dict[str, dict[str, Any]] = {
+    "shampoo": {},
+    "soap": {"method": "soap", "bits": 4, "refresh": "staggered", "second_moment_dtype": "int8"},
+}
+
+
 def save_all(rank: int, folder: str) -> None:
     zero.prepare()
-    for host in ALL:
-        training = Training(host, kind="vit")
-        training.train(FIRST)
-        training.save(f"{folder}/{host}")
-        training.end()
+    for method, options in METHODS.items():
+        for host in ALL:
+            training = Training(host, kind="vit", **options)
+            training.train(FIRST)
+            training.save(f"{folder}/{method}/{host}")
+            training.end()
 
 
-def load_all(rank: int, folder: str) -> dict[tuple[str, str], Any]:
+def load_all(rank: int, folder: str, method: str) -> dict[tuple[str, str], Any]:
     zero.prepare()
     found = {}
     for source in (*ALL, "none"):
         for host in ALL:
-            training = Training(host, seed=1, kind="vit")
-            training.load(f"{folder}/{source}")
+            training = Training(host, seed=1, kind="vit", **METHODS[method])
+            training.load(f"{folder}/{method}/{source}")
             loaded = training.parameters()
             found[source, host] = loaded, training.train(THEN), training.optimizer.state_bytes()
             training.end()
@@ -48,24 +55,32 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("saved")
     hosts.run_ranks(2, save_all, str(folder))
     with hosts.one_thread():
-        training = Training("none", kind="vit")
-        training.train(FIRST)
-        training.save(folder / "none")
+        for method, options in METHODS.items():
+            training = Training("none", kind="vit", **options)
+            training.train(FIRST)
+            training.save(folder / method / "none")
     return folder
 
 
+@pytest.fixture(scope="module", params=METHODS)
+def method(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def expected() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def expected(method: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Weights at the checkpoint, and at the end of a run without a stop."""
     with hosts.one_thread():
-        training = Training("none", kind="vit")
+        training = Training("none", kind="vit", **METHODS[method])
         return training.train(FIRST), training.train(THEN)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_every_checkpoint_continues_everywhere_bitwise(saved: Path, expected: Any, world_size: int) -> None:
-    results = hosts.run_ranks(world_size, load_all, str(saved))
+def test_every_checkpoint_continues_everywhere_bitwise(
+    saved: Path, method: str, expected: Any, world_size: int
+) -> None:
+    results = hosts.run_ranks(world_size, load_all, str(saved), method)
     assert len(results[0]) == 72
     for rank in results:
         for pair, (loaded, end, _) in rank.items():
@@ -74,20 +89,20 @@ def test_every_checkpoint_continues_everywhere_bitwise(saved: Path, expected: An
                 assert torch.equal(end[name], expected[1][name]), (pair, name)
 
 
-def test_one_process_continues_what_many_have_saved(saved: Path, expected: Any) -> None:
+def test_one_process_continues_what_many_have_saved(saved: Path, method: str, expected: Any) -> None:
     with hosts.one_thread():
         for source in ALL:
-            training = Training("none", seed=1, kind="vit")
-            training.load(saved / source)
+            training = Training("none", seed=1, kind="vit", **METHODS[method])
+            training.load(saved / method / source)
             end = training.train(THEN)
             assert all(torch.equal(end[name], expected[1][name]) for name in end), source
 
 
-def pass_on(rank: int, folder: str) -> dict[str, Tensor]:
+def pass_on(rank: int, folder: str, method: str) -> dict[str, Tensor]:
     """One run that each host takes over from the one before, after every two steps."""
     zero.prepare()
     for number, host in enumerate(("fsdp1", "fsdp1", "zero3", "fsdp1", "hsdp", "zero1", "fsdp1", "ddp")):
-        training = Training(host, seed=number, kind="vit")
+        training = Training(host, seed=number, kind="vit", **METHODS[method])
         if number:
             training.load(folder)
         end = training.train(range(2 * number, 2 * number + 2))
@@ -97,11 +112,11 @@ def pass_on(rank: int, folder: str) -> dict[str, Tensor]:
 
 
 @pytest.mark.slow
-def test_a_run_that_is_passed_from_host_to_host(tmp_path: Path) -> None:
+def test_a_run_that_is_passed_from_host_to_host(method: str, tmp_path: Path) -> None:
     """Ranks that hold nothing of a parameter must not bring in counts of their own."""
     with hosts.one_thread():
-        expected = Training("none", kind="vit").train(range(16))
-    for end in hosts.run_ranks(3, pass_on, str(tmp_path)):
+        expected = Training("none", kind="vit", **METHODS[method]).train(range(16))
+    for end in hosts.run_ranks(3, pass_on, str(tmp_path), method):
         assert all(torch.equal(end[name], expected[name]) for name in expected)
 
 

@@ -24,11 +24,13 @@ from sharded_shampoo4.planning.plan import Plan, PlannedMatrix
 Shapes = dict[str, tuple[int, ...]]
 
 EVERY_STEP = {"statistics_interval": 2, "root_interval": 2}  # step 3 is the first ordinary one
-OPTIONS: dict[str, dict[str, Any]] = {
+OPTIONS: dict[str, dict[str, Any]] = {  # by kinds of models
     "mlp": {"min_quant_numel": 0},
     "vit": {"max_preconditioner_dim": 30, "split": "remainder", "refresh": "staggered"},
     "tied": {"max_preconditioner_dim": 17, "base": "adagrad", "exchange_dtype": "bfloat16"},
     "bf16": {"max_preconditioner_dim": 40, "base": "sgd", "momentum": 0.9},
+    "vit, soap": {"method": "soap", "max_preconditioner_dim": 30, "momentum_dtype": "int8", "min_quant_numel": 0},
+    "bf16, soap": {"method": "soap", "bits": 4, "base": "adagrad", "second_moment_dtype": "float32"},
 }
 SPREAD = ("ddp", "fsdp2", "hsdp")
 
@@ -36,16 +38,25 @@ SPREAD = ("ddp", "fsdp2", "hsdp")
 # -- estimates are what ranks measure ----------------------------------------------------------------------------------
 
 
+def model_of(kind: str) -> nn.Module:
+    return hosts.make_model(kind.removesuffix(", soap"))
+
+
+def options_of(kind: str) -> dict[str, Any]:
+    every_step = {"statistics_interval": 2} if kind.endswith("soap") else EVERY_STEP
+    return {**every_step, **OPTIONS[kind]}
+
+
 def shapes_of(kind: str) -> Shapes:
     """Of the parameters that are trained."""
-    return {name: tuple(p.shape) for name, p in hosts.make_model(kind).named_parameters() if p.requires_grad}
+    return {name: tuple(p.shape) for name, p in model_of(kind).named_parameters() if p.requires_grad}
 
 
 def estimated(kind: str, host: str, world_size: int) -> MemoryEstimate:
     replicas = {2: 1, 3: 1, 4: 2}[world_size] if host == "hsdp" else None  # as worlds.wrap makes its mesh
-    dtype = torch.bfloat16 if kind == "bf16" else torch.float32
+    dtype = torch.bfloat16 if kind.startswith("bf16") else torch.float32
     layout = {"host": host, "replicas": replicas, "dtype": dtype}
-    return estimate_memory(shapes_of(kind), world_size, **layout, **EVERY_STEP, **OPTIONS[kind])
+    return estimate_memory(shapes_of(kind), world_size, **layout, **options_of(kind))
 
 
 def train(model: nn.Module, host: str, optimizer: Shampoo4, steps: int) -> None:
@@ -63,8 +74,8 @@ def train(model: nn.Module, host: str, optimizer: Shampoo4, steps: int) -> None:
 
 def measure(host: str, kind: str) -> tuple[dict[str, int], int]:
     """State bytes of this rank, and the bytes that it sends in an ordinary step."""
-    model = hosts.wrap(hosts.make_model(kind), host)
-    optimizer = Shampoo4(hosts.named(model, host).items(), **EVERY_STEP, **OPTIONS[kind])
+    model = hosts.wrap(model_of(kind), host)
+    optimizer = Shampoo4(hosts.named(model, host).items(), **options_of(kind))
     train(model, host, optimizer, 2)
     before = optimizer.traffic_bytes()
     train(model, host, optimizer, 1)
@@ -127,6 +138,8 @@ def most_in_flight(host: str, depth: int, batch_elements: int, monkeypatch: pyte
         pytest.param({"root": "implicit", "codebook": "normal"}, marks=pytest.mark.slow),
         Shampoo4.compact_settings(),
         {"min_quant_numel": 10**6},
+        pytest.param({"method": "soap"}, marks=pytest.mark.slow),
+        {"method": "soap", "bits": 4, "momentum_dtype": "int8", "second_moment_dtype": "int8"},
     ],
     ids=str,
 )
@@ -134,7 +147,9 @@ def test_a_step_keeps_to_its_scratch_memory(options: dict[str, Any]) -> None:
     """In one process, ordinary, statistics and root steps of 2.4 million parameters, whatever is stored."""
     shapes = [(192, 192)] * 24 + [(768, 192)] * 5 + [(192, 500)] * 7
     parameters = [nn.Parameter(torch.zeros(shape)) for shape in shapes]
-    ways = {"statistics_interval": 2, "root_interval": 4, "scratch_mib": 16, "max_preconditioner_dim": 256}
+    ways = {"statistics_interval": 2, "scratch_mib": 16, "max_preconditioner_dim": 256}
+    if options.get("method") != "soap":
+        ways["root_interval"] = 4
     optimizer = Shampoo4(parameters, base="sgd", **ways, **options)
     for step in range(1, 10):
         for parameter in parameters:

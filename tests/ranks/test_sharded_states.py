@@ -22,7 +22,13 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 from sharded_shampoo4 import Shampoo4
 
 OPTIONS: dict[str, Any] = {"max_preconditioner_dim": 30, "min_quant_numel": 0}
-SOAP: dict[str, Any] = {**OPTIONS, "method": "soap", "bits": 4, "momentum_dtype": "bfloat16", "second_moment_dtype": "int8"}
+SOAP: dict[str, Any] = {
+    **OPTIONS,
+    "method": "soap",
+    "bits": 4,
+    "momentum_dtype": "bfloat16",
+    "second_moment_dtype": "int8",
+}
 KIND = "mlp"  # DCP, and not we, stumbles over parameters that never have a gradient: their states come and go
 
 

@@ -44,6 +44,18 @@ CHOICES: list[dict[str, Any]] = [
     {"base": torch.optim.NAdam},
     {"base": torch.optim.Rprop},
     {"grafting": "block", "shampoo_beta": 0.5, "refresh_dtype": "float32"},
+    *({"method": "soap", "bits": bits, "min_quant_numel": 0} for bits in (3, 4, 8, 32)),
+    *(
+        {"method": "soap", "momentum_dtype": first, "second_moment_dtype": second, "base": base}
+        for first, second, base in (
+            ("float32", "int8", "sgd"),
+            ("int8", "bfloat16", "adagrad"),
+            ("bfloat16", "float32", torch.optim.NAdam),
+        )
+    ),
+    {"method": "soap", "momentum_dtype": "int8", "quant_block_size": 7, "scale_dtype": "bfloat16", "bits": 32},
+    {"method": "soap", "max_preconditioner_dim": 50, "split": "remainder", "codebook": "normal", "bits": 4},
+    {"method": "soap", "precondition": False, "amsgrad": True},
 ]
 
 
@@ -51,7 +63,11 @@ CHOICES: list[dict[str, Any]] = [
 @pytest.mark.parametrize("options", CHOICES, ids=str)
 def test_estimate_is_exact(options: dict[str, Any], dtype: torch.dtype) -> None:
     parameters = {name: nn.Parameter(torch.randn(shape, dtype=dtype)) for name, shape in SHAPES.items()}
-    intervals = {"statistics_interval": 1, "root_interval": 1}
+    intervals = (
+        {"statistics_interval": 1}
+        if options.get("method") == "soap"
+        else {"statistics_interval": 1, "root_interval": 1}
+    )
     optimizer = Shampoo4(parameters.items(), **{**options, **intervals})
     estimate = estimate_memory(SHAPES, dtype=dtype, **options)
     for _ in range(2):
