@@ -144,7 +144,7 @@ def _mean_and_all(values: list[float]) -> str:
 
 def draw(found: dict[str, dict[str, tuple[float, list[Result]]]], path: Path) -> None:
     """Training loss over steps, means over seeds, a panel for each task; and the state."""
-    colors = dict(zip(RIVALS, itertools.cycle((SERIES[0], SERIES[1], SERIES[3], SERIES[4], SERIES[2])), strict=False))
+    colors = dict(zip(RIVALS, itertools.cycle((*SERIES[:2], *SERIES[3:5], SERIES[2], SERIES[5])), strict=False))
     with picture(path, columns=len(found) + 1, size=(6 * len(found) + 5, 4.6)) as (_, panels):
         for panel, (task, by_name) in zip(panels, found.items(), strict=False):
             for name, (_, results) in by_name.items():

@@ -37,10 +37,9 @@ def _adamw(model: nn.Module, task: Task) -> list[Optimizer]:
 
 def _muon(model: nn.Module, task: Task) -> list[Optimizer]:
     """Muon for matrices of hidden layers, with AdamW's update size; AdamW for all else."""
-    hidden, others = [], []
-    for name, parameter in model.named_parameters():
-        is_hidden = parameter.ndim == 2 and not any(word in name for word in ("embed", "classifier", "lm_head"))
-        (hidden if is_hidden else others).append(parameter)
+    named = dict(model.named_parameters())
+    hidden = [parameter for name, parameter in named.items() if parameter.ndim == 2 and _is_hidden(name)]
+    others = [parameter for name, parameter in named.items() if not (parameter.ndim == 2 and _is_hidden(name))]
     return [
         torch.optim.Muon(hidden, weight_decay=task.weight_decay, adjust_lr_fn="match_rms_adamw"),
         AdamW(others, betas=(0.9, task.beta2), weight_decay=task.weight_decay),
@@ -60,10 +59,23 @@ def _soap(model: nn.Module, task: Task) -> list[Optimizer]:
     return [made(model.parameters(), **options)]
 
 
-def _ours(**options: Any) -> Make:
+def _is_hidden(name: str) -> bool:
+    """Whether this is a layer between embeddings and heads, as far as its name tells."""
+    return not any(word in name for word in ("embed", "classifier", "lm_head"))
+
+
+def _ours(hidden_only: bool = False, **options: Any) -> Make:
+    """Shampoo4 for all matrices, or for those of hidden layers, as Muon."""
+
     def make(model: nn.Module, task: Task) -> list[Optimizer]:
         base = {"betas": (0.9, task.beta2), "weight_decay": task.weight_decay, "total_steps": task.steps}
-        return [Shampoo4(model.named_parameters(), **base, **options)]
+        named = list(model.named_parameters())
+        left = [(name, parameter) for name, parameter in named if hidden_only and not _is_hidden(name)]
+        taken = [(name, parameter) for name, parameter in named if not hidden_only or _is_hidden(name)]
+        groups: list[dict[str, Any]] = [{"params": taken}]
+        if left:
+            groups.append({"params": left, "precondition": False})
+        return [Shampoo4(groups, **base, **options)]
 
     return make
 
@@ -74,6 +86,9 @@ RIVALS = {
     "soap": Rival("SOAP, float32 (pytorch_optimizer)", _soap, 2),
     "shampoo4": Rival("Shampoo4, the paper's rule", _ours(method="shampoo")),
     "shampoo4-soap": Rival('Shampoo4, method="soap"', _ours(method="soap"), 2),
+    "shampoo4-soap-muon": Rival(
+        "Shampoo4, soap with Newton-Schulz steps", _ours(True, method="soap", newton_schulz_steps=5), 4
+    ),
 }
 
 
