@@ -1,6 +1,7 @@
 # make train       a vision transformer on real images with 4-bit Shampoo: accuracy, state bytes, a picture
 # make test        every promise of the README once: about 5 minutes on two cores
 # make test-all    all tests: every host, rank count and configuration
+# make test-slow   those that make test leaves out
 # make test-gpu    the tests that need a CUDA device
 # make test-versions  `make test` with the least versions that setup.cfg allows, then with the newest: tests/versions
 # make test-peers  the tests that need other optimizers' packages, which it installs
@@ -24,7 +25,7 @@ export TOKENIZERS_PARALLELISM = false
 # DeepSpeed compiles nothing when it is installed.
 export DS_BUILD_OPS = 0
 
-.PHONY: train test test-all test-gpu test-versions test-minimum test-newest test-peers golden lint soak bench clean
+.PHONY: train test test-all test-slow test-gpu test-versions test-minimum test-newest test-peers golden lint soak bench clean
 
 train: $(READY)
 	$(BIN)/accelerate launch --config_file launch/configs/fsdp2.yaml --num_processes 2 --main_process_port 0 \
@@ -35,6 +36,9 @@ test: $(READY)
 
 test-all: $(READY)
 	$(PYTEST)
+
+test-slow: $(READY)
+	$(PYTEST) -m slow
 
 test-gpu: $(READY)
 	$(BIN)/python -m pytest tests/gpu
