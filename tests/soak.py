@@ -55,7 +55,9 @@ class Difference(AssertionError):
 
 
 def draw_options(chance: random.Random) -> dict[str, Any]:
-    """Options that make sense together."""
+    """Options that make sense together, of either method."""
+    if chance.random() < 0.5:
+        return draw_options_of_soap(chance)
     bits = chance.choice((3, 4, 4, 8, 32))
     base = chance.choice(({"base": "adamw"}, {"base": "sgd", "momentum": 0.9}, {"base": "adagrad"}))
     statistics = chance.choice((1, 2, 3))
@@ -72,6 +74,27 @@ def draw_options(chance: random.Random) -> dict[str, Any]:
         "grafting": chance.choice(("parameter", "block", "none")),
         "statistics_interval": statistics,
         "root_interval": statistics * chance.choice((1, 2)),
+        "weight_decay": chance.choice((0.0, 0.01)),
+        "lr": 1e-3,
+    }
+
+
+def draw_options_of_soap(chance: random.Random) -> dict[str, Any]:
+    bits = chance.choice((3, 4, 8, 8, 32))
+    return {
+        **chance.choice(({"base": "adamw"}, {"base": "sgd", "momentum": 0.9}, {"base": "adagrad"})),
+        "method": "soap",
+        "kind": chance.choice(("mlp", "vit")),
+        "bits": bits,
+        "codebook": chance.choice(("linear2", "dynamic_tree", "normal")),
+        "quant_block_size": chance.choice((16, 64)),
+        "max_preconditioner_dim": chance.choice((24, 30, 50, 1024)),
+        "min_quant_numel": chance.choice((0, 600)),
+        "split": chance.choice(("even", "remainder")),
+        "refresh": chance.choice(("together", "staggered")),
+        "momentum_dtype": chance.choice(("float32", "bfloat16", "int8")),
+        "second_moment_dtype": chance.choice(("float32", "bfloat16", "int8")),
+        "statistics_interval": chance.choice((1, 2, 3)),
         "weight_decay": chance.choice((0.0, 0.01)),
         "lr": 1e-3,
     }

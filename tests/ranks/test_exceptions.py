@@ -23,7 +23,9 @@ from sharded_shampoo4.distributor import Distributor
 from sharded_shampoo4.grafting import Grafting
 from sharded_shampoo4.numerics import linalg
 from sharded_shampoo4.numerics.factors import FactorPool
+from sharded_shampoo4.numerics.moments import MomentPool
 from sharded_shampoo4.numerics.preconditioner import Preconditioner
+from sharded_shampoo4.updates import Updates
 
 OPTIONS: dict[str, Any] = {**SMALL_BLOCKS, "scratch_mib": 1}
 
@@ -56,6 +58,9 @@ PLACES: dict[str, tuple[Any, str, int]] = {
     "scaling": (Grafting, "_scale", 0),
     "a gradient's view": (Distributor, "_gradient_shard", 0),
     "failures": (Preconditioner, "failure", 0),
+    "soap, statistics": (FactorPool, "absorb", -1),
+    "soap, momentum": (MomentPool, "rotate", 0),
+    "soap, directions": (MomentPool, "direct", -1),
 }
 
 CASES = [*((place, "memory") for place in PLACES), *(("last batch", kind) for kind in ("runtime", "key", "peculiar"))]
@@ -90,7 +95,10 @@ class Fault:
 
 def make(host: str, **options: Any) -> tuple[nn.Module, Shampoo4]:
     model = hosts.wrap(hosts.make_model("mlp"), host)
-    return model, Shampoo4(hosts.named(model, host).items(), **{**OPTIONS, **options})
+    options = {**OPTIONS, **options}
+    if options.get("method") == "soap":
+        del options["root_interval"]
+    return model, Shampoo4(hosts.named(model, host).items(), **options)
 
 
 def advance(model: nn.Module, host: str, optimizer: Shampoo4, steps: range) -> None:
@@ -103,7 +111,7 @@ def within_a_step(rank: int, host: str) -> dict[tuple[str, str], Any]:
     """Rank 1 fails in step 8, which has statistics and roots as step 4 has, in which calls are counted."""
     told: dict[tuple[str, str], Any] = {}
     for place, kind in CASES:
-        model, optimizer = make(host)
+        model, optimizer = make(host, **({"method": "soap"} if place.startswith("soap") else {}))
         advance(model, host, optimizer, range(3))
         with Fault(place, ERRORS[kind]) as fault:
             advance(model, host, optimizer, range(3, 4))
@@ -154,10 +162,11 @@ def around_a_step(rank: int, host: str, folder: str) -> dict[str, Any]:
             ("solvers", torch.linalg, "eigh"),
             ("replicas", distributor, "_digest"),
             ("base", torch.optim.AdamW, "step"),
+            ("soap's own step", Updates, "step_along"),
         ):
             if host != "ddp" and case == "replicas":
                 continue
-            model, optimizer = make(host)
+            model, optimizer = make(host, **({"method": "soap"} if case.startswith("soap") else {}))
             before = hosts.full_parameters(model, host)
             on_rank_1(holder, name)
             told[case] = hosts.said(lambda: advance(model, host, optimizer, range(1)))  # noqa: B023
@@ -186,7 +195,7 @@ def test_what_fails_on_one_rank_around_a_step_is_raised_on_all(host: str, tmp_pa
     first, second = hosts.run_ranks(2, around_a_step, host, str(tmp_path))
     for case, there in first.items():
         if isinstance(case, tuple):
-            assert (there and second[case]) or case[0] == "base", case
+            assert (there and second[case]) or case[0] in ("base", "soap's own step"), case
         elif case != "then":
             assert second[case] == "OutOfMemoryError: CUDA out of memory", (case, second[case])
             assert there == "OutOfMemoryError: rank 1: CUDA out of memory", (case, there)

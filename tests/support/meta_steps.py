@@ -98,6 +98,15 @@ class StepCounts:
     state_bytes: dict[str, int]
 
 
+@dataclass
+class SoapCounts:
+    """What steps of method="soap" ask for, and the bytes of its states."""
+
+    ordinary: Counts
+    refresh: Counts
+    state_bytes: dict[str, int]
+
+
 def count_steps(parameters: Mapping[str, nn.Parameter], **options: Any) -> StepCounts:
     """Count the first steps of an optimizer. Its base works with ``foreach``, as it does on GPUs by default."""
     options = {"foreach": True, **options, "statistics_interval": 2, "root_interval": 4}
@@ -105,6 +114,14 @@ def count_steps(parameters: Mapping[str, nn.Parameter], **options: Any) -> StepC
     count_step(optimizer, parameters.values(), answer=1)  # with 0 the gradients look like zeros
     statistics, before, roots, ordinary = (count_step(optimizer, parameters.values()) for _ in range(4))
     return StepCounts(before, ordinary, statistics, roots, optimizer.state_bytes())
+
+
+def count_soap_steps(parameters: Mapping[str, nn.Parameter]) -> SoapCounts:
+    """Count an ordinary step of method="soap" and one with refreshes, the third and the fourth."""
+    optimizer = Shampoo4(parameters.items(), foreach=True, method="soap", statistics_interval=4, interval_warmup=False)
+    count_step(optimizer, parameters.values(), answer=1)
+    _, ordinary, refresh = (count_step(optimizer, parameters.values()) for _ in range(3))
+    return SoapCounts(ordinary, refresh, optimizer.state_bytes())
 
 
 def count_step(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor], answer: int = 0) -> Counts:
@@ -119,6 +136,15 @@ def count_step(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor], a
 def whole_parameters(shapes: Shapes) -> dict[str, nn.Parameter]:
     """The parameters of one process."""
     return {name: nn.Parameter(torch.empty(shape, device="meta")) for name, shape in shapes.items()}
+
+
+@functools.cache
+def count_soap_of_vit_b(world_size: int) -> SoapCounts:
+    """Count steps of method="soap", as :func:`count_vit_b` does."""
+    if world_size == 1:
+        return count_soap_steps(whole_parameters(VIT_B))
+    with FakeRanks(RANK, world_size, VIT_B) as ranks:
+        return count_soap_steps(ranks.parameters())
 
 
 @functools.cache

@@ -27,14 +27,16 @@ WAYS = {
     "implicit roots": {"root": "implicit"},
     "compact": Shampoo4.compact_settings(),
     "products in bfloat16": {"matmul_dtype": "bfloat16"},
+    "soap": {"method": "soap"},
+    "soap, 4 bits": {"method": "soap", "bits": 4, "momentum_dtype": "int8", "second_moment_dtype": "int8"},
+    "soap, 32 bits": {"method": "soap", "bits": 32, "refresh_dtype": "float64", "matmul_dtype": "bfloat16"},
 }
 
 
 SHAPES = [(2, 3), (10, 64), (48, 48), (64, 65), (96, 130), (65, 200), (147, 64), (384, 96)]
 FEW = [(48, 48), (65, 200), (384, 96)]
-CASES = [
-    (shape, way) for way in WAYS for shape in (FEW if way in ("implicit roots", "products in bfloat16") else SHAPES)
-]
+OF_FEW = ("implicit roots", "products in bfloat16", "soap", "soap, 32 bits")
+CASES = [(shape, way) for way in WAYS for shape in (FEW if way in OF_FEW else SHAPES)]
 THREADS = [
     pytest.param(1, *case, marks=() if case[0] in FEW else pytest.mark.slow, id=f"1 thread-{case}") for case in CASES
 ] + [
@@ -45,7 +47,9 @@ THREADS = [
 
 @pytest.mark.parametrize(("threads", "shape", "way"), THREADS, indirect=["threads"])
 def test_alone_and_in_company(threads: int, shape: tuple[int, int], way: str) -> None:
-    options = {"statistics_interval": 2, "root_interval": 4, "min_quant_numel": 0, **WAYS[way]}
+    options = {"statistics_interval": 2, "min_quant_numel": 0, **WAYS[way]}
+    if not way.startswith("soap"):
+        options["root_interval"] = 4
     gradients = replayed([shape] * 5, steps=9)
     batched = Directions([shape] * 5, **options)
     alone = Directions([shape], **options)
@@ -56,9 +60,12 @@ def test_alone_and_in_company(threads: int, shape: tuple[int, int], way: str) ->
         assert all(map(torch.equal, pair.step([step[4], step[1]]), (expected[4], expected[1])))
 
 
-def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("method", ["shampoo", "soap"])
+def test_chunks_change_nothing(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The bounds on memory in flight cut batches elsewhere; the numbers stay."""
-    options = {"statistics_interval": 2, "root_interval": 4, "max_preconditioner_dim": 64}
+    options = {"statistics_interval": 2, "max_preconditioner_dim": 64, "method": method}
+    if method == "shampoo":
+        options["root_interval"] = 4
     shapes = [(130, 96), (64, 200), (10, 64)]
     gradients = replayed(shapes, steps=9)
     whole = Directions(shapes, **options)

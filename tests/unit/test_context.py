@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from sharded_shampoo4 import Shampoo4, checkpoint
-from sharded_shampoo4.numerics import preconditioner, quantization
+from sharded_shampoo4.numerics import batches, quantization
 
 SHAPES = [(96, 64), (64, 130), (128, 128), (40,), (256, 256)]
 FAST = {"lr": 1e-2, "statistics_interval": 2, "root_interval": 4, "min_quant_numel": 0}
@@ -22,6 +22,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "compact": Shampoo4.compact_settings(),
     "naive": {"quantize": "preconditioner"},
     "32 bits": {"bits": 32},
+    "soap": {"method": "soap", "momentum_dtype": "int8"},
+    "soap, 4 bits": {"method": "soap", "bits": 4, "matmul_dtype": "bfloat16", "second_moment_dtype": "int8"},
 }
 
 
@@ -64,11 +66,14 @@ SURROUNDINGS: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = 
 def train(options: dict[str, Any], around: Callable[[], contextlib.AbstractContextManager[Any]]) -> list[Tensor]:
     """Weights and states after 9 steps; in every third one nothing surrounds the step, nor does it the constructor."""
     quantization._tables.cache_clear()
-    preconditioner._index_tensor.cache_clear()
+    batches._index_tensor.cache_clear()
     torch.manual_seed(0)
     parameters = [nn.Parameter(torch.randn(shape)) for shape in SHAPES]
+    options = {**FAST, **options}
+    if options.get("method") == "soap":
+        del options["root_interval"]
     with around():
-        optimizer = Shampoo4(parameters, **FAST, **options)
+        optimizer = Shampoo4(parameters, **options)
     for step in range(9):
         for parameter in parameters:
             parameter.grad = torch.randn(parameter.shape)

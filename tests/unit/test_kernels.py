@@ -17,6 +17,7 @@ from support.meta_steps import (
     RANK,
     VIT_B,
     StepCounts,
+    count_soap_of_vit_b,
     count_step,
     count_vit_b,
     whole_parameters,
@@ -35,6 +36,9 @@ BOUNDS = {
 }
 # Likewise of operators in an ordinary step, views and allocations among them: each takes the host about a microsecond.
 OPERATORS = {(1, "default"): 1_258, (1, "compact"): 2_256, (8, "default"): 538, (8, "compact"): 658}
+
+# Of method="soap", by ranks: of an ordinary step and of one with refreshes.
+SOAP_BOUNDS = {1: (1_648, 9_304), 8: (526, 1_508)}
 
 
 @pytest.fixture(params=BOUNDS, ids=lambda case: f"{case[0]} rank{'s' * (case[0] > 1)}, {case[1]}")
@@ -124,6 +128,24 @@ def test_staggered_steps_wait_at_the_end_of_an_interval_only() -> None:
     assert waiting == set(range(4, 25, 4))
     assert len(refreshing - waiting) > len(waiting)
     assert not any(counts.copies for step, counts in steps.items() if step > 16)
+
+
+@pytest.mark.parametrize("world_size", SOAP_BOUNDS)
+def test_steps_of_soap(world_size: int) -> None:
+    """An ordinary one waits for nothing and copies nothing, a refresh reads back one number for each order."""
+    counted = count_soap_of_vit_b(world_size)
+    for step, bound in zip((counted.ordinary, counted.refresh), SOAP_BOUNDS[world_size], strict=True):
+        print(f"{world_size} ranks: {step.kernels} kernels, {step.operators} operators")
+        assert bound / 2 < step.kernels <= bound, step.kernels_by.most_common(12)
+        assert step.copies == 0
+    assert counted.ordinary.synchronizations == 0, counted.ordinary.synchronizations_by
+    assert counted.refresh.synchronizations <= 5, counted.refresh.synchronizations_by
+    if world_size > 1:
+        assert counted.ordinary.host_collectives == counted.refresh.host_collectives == {"allreduce_": 2}
+        assert counted.ordinary.collectives == counted.refresh.collectives == {"alltoall_base_": 8}, "no norms"
+        estimate = estimate_memory(VIT_B, world_size, method="soap")
+        assert counted.state_bytes == {"preconditioner": estimate.preconditioner[RANK], "base": estimate.base[RANK]}
+        assert counted.ordinary.sent["alltoall_base_"] == estimate.traffic[RANK] > 0
 
 
 def test_vit_b_is_the_published_one() -> None:

@@ -38,6 +38,18 @@ BASES: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "adagrad": (torch.optim.Adagrad, {}),
     "rmsprop": (torch.optim.RMSprop, {}),
 }
+SOAP: dict[str, dict[str, Any]] = {
+    "default": {},
+    "4 bits": {"bits": 4},
+    "4 bits, normal": {"bits": 4, "codebook": "normal"},
+    "3 bits": {"bits": 3, "rectify_steps": (1, 2)},
+    "32 bits": {"bits": 32, "momentum_dtype": "float32", "second_moment_dtype": "float32"},
+    "8-bit moments": {"momentum_dtype": "int8", "second_moment_dtype": "int8"},
+    "4 bits, 8-bit moments": {"bits": 4, "momentum_dtype": "int8", "second_moment_dtype": "int8"},
+    "float64 refreshes, staggered": {"refresh_dtype": "float64", "refresh": "staggered"},
+    "blocks": {"max_preconditioner_dim": 100, "bits": 4},
+    "bfloat16 products and exchange": {"matmul_dtype": "bfloat16", "exchange_dtype": "bfloat16", "bits": 4},
+}
 SHAPE = (300, 128)
 
 
@@ -71,6 +83,22 @@ def test_what_never_had_a_gradient_stays_where_the_base_leaves_it(base: str, opt
     assert torch.equal(found[dead[0]], expected[dead[0]])
     assert torch.equal(found[:, dead[1]], expected[:, dead[1]])
     assert not torch.equal(found, expected), "the rest is preconditioned"
+
+
+@pytest.mark.parametrize("options", SOAP)
+def test_what_never_had_a_gradient_stays_where_weight_decay_leaves_it(options: str) -> None:
+    """With method="soap": a trace of another row that leaks into one's momentum would be scaled to its size by D."""
+    start = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+    dead = dead_rows_and_columns(0)
+    ours, alone = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    optimizer = Shampoo4([ours], lr=1e-2, weight_decay=0.1, method="soap", statistics_interval=3, **SOAP[options])
+    found = trained(optimizer, ours, dead, 15)
+    for _ in range(15):
+        alone.data.mul_(1 - 1e-2 * 0.1)
+    assert torch.equal(found[dead[0]], alone[dead[0]])
+    assert torch.equal(found[:, dead[1]], alone[:, dead[1]])
+    moved = (found != alone)[~dead[0]][:, ~dead[1]]
+    assert moved.float().mean() > 0.99, "the rest has moved"
 
 
 @pytest.mark.parametrize("options", ["default", "compact", "32 bits", "naive"])
