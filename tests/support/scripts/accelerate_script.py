@@ -16,7 +16,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import nn
 
-from sharded_shampoo4 import Shampoo4
+from sharded_shampoo4 import Shampoo4, estimate_memory
 from sharded_shampoo4.integrations.accelerate import PortableAccelerator, consolidate_before_saving
 from sharded_shampoo4.integrations.rehearsal import (
     check_distribution,
@@ -99,21 +99,26 @@ def with_rehearsal(folder: Path, expected: str) -> None:
     PartialState._reset_state()
     assert rehearse_on_cpu()
     accelerator = PortableAccelerator(mixed_precision="bf16")
-    trained = train_with_shampoo4(accelerator, False, folder / "bf16")
-    if accelerator.is_main_process:
-        assert all(value.dtype == torch.float32 and value.isfinite().all() for value in trained.values())
+    for method in ("shampoo", "soap"):
+        trained = train_with_shampoo4(accelerator, False, folder / f"bf16 {method}", method)
+        if accelerator.is_main_process:
+            assert all(value.dtype == torch.float32 and value.isfinite().all() for value in trained.values())
     accelerator.print("shampoo4 trained in both orders and in mixed precision")
     accelerator.end_training()
 
 
-def train_with_shampoo4(accelerator: PortableAccelerator, turned: bool, folder: Path) -> dict[str, torch.Tensor]:
+def train_with_shampoo4(
+    accelerator: PortableAccelerator, turned: bool, folder: Path, method: str = "shampoo"
+) -> dict[str, torch.Tensor]:
     """Four steps; prepared as (model, optimizer) or turned round. Returns the whole model, on the main process.
 
     Then two more steps, and the same again from the state that was saved before them.
     """
     torch.manual_seed(0)
     model: Any = nn.Sequential(nn.Linear(20, 13), nn.ReLU(), nn.Linear(13, 5))
-    optimizer: Any = Shampoo4(model.named_parameters(), lr=0.01, statistics_interval=1, root_interval=2)
+    options = {"method": method, **({"statistics_interval": 1, "root_interval": 2} if method == "shampoo" else {})}
+    optimizer: Any = Shampoo4(model.named_parameters(), lr=0.01, **options)
+    estimate = estimate_memory(model.named_parameters(), host="none", **options)
     if turned:
         optimizer, model = accelerator.prepare(optimizer, model)
     else:
@@ -122,7 +127,9 @@ def train_with_shampoo4(accelerator: PortableAccelerator, turned: bool, folder: 
     losses = [step(accelerator, model, optimizer) for _ in range(4)]
     assert losses[-1] < losses[0], losses
     held = torch.tensor(optimizer.optimizer.state_bytes()["preconditioner"])
-    assert accelerator.reduce(held).item() == 2 * 4 * (13**2 + 20**2 + 5**2 + 13**2) + 4 * 8
+    assert accelerator.reduce(held).item() == estimate.preconditioner[0]
+    if method == "shampoo":
+        assert estimate.preconditioner[0] == 2 * 4 * (13**2 + 20**2 + 5**2 + 13**2) + 4 * 8
     trained = {name: value.clone() for name, value in full_state_dict(accelerator, model).items()}
     accelerator.save_state(folder)
     losses = [step(accelerator, model, optimizer) for _ in range(2)]
