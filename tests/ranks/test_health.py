@@ -13,12 +13,13 @@ from support.training import Training
 
 from sharded_shampoo4 import Shampoo4
 
+METHODS: dict[str, dict[str, Any]] = {"shampoo": {}, "soap": {"method": "soap", "bits": 4}}
 HOSTS = ("ddp", "fsdp1", "fsdp2", "zero1", "zero3")
 
 
 def one_matrix(**options: Any) -> tuple[torch.nn.Parameter, Shampoo4]:
     parameter = torch.nn.Parameter(torch.zeros(70, 70))
-    options = {"statistics_interval": 1, "root_interval": 2, **options}
+    options = {"statistics_interval": 1, **({} if "method" in options else {"root_interval": 2}), **options}
     return parameter, Shampoo4([("weight", parameter)], **options)
 
 
@@ -53,8 +54,24 @@ def test_factors_without_a_basis(options: dict[str, Any]) -> None:
     assert told["largest_eigenvalue"] == pytest.approx(0.05, rel=1e-3)
 
 
-def test_failures_are_counted_and_forgotten() -> None:
-    parameter, optimizer = one_matrix()
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_eigenbases_of_soap(bits: int) -> None:
+    """Also of the first step: they need no root. In 8 bits they are not rectified."""
+    parameter, optimizer = one_matrix(method="soap", bits=bits)
+    for step in range(1, 5):
+        parameter.grad = torch.randn(70, 70, generator=torch.Generator().manual_seed(step))
+        optimizer.step()
+        told = optimizer.health()["weight"]
+        stored, rectified = told["orthogonality_error"], told["rectified_error"]
+        assert 0.02 < stored < 0.5 and rectified < 0.3 * stored if bits == 4 else 1e-4 < stored == rectified < 0.02
+        assert 0 <= told["smallest_eigenvalue"] < told["largest_eigenvalue"] and told["failures"] == 0
+        assert told["bytes"] == optimizer.state_bytes()["preconditioner"]
+        assert told["steps"] == told["roots"] == step
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_failures_are_counted_and_forgotten(method: str) -> None:
+    parameter, optimizer = one_matrix(**METHODS[method])
     for step, failures in enumerate([0, 1, 2, 0]):
         parameter.grad = torch.randn(70, 70)
         if failures:
@@ -68,20 +85,23 @@ def test_failures_are_counted_and_forgotten() -> None:
 def on_ranks(rank: int) -> dict[str, Any]:
     zero.prepare()
     told = {}
-    for host in HOSTS:
-        training = Training(host)
-        training.train(range(5))
-        told[host] = training.optimizer.health()
-        training.end()
+    for method, options in METHODS.items():
+        for host in HOSTS:
+            training = Training(host, **options)
+            training.train(range(5))
+            told[method, host] = training.optimizer.health()
+            training.end()
     return told
 
 
 def test_all_ranks_tell_what_one_process_tells() -> None:
+    expected = {}
     with hosts.one_thread():
-        training = Training("none")
-        training.train(range(5))
-        expected = training.optimizer.health()
-    assert len(expected) == 3
+        for method, options in METHODS.items():
+            training = Training("none", **options)
+            training.train(range(5))
+            expected[method] = training.optimizer.health()
+            assert len(expected[method]) == 3
     for rank in hosts.run_ranks(2, on_ranks):
-        for host, told in rank.items():
-            assert told == expected, host
+        for (method, host), told in rank.items():
+            assert told == expected[method], (method, host)

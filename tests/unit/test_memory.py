@@ -174,6 +174,18 @@ def test_describe_names_every_parameter_and_why() -> None:
     assert "4 of 33 x 48, 32 x 48" in lines["position"] and "32 bits" in lines["position"]
 
 
+def test_describe_tells_the_method() -> None:
+    parameters = {name: nn.Parameter(torch.zeros(shape)) for name, shape in SHAPES.items()}
+    optimizer = Shampoo4(parameters.items(), method="soap")
+    for parameter in parameters.values():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    lines = optimizer.describe().splitlines()
+    (row,) = (line for line in lines if line.startswith("out"))
+    assert "yes: soap, 8 bits" in row
+    assert lines[-1] == "Preconditioned: eigenbases were computed 1 times in 1 steps."
+
+
 def test_all_ranks_together_keep_what_one_process_keeps() -> None:
     alone = estimate_memory(SHAPES, max_preconditioner_dim=50)
     for world_size, host, replicas in ((3, "fsdp2", None), (4, "ddp", None), (4, "hsdp", 2), (300, "fsdp2", None)):
