@@ -22,8 +22,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "compact": Shampoo4.compact_settings(),
     "naive": {"quantize": "preconditioner"},
     "32 bits": {"bits": 32},
-    "soap": {"method": "soap", "momentum_dtype": "int8"},
-    "soap, 4 bits": {"method": "soap", "bits": 4, "matmul_dtype": "bfloat16", "second_moment_dtype": "int8"},
+    "soap": {"method": "soap", "bits": 4, "momentum_dtype": "int8"},
 }
 
 
