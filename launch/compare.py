@@ -87,6 +87,9 @@ def label_of(results: dict[str, Any]) -> str:
         return {"adamw": "AdamW", "shampoo32": "32-bit Shampoo", "sgd": "SGD"}[name]
     # Older runs have all options in one place.
     options = {**results["options"], **NAMED[name], **results.get("optimizer_options", {})}
+    if options.get("method") == "soap":
+        moments = {options[kind] for kind in ("momentum_dtype", "second_moment_dtype")}
+        return f"SOAP in {options['bits']}-bit bases, {' and '.join(sorted(moments))} moments"
     own = [(key, tuple(value) if isinstance(value, list) else value) for key, value in options.items()]
     found = [place for place in _WORDS if place in own]
     preset = list(_WORDS)[:4]
@@ -134,8 +137,10 @@ def read_runs(folders: Sequence[Path]) -> Runs:
         raise SystemExit("no finished run among the folders given")
     if len({label.rpartition(", ")[2] for label in runs}) == 1:  # all as long: no need to say it
         runs = {label.rpartition(", ")[0]: seeds for label, seeds in runs.items()}
-    order = ("AdamW", "SGD", "32-bit", "4-bit", "3-bit", "8-bit")
-    labels = sorted(runs, key=lambda label: next((i for i, each in enumerate(order) if label.startswith(each)), 6))
+    order = ("AdamW", "SGD", "32-bit", "4-bit", "3-bit", "8-bit", "SOAP")
+    labels = sorted(
+        runs, key=lambda label: next((i for i, each in enumerate(order) if label.startswith(each)), len(order))
+    )
     return {label: dict(sorted(runs[label].items())) for label in labels}
 
 
