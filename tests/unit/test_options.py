@@ -260,6 +260,14 @@ def test_groups_of_several_methods() -> None:
     assert resolved(optimizer, 1)["soap_eps"] == 1e-3
 
 
+def test_a_page_tells_the_defaults_of_a_method() -> None:
+    page = (ROOT / "launch/hyperparameters.md").read_text()
+    table = page[page.index("| with soap |") :].partition("\n\n")[0]
+    rows = {name: default.strip(" `") for name, default in re.findall(r"^\| `(\w+)` \| (.*?) \|", table, re.MULTILINE)}
+    changed = {name: value for name, value in METHODS["soap"].items() if value != DEFAULTS[name]}
+    assert rows == {name: written(value) for name, value in changed.items()}
+
+
 @pytest.mark.parametrize("method", UNUSED_BY)
 def test_an_option_of_the_other_method_is_an_error(method: str) -> None:
     for name in UNUSED_BY[method]:
