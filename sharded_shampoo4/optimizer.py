@@ -114,7 +114,7 @@ class Shampoo4(SavedStates):
         soap_betas: With method="soap": decay of momentum and second moment, each in [0, 1), per step. (default: (0.95,
             0.95))
         soap_eps: With method="soap": what is added to the root of the second moment. (default: 1e-8)
-        soap_nesterov: With method="soap": Nesterov's momentum. (default: False)
+        soap_nesterov: With method="soap": Nesterov's momentum. (default: True)
         newton_schulz_steps: With method="soap": steps of Muon's iteration that bring a direction's singular values
             close to 1; 5 are usual. (default: 0)
         momentum_dtype: With method="soap": how the momentum is stored; "int8" is 8 bits with a scale for each block.
@@ -178,7 +178,7 @@ class Shampoo4(SavedStates):
         grafting: GraftingScope = "parameter",
         soap_betas: tuple[float, float] = (0.95, 0.95),
         soap_eps: float = 1e-8,
-        soap_nesterov: bool = False,
+        soap_nesterov: bool = True,
         newton_schulz_steps: int = 0,
         momentum_dtype: MomentDtype = "bfloat16",
         second_moment_dtype: MomentDtype = "bfloat16",

@@ -109,7 +109,7 @@ class PreconditionerOptions:
         'With method="soap": decay of momentum and second moment, each in [0, 1), per step.',
     )
     soap_eps: float = _option(1e-8, 'With method="soap": what is added to the root of the second moment.')
-    soap_nesterov: bool = _option(False, 'With method="soap": Nesterov\'s momentum.')
+    soap_nesterov: bool = _option(True, 'With method="soap": Nesterov\'s momentum.')
     newton_schulz_steps: int = _option(
         0,
         "With method=\"soap\": steps of Muon's iteration that bring a direction's singular values close to 1; 5 are "
@@ -377,11 +377,10 @@ def apply_preset(given: Mapping[str, Any], method: str = DEFAULTS["method"]) -> 
         choose("preset", preset, get_args(Preset))
         options = {**PRESETS[preset], **options}
     chosen = to_word(options.get("method", method))
-    if chosen == method or chosen not in METHODS:  # which the checks refuse
-        return options
-    defaults = dict(METHODS[chosen])
-    if chosen == "soap" and to_integer(options.get("bits", defaults["bits"])) < 8:
-        defaults["rectify_steps"] = (1, 1)
+    defaults = dict(METHODS.get(chosen, {})) if isinstance(chosen, str) and chosen != method else {}
+    bits = to_integer(options.get("bits", defaults.get("bits")))
+    if chosen == "soap" and isinstance(bits, int):
+        defaults["rectify_steps"] = (1, 1) if bits < 8 else (0, 0)
     return {**defaults, **options}
 
 

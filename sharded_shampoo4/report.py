@@ -119,6 +119,8 @@ def _progress(session: Session, parameters: Sequence[_Parameter]) -> str:
     begins = [first_root(p.options) for p in parameters if p.trained and p.options.precondition]
     if not begins:
         return ""
+    if min(begins) == 1:
+        return "Preconditioning begins with the first step."
     return f"Preconditioning begins with step {min(begins)}, after {steps} so far: until then the base works alone."
 
 

@@ -19,11 +19,11 @@ Sides = tuple[list[int], list[int]]  # which of some blocks' left factors, and w
 
 
 class Refreshed(NamedTuple):
-    """What a refresh leaves for the directions of the same step: bases, eigenvectors as columns, and the momentum."""
+    """What a refresh leaves for the directions of the same step: bases, eigenvectors as columns, and moments."""
 
     left: Tensor  # (k, rows, rows)
     right: Tensor  # (k, columns, columns)
-    momentum: Tensor  # (k, rows, columns)
+    moments: tuple[Tensor, Tensor]  # (k, rows, columns)
 
 
 class BlockBatch:
@@ -103,8 +103,8 @@ class BlockBatch:
         bases = refreshed[:2] if refreshed else self.bases(chosen, gradients.dtype)
         left_basis, right_basis = (basis.to(dtype) for basis in bases)
         projected = linalg.matmul(linalg.matmul(left_basis.mT, gradients.to(dtype)), right_basis).to(gradients.dtype)
-        momentum = refreshed.momentum if refreshed else None
-        directions = self.moments.direct(self._run(chosen), projected, momentum).to(dtype)
+        moments = refreshed.moments if refreshed else None
+        directions = self.moments.direct(self._run(chosen), projected, moments).to(dtype)
         return linalg.matmul(linalg.matmul(left_basis, directions), right_basis.mT).to(gradients.dtype)
 
     def bases(self, chosen: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:

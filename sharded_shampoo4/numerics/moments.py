@@ -79,8 +79,11 @@ class MomentPool(Pool):
         if self.tensors:
             self.tensors["decays"].fill_(1.0)
 
-    def rotate(self, where: Index, turns: Sequence[Turn], dtype: torch.dtype) -> Tensor:
-        """Express the momentum of blocks in their new bases.
+    def rotate(self, where: Index, turns: Sequence[Turn], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Express the moments of blocks in their new bases.
+
+        With R = V_new^T V_old the momentum becomes R M on the left side, and the second moment (R * R) D: what it would
+        be if the coordinates of gradients were uncorrelated. A coordinate that is new would else be divided by nothing.
 
         Args:
             where: the blocks.
@@ -88,21 +91,20 @@ class MomentPool(Pool):
             dtype: in which to compute.
 
         Returns:
-            Tensor: the momentum (k, rows, columns) before it is rounded to what is stored.
+            momentum and second moment (k, rows, columns) before they are rounded to what is stored.
         """
-        momentum = self._fresh("momentum", where, dtype)
+        momentum, moment = self._fresh("momentum", where, dtype), self._second_moment(where, dtype)
         for side, which, old, new, changed in turns:
-            part = momentum[which]
-            if side == 0:
-                turned = linalg.matmul(new.mT, linalg.matmul(old, part))
-            else:
-                turned = linalg.matmul(linalg.matmul(part, old.mT), new)
-            turned = torch.where(changed.view(-1, 1, 1), turned, part)
-            momentum.index_copy_(0, which, turned)
+            rotation = linalg.matmul(new.mT, old)
+            for kept, turn in ((momentum, rotation), (moment, rotation.square())):
+                part = kept[which]
+                turned = linalg.matmul(turn, part) if side == 0 else linalg.matmul(part, turn.mT)
+                kept.index_copy_(0, which, torch.where(changed.view(-1, 1, 1), turned, part))
         self._store("momentum", where, momentum)
-        return momentum
+        self._store_second_moment(where, moment)
+        return momentum, moment
 
-    def direct(self, where: Index, projected: Tensor, momentum: Tensor | None = None) -> Tensor:
+    def direct(self, where: Index, projected: Tensor, moments: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Absorb gradients, and return directions: M / (1 - b1^t) / (sqrt(D / (1 - b2^t)) + eps).
 
         With Nesterov's momentum b1 M / (1 - b1^(t+1)) + (1 - b1) P / (1 - b1^t) takes the place of M / (1 - b1^t).
@@ -112,18 +114,19 @@ class MomentPool(Pool):
         Args:
             where: the blocks.
             projected: P of each, (k, rows, columns); is overwritten.
-            momentum: what :meth:`rotate` has returned in this step, if it was called.
+            moments: what :meth:`rotate` has returned in this step, if it was called.
 
         Returns:
             Tensor: directions (k, rows, columns) in the coordinates of the eigenbases.
         """
         first, second = self.options.soap_betas
         # Products and sums apart: as one operation, they may be rounded otherwise at another place in memory.
-        if momentum is None:
-            momentum = self._fresh("momentum", where, projected.dtype)
+        if moments is None:
+            moments = self._fresh("momentum", where, projected.dtype), self._second_moment(where, projected.dtype)
+        momentum, moment = moments
         momentum.mul_(first)
         momentum += projected * (1 - first)
-        moment = self._second_moment(where, projected.dtype).mul_(second)
+        moment.mul_(second)
         moment += projected.square().mul_(1 - second)
         self._store("momentum", where, momentum)
         decays = self.stored("decays", where) * self.betas
@@ -132,8 +135,7 @@ class MomentPool(Pool):
         if self.options.soap_nesterov:
             momentum.mul_(_each(first * mass / (1 - first * decays[:, 0]), momentum))
             momentum += projected.mul_(1 - first)
-        roots = moment.sqrt()
-        self._store("second_moment", where, roots if self.options.second_moment_dtype == "int8" else moment)
+        roots = self._store_second_moment(where, moment)
         roots = roots.mul_(_each(mass / second_mass.sqrt(), roots)).add_(_each(self.options.soap_eps * mass, roots))
         directions = momentum.div_(roots)
         if self.options.newton_schulz_steps:
@@ -157,6 +159,12 @@ class MomentPool(Pool):
         floor = self.stored("second_moment.scales", where).float() * (_SMALLEST / 2)
         floor = floor.repeat_interleave(self.options.quant_block_size, -1)[..., : self.columns]
         return torch.maximum(moment, floor.to(dtype)).square_()
+
+    def _store_second_moment(self, where: Index, moment: Tensor) -> Tensor:
+        """Store the second moments, in 8 bits their roots. Returns the roots."""
+        roots = moment.sqrt()
+        self._store("second_moment", where, roots if self.options.second_moment_dtype == "int8" else moment)
+        return roots
 
     def _store(self, name: str, where: Index, values: Tensor) -> None:
         for key, value in self.encode(name, values).items():

@@ -60,7 +60,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "bf16, soap": (
         "bf16",
-        {"method": "soap", "soap_nesterov": True, "newton_schulz_steps": 3, "min_quant_numel": 0},
+        {"method": "soap", "soap_nesterov": False, "newton_schulz_steps": 3, "min_quant_numel": 0},
     ),
     "mlp, 32 bits": ("mlp", {"bits": 32, "max_preconditioner_dim": 25, "grafting": "none"}),
 }  # fmt: skip

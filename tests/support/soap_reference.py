@@ -96,7 +96,7 @@ class SoapReference:
         max_preconditioner_dim: int = 1024,
         soap_betas: tuple[float, float] = (0.95, 0.95),
         soap_eps: float = 1e-8,
-        soap_nesterov: bool = False,
+        soap_nesterov: bool = True,
         newton_schulz_steps: int = 0,
         momentum_dtype: str = "float32",
         second_moment_dtype: str = "float32",
@@ -144,17 +144,18 @@ class SoapReference:
         return out.reshape(gradient.shape)
 
     def _block(self, t: int, g: Tensor, left: Basis, right: Basis, momentum: Moment, moment: Moment) -> Tensor:
-        kept = momentum.value
+        kept, variance = momentum.value, moment.least**2 if self.roots_kept else moment.value
         if t == 1 or t % self.interval == 0:
-            whole = left.vectors() @ kept @ right.vectors().T
+            old = left.vectors(), right.vectors()
             left.refresh(g)
             right.refresh(g.T)
-            kept = left.vectors().T @ whole @ right.vectors()
+            r, s = left.vectors().T @ old[0], right.vectors().T @ old[1]
+            kept, variance = r @ kept @ s.T, r**2 @ variance @ (s**2).T
         v, w = left.vectors(), right.vectors()
         b1, b2 = self.betas
         p = v.T @ g @ w
         m = b1 * kept + (1 - b1) * p
-        d = b2 * (moment.least**2 if self.roots_kept else moment.value) + (1 - b2) * p**2
+        d = b2 * variance + (1 - b2) * p**2
         momentum.store(m)
         moment.store(d.sqrt() if self.roots_kept else d)
         ahead = m / (1 - b1**t)

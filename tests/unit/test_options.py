@@ -44,7 +44,7 @@ CHANGED: dict[str, Any] = {  # another value for every option
     "grafting": "none",
     "soap_betas": (0.9, 0.99),
     "soap_eps": 1e-6,
-    "soap_nesterov": True,
+    "soap_nesterov": False,
     "newton_schulz_steps": 5,
     "momentum_dtype": "int8",
     "second_moment_dtype": "float32",
@@ -266,6 +266,13 @@ def test_a_page_tells_the_defaults_of_a_method() -> None:
     rows = {name: default.strip(" `") for name, default in re.findall(r"^\| `(\w+)` \| (.*?) \|", table, re.MULTILINE)}
     changed = {name: value for name, value in METHODS["soap"].items() if value != DEFAULTS[name]}
     assert rows == {name: written(value) for name, value in changed.items()}
+
+
+def test_the_bits_of_a_group_decide_whether_its_bases_are_rectified() -> None:
+    own = [{"bits": 4}, {}, {"rectify_steps": (2, 2)}]
+    groups = [{"params": [matrix()], **options} for options in own]
+    optimizer = Shampoo4(groups, method="soap")
+    assert [group["rectify_steps"] for group in optimizer.param_groups] == [(1, 1), (0, 0), (2, 2)]
 
 
 @pytest.mark.parametrize("method", UNUSED_BY)
