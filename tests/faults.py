@@ -78,6 +78,14 @@ host group: comm/groups.py
 header: packing.py
 - _HEADER.pack(matrix.step, matrix.roots)
 + _HEADER.pack(matrix.step, 0)
+
+second moment of new bases: numerics/moments.py
+- (moment, rotation.square())
++ (moment, rotation.abs())
+
+soap's step: updates.py
+- alpha=-lr)
++ alpha=-0.999 * lr)
 """
 
 
