@@ -37,6 +37,7 @@ from .options import (
     RefreshIterations,
     Root,
     ScaleDtype,
+    SecondMomentDtype,
     Split,
     takes_preset,
 )
@@ -119,8 +120,8 @@ class Shampoo4(SavedStates):
             close to 1; 5 are usual. (default: 0)
         momentum_dtype: With method="soap": how the momentum is stored; "int8" is 8 bits with a scale for each block.
             One of "float32", "bfloat16", "int8". (default: "bfloat16")
-        second_moment_dtype: With method="soap": how the second moment is stored. One of "float32", "bfloat16", "int8".
-            (default: "bfloat16")
+        second_moment_dtype: With method="soap": how the second moment is stored; "factored" keeps the means of its rows
+            and columns. One of "float32", "bfloat16", "int8", "factored". (default: "bfloat16")
         max_failures: Failed updates of a factor in a row before step() raises. A failed update, one with numbers that
             are not finite, leaves the factor as it was. (default: 10)
         matmul_dtype: Type of the matrix products that make a direction; stored states do not depend on it. One of
@@ -181,7 +182,7 @@ class Shampoo4(SavedStates):
         soap_nesterov: bool = True,
         newton_schulz_steps: int = 0,
         momentum_dtype: MomentDtype = "bfloat16",
-        second_moment_dtype: MomentDtype = "bfloat16",
+        second_moment_dtype: SecondMomentDtype = "bfloat16",
         max_failures: int = 10,
         matmul_dtype: LowDtype = "float32",
         exchange_dtype: LowDtype = "float32",

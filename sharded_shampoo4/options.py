@@ -28,6 +28,7 @@ Split = Literal["even", "remainder"]
 GraftingScope = Literal["parameter", "block", "none"]
 Method = Literal["shampoo", "soap"]
 MomentDtype = Literal["float32", "bfloat16", "int8"]
+SecondMomentDtype = Literal["float32", "bfloat16", "int8", "factored"]
 Preset = Literal["paper", "compact", "soap-compact"]
 
 
@@ -119,7 +120,10 @@ class PreconditionerOptions:
     momentum_dtype: MomentDtype = _option(
         "bfloat16", 'With method="soap": how the momentum is stored; "int8" is 8 bits with a scale for each block.'
     )
-    second_moment_dtype: MomentDtype = _option("bfloat16", 'With method="soap": how the second moment is stored.')
+    second_moment_dtype: SecondMomentDtype = _option(
+        "bfloat16",
+        'With method="soap": how the second moment is stored; "factored" keeps the means of its rows and columns.',
+    )
     max_failures: int = _option(
         10,
         "Failed updates of a factor in a row before step() raises. A failed update, one with numbers that are not "

@@ -21,14 +21,17 @@ _SMALLEST = 1 / 255**2  # level above zero of 8-bit linear squares
 def moments_layout(rows: int, columns: int, options: PreconditionerOptions) -> Layout:
     """Name, shape and type of every tensor that the moments of one block keep; nothing but with method="soap".
 
-    ``momentum`` and ``second_moment`` (rows, columns) as they are, or in 8 bits: of the second moment its square roots.
+    ``momentum`` and ``second_moment`` (rows, columns) as they are, or in 8 bits: of the second moment its square roots,
+    or the means of its ``.rows`` and ``.columns``.
     ``decays``: the powers b1^t and b2^t of the decays, after t steps of the block.
     """
     if options.method != "soap":
         return {}
     layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"decays": ((2,), torch.float64)}
     for name, kept in (("momentum", options.momentum_dtype), ("second_moment", options.second_moment_dtype)):
-        if kept == "int8":
+        if kept == "factored":
+            layout[f"{name}.rows"], layout[f"{name}.columns"] = ((rows,), torch.float32), ((columns,), torch.float32)
+        elif kept == "int8":
             layout.update(_coding(options).layout(name, rows, columns))
         else:
             layout[name] = ((rows, columns), getattr(torch, kept))
@@ -128,6 +131,8 @@ class MomentPool(Pool):
         momentum += projected * (1 - first)
         moment.mul_(second)
         moment += projected.square().mul_(1 - second)
+        if self.options.second_moment_dtype == "factored":
+            moment = _product(*_means(moment))
         self._store("momentum", where, momentum)
         decays = self.stored("decays", where) * self.betas
         self.tensors["decays"][where] = decays
@@ -153,6 +158,9 @@ class MomentPool(Pool):
 
         A root that is rounded to zero would make a direction of any size of what is left of the momentum.
         """
+        if self.options.second_moment_dtype == "factored":
+            rows, columns = (self.stored(f"second_moment.{kind}", where).to(dtype) for kind in ("rows", "columns"))
+            return _product(rows, columns)
         moment = self._fresh("second_moment", where, dtype)
         if self.options.second_moment_dtype != "int8":
             return moment
@@ -163,12 +171,27 @@ class MomentPool(Pool):
     def _store_second_moment(self, where: Index, moment: Tensor) -> Tensor:
         """Store the second moments, in 8 bits their roots. Returns the roots."""
         roots = moment.sqrt()
-        self._store("second_moment", where, roots if self.options.second_moment_dtype == "int8" else moment)
+        if self.options.second_moment_dtype == "factored":
+            for kind, means in zip(("rows", "columns"), _means(moment), strict=True):
+                self.tensors[f"second_moment.{kind}"][where] = means.to(torch.float32)
+        else:
+            self._store("second_moment", where, roots if self.options.second_moment_dtype == "int8" else moment)
         return roots
 
     def _store(self, name: str, where: Index, values: Tensor) -> None:
         for key, value in self.encode(name, values).items():
             self.tensors[key][where] = value
+
+
+def _means(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Means of the rows (k, m) and of the columns (k, n) of (k, m, n) matrices."""
+    return matrices.mean(2), matrices.mean(1)
+
+
+def _product(rows: Tensor, columns: Tensor) -> Tensor:
+    """The matrices (k, m, n) of rank one that have these means: Adafactor's second moments."""
+    whole = rows.mean(1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
+    return (rows / whole).unsqueeze(2) * columns.unsqueeze(1)
 
 
 def _each(numbers: Tensor, like: Tensor) -> Tensor:

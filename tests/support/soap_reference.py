@@ -63,7 +63,9 @@ class Moment:
         self.least = self.value  # with half the smallest level for 0, as roots are read
 
     def store(self, value: Tensor) -> None:
-        if self.kept == "int8":
+        if self.kept == "factored":
+            self.value = value.mean(1, keepdim=True) @ value.mean(0, keepdim=True) / value.mean()
+        elif self.kept == "int8":
             book = CODEBOOKS["linear2"](8)
             stored = quantize(value, book, self.block, scale_dtype=self.scale_dtype)
             self.value = dequantize(*stored, book, self.block)
@@ -158,6 +160,7 @@ class SoapReference:
         d = b2 * variance + (1 - b2) * p**2
         momentum.store(m)
         moment.store(d.sqrt() if self.roots_kept else d)
+        d = moment.value if moment.kept == "factored" else d
         ahead = m / (1 - b1**t)
         if self.nesterov:
             ahead = b1 * m / (1 - b1 ** (t + 1)) + (1 - b1) * p / (1 - b1**t)

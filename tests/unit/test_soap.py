@@ -22,6 +22,7 @@ OPTIONS = {
     "no Nesterov": {"bits": 32, "soap_nesterov": False},
     "Newton-Schulz": {"bits": 32, "newton_schulz_steps": 5},
     "bfloat16 moments": {"momentum_dtype": "bfloat16", "second_moment_dtype": "bfloat16"},
+    "factored": {"bits": 32, "second_moment_dtype": "factored"},
     "8-bit moments": {"momentum_dtype": "int8", "second_moment_dtype": "int8"},
 }
 
