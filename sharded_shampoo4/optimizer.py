@@ -88,6 +88,8 @@ class Shampoo4(SavedStates):
         scale_dtype: Type of the stored scales. One of "float32", "bfloat16". (default: "float32")
         root: Whether inverse roots are stored; "implicit" computes directions from the rectified eigenbases in every
             step. One of "stored", "implicit". (default: "stored")
+        protect: Keep one in sixteen eigenvectors, those of the largest eigenvalues, in 8 bits, and the others, in 3 or
+            4 bits, orthogonal to them. (default: False)
         min_quant_numel: Least elements of a factor that is quantized; smaller ones stay in float32. (default: 4096)
         shampoo_beta: Decay of the statistics' running average, in [0, 1), per statistics update. (default: 0.95)
         matrix_eps: Initial statistics, and ridge of the inverse roots relative to the largest eigenvalue. (default:
@@ -163,6 +165,7 @@ class Shampoo4(SavedStates):
         quant_block_size: int = 64,
         scale_dtype: ScaleDtype = "float32",
         root: Root = "stored",
+        protect: bool = False,
         min_quant_numel: int = 4096,
         shampoo_beta: float = 0.95,
         matrix_eps: float = 1e-6,

@@ -72,6 +72,11 @@ class PreconditionerOptions:
         "stored",
         'Whether inverse roots are stored; "implicit" computes directions from the rectified eigenbases in every step.',
     )
+    protect: bool = _option(
+        False,
+        "Keep one in sixteen eigenvectors, those of the largest eigenvalues, in 8 bits, and the others, in 3 or 4 "
+        "bits, orthogonal to them.",
+    )
     min_quant_numel: int = _option(
         4096, "Least elements of a factor that is quantized; smaller ones stay in float32.", 0
     )
@@ -156,6 +161,10 @@ class PreconditionerOptions:
                 raise ValueError(f"{name}={getattr(self, name)!r} is for method={other!r}, got method={self.method!r}")
         if self.codebook == "normal" and self.quant_block_size < 2:
             raise ValueError("codebook='normal' needs a quant_block_size of at least 2: a block of 1 is its own scale")
+        if self.protect and (self.bits > 4 or self.quantize != "eigenbasis"):
+            raise ValueError(
+                f"protect=True is for eigenbases in 3 or 4 bits, got bits={self.bits}, quantize={self.quantize!r}"
+            )
         if self.root != "stored" and self.bits == 32:
             raise ValueError(f"root={self.root!r} is about low precision: bits=32 keeps its roots as they are")
         if self.root == "implicit" and self.quantize != "eigenbasis":
@@ -191,7 +200,7 @@ class PreconditionerOptions:
         if self.method == "soap":
             names += ["momentum_dtype", "second_moment_dtype"]
         if self.bits != 32:
-            names += ["quantize", "codebook", "quant_block_size", "scale_dtype", "root", "min_quant_numel"]
+            names += ["quantize", "codebook", "quant_block_size", "scale_dtype", "root", "protect", "min_quant_numel"]
         elif "int8" in (self.momentum_dtype, self.second_moment_dtype):
             names += ["quant_block_size", "scale_dtype"]
         return {name: getattr(self, name) for name in names}
@@ -336,7 +345,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "method": "soap",
         "bits": 4,
         "momentum_dtype": "int8",
-        "second_moment_dtype": "int8",
+        "second_moment_dtype": "factored",
     },
 }
 
@@ -351,6 +360,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "statistics_interval": 10,
         "shampoo_beta": 0.9,
         "rectify_steps": (0, 0),  # (1, 1) with fewer than 8 bits
+        "protect": False,  # True with fewer than 8 bits
         **{name: DEFAULTS[name] for name in UNUSED_BY["soap"]},
     },
 }
@@ -384,7 +394,7 @@ def apply_preset(given: Mapping[str, Any], method: str = DEFAULTS["method"]) -> 
     defaults = dict(METHODS.get(chosen, {})) if isinstance(chosen, str) and chosen != method else {}
     bits = to_integer(options.get("bits", defaults.get("bits")))
     if chosen == "soap" and isinstance(bits, int):
-        defaults["rectify_steps"] = (1, 1) if bits < 8 else (0, 0)
+        defaults |= {"rectify_steps": (1, 1) if bits < 8 else (0, 0), "protect": bits < 8}
     return {**defaults, **options}
 
 

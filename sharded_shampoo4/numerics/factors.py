@@ -39,17 +39,33 @@ def factor_layout(order: int, options: PreconditionerOptions) -> dict[str, tuple
     matrix = ((order, order), torch.float32)
     failures = ((2,), torch.int32)
     if options.method == "soap":
-        basis = coding.layout("basis", order, order) if options.is_quantized(order) else {"basis": matrix}
+        basis = _basis_layout(order, options) if options.is_quantized(order) else {"basis": matrix}
         return {"eigenvalues": vector, **basis, "failures": failures}
     if not options.is_quantized(order):
         return {"statistics": matrix, "root": matrix, "failures": failures}
     if options.quantize == "eigenbasis":
-        layout = {"eigenvalues": vector, **coding.layout("basis", order, order)}
+        layout = {"eigenvalues": vector, **_basis_layout(order, options)}
     else:
         layout = {"statistics.diagonal": vector, **coding.layout("statistics", order, order)}
     if options.root != "implicit":
         layout.update({"root.diagonal": vector, **coding.layout("root", order, order)})
     return {**layout, "failures": failures}
+
+
+def _basis_layout(order: int, options: PreconditionerOptions) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """A quantized eigenbasis: rows in ``bits`` bits, of which the leading ones may be in 8."""
+    top = _protected(order, options)
+    leading = _leading_coding(options).layout("basis.top", top, order) if top else {}
+    return {**leading, **_coding(options).layout("basis", order - top, order)}
+
+
+def _protected(order: int, options: PreconditionerOptions) -> int:
+    """How many of the leading eigenvectors are in 8 bits."""
+    return max(1, order // 16) if options.protect else 0
+
+
+def _leading_coding(options: PreconditionerOptions) -> Coding:
+    return _coding(options)._replace(codebook="linear2", bits=8)
 
 
 def _coding(options: PreconditionerOptions) -> Coding:
@@ -98,6 +114,7 @@ class FactorPool(Pool):
         self.refresh_dtype: torch.dtype = getattr(torch, options.refresh_dtype)
         # A basis that is stored in float32 is orthogonal.
         self._rectify_steps = (0, 0) if "basis" in self.tensors else options.rectify_steps
+        self._top = _protected(order, options) if "basis.top.codes" in self.tensors else 0
         self.has_roots = "root" in self.tensors or "root.diagonal" in self.tensors
         identity = torch.eye(order, dtype=torch.float32, device=device).unsqueeze(0)
         if self.has_roots:
@@ -109,8 +126,24 @@ class FactorPool(Pool):
             self._initialize("statistics", options.matrix_eps * identity)
 
     def _initialize(self, name: str, matrix: Tensor) -> None:
-        for key, value in self.encode(name, matrix).items():
+        encoded = self._encode_basis(matrix) if name == "basis" else self.encode(name, matrix)
+        for key, value in encoded.items():
             self.tensors[key].copy_(value.expand_as(self.tensors[key]))
+
+    def _encode_basis(self, rows: Tensor) -> dict[str, Tensor]:
+        """The stored form of eigenvectors, which are ``rows`` (k, n, n)."""
+        top = self._top
+        leading = self.encode("basis.top", rows[:, :top], _leading_coding(self.options)) if top else {}
+        return {**leading, **self.encode("basis", rows[:, top:])}
+
+    def _decode_basis(self, where: Index) -> Tensor:
+        """The eigenvectors as rows (k, n, n), float32; made orthogonal to the leading ones, if these are apart."""
+        rows = self.decode("basis", where, self.order)
+        if not self._top:
+            return rows
+        leading = self.decode("basis.top", where, self.order, _leading_coding(self.options))
+        rows = rows - linalg.matmul(linalg.matmul(rows, leading.mT), leading)
+        return torch.cat([leading, rows], dim=1)
 
     # -- the algorithm -------------------------------------------------------------------------------------------------
 
@@ -144,8 +177,8 @@ class FactorPool(Pool):
             if "eigenvalues" in self.tensors:
                 values, basis = self._eigenbasis(chunk, self._rectify_steps[0])
                 iterations = self.options.refresh_iterations
-                values, basis = eigenbasis.refresh(values, basis, statistic, beta, iterations, ridge)
-                new = {"eigenvalues": values.to(torch.float32), **self.encode("basis", basis.mT)}
+                values, basis = eigenbasis.refresh(values, basis, statistic, beta, iterations, ridge, bool(self._top))
+                new = {"eigenvalues": values.to(torch.float32), **self._encode_basis(basis.mT)}
             else:
                 old = self.decode("statistics", chunk, self.order).to(self.refresh_dtype)
                 new = self.encode("statistics", beta * old + (1 - beta) * statistic)
@@ -175,7 +208,7 @@ class FactorPool(Pool):
 
     def basis(self, where: Index, dtype: torch.dtype) -> Tensor:
         """The eigenvectors (k, n, n) of the factors ``where``, as columns, to multiply with blocks of ``dtype``."""
-        basis = self.decode("basis", where, self.order).mT.contiguous()
+        basis = self._decode_basis(where).mT.contiguous()
         return eigenbasis.rectify(basis, self._rectify_steps[1]).to(dtype)
 
     def health(self, where: Tensor) -> Tensor:
@@ -195,7 +228,7 @@ class FactorPool(Pool):
 
     def _eigenbasis(self, where: Index, rectify_steps: int) -> tuple[Tensor, Tensor]:
         # Contiguous, or the layout of what is computed from it, and with it the rounding, would depend on the batch.
-        basis = self.decode("basis", where, self.order).to(self.refresh_dtype).mT.contiguous()
+        basis = self._decode_basis(where).to(self.refresh_dtype).mT.contiguous()
         return self.tensors["eigenvalues"][where].to(self.refresh_dtype), eigenbasis.rectify(basis, rectify_steps)
 
     def _chunk_size(self) -> int:

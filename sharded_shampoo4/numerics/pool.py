@@ -53,8 +53,11 @@ class Pool:
         }
         self._views: dict[tuple[str, int, int], Tensor] = {}  # of those tensors, which stay where they are
 
-    def encode(self, name: str, matrices: Tensor) -> dict[str, Tensor]:
-        """Return the stored form of ``matrices`` (k, rows, columns), by the names of the tensors."""
+    def encode(self, name: str, matrices: Tensor, coding: Coding | None = None) -> dict[str, Tensor]:
+        """Return the stored form of ``matrices`` (k, rows, columns), by the names of the tensors.
+
+        ``coding`` is that of the pool, unless it is given.
+        """
         if name in self.tensors:
             return {name: matrices.to(self.tensors[name].dtype)}
         encoded = {}
@@ -63,13 +66,13 @@ class Pool:
             diagonal = matrices.diagonal(dim1=-2, dim2=-1)
             encoded[f"{name}.diagonal"] = diagonal.clone()
             diagonal.zero_()
-        codebook, bits, block, scale_dtype = self.coding
+        codebook, bits, block, scale_dtype = coding or self.coding
         encoded[f"{name}.codes"], encoded[f"{name}.scales"] = quantization.quantize(
             matrices, codebook=codebook, bits=bits, block=block, scale_dtype=scale_dtype
         )
         return encoded
 
-    def decode(self, name: str, where: Index, columns: int) -> Tensor:
+    def decode(self, name: str, where: Index, columns: int, coding: Coding | None = None) -> Tensor:
         """Return the matrices (k, rows, columns) that are stored under ``name``: codes as float32.
 
         Those stored as they are may be views of what is stored.
@@ -78,7 +81,7 @@ class Pool:
             return self.stored(name, where)
         dequantize = quantization.dequantize_compiled if self.compiled else quantization.dequantize
         codes, scales = self.stored(f"{name}.codes", where), self.stored(f"{name}.scales", where)
-        codebook, bits, block, _ = self.coding
+        codebook, bits, block, _ = coding or self.coding
         matrices = dequantize(codes, scales, columns, codebook=codebook, bits=bits, block=block)
         if f"{name}.diagonal" in self.tensors:
             matrices.diagonal(dim1=-2, dim2=-1).copy_(self.stored(f"{name}.diagonal", where))

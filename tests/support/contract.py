@@ -50,7 +50,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mlp, blocks, soap": (
         "mlp", {"method": "soap", "momentum_dtype": "float32", "max_preconditioner_dim": 30, "min_quant_numel": 0}
     ),
-    "tied, groups, soap": ("tied", {"method": "soap", "max_preconditioner_dim": 17, "split_groups": True}),
+    "tied, groups, soap": (
+        "tied",
+        {"method": "soap", "second_moment_dtype": "factored", "max_preconditioner_dim": 17, "split_groups": True},
+    ),
     "vit, soap, 4 bits, staggered": (
         "vit",
         {

@@ -20,7 +20,8 @@ class Basis:
     """Eigenvalues and eigenvectors of one side of a block; vectors as codes, or in float32 where `codebook` is None."""
 
     def __init__(self, order: int, codebook: Tensor | None, block: int, beta: float, matrix_eps: float,
-                 rectify_steps: tuple[int, int], dtype: torch.dtype, **way: Any) -> None:  # fmt: skip
+                 rectify_steps: tuple[int, int], dtype: torch.dtype, protect: bool, **way: Any) -> None:  # fmt: skip
+        self.top = max(1, order // 16) if protect and codebook is not None else 0
         self.codebook, self.block, self.way, self.beta, self.eps = codebook, block, way, beta, matrix_eps
         self.rectify_steps, self.dtype = (0, 0) if codebook is None else rectify_steps, dtype
         self.eigenvalues = torch.zeros(order)
@@ -30,7 +31,11 @@ class Basis:
         if self.codebook is None:
             self.plain = vectors.float()
         else:
-            self.codes, self.scales = quantize(vectors.T, self.codebook, self.block, **self.way)
+            rows = vectors.T
+            self.codes, self.scales = quantize(rows[self.top :], self.codebook, self.block, **self.way)
+            self.leading = quantize(
+                rows[: self.top], CODEBOOKS["linear2"](8), self.block, scale_dtype=self.way["scale_dtype"]
+            )
 
     def vectors(self) -> Tensor:
         """V as it is used in a step, eigenvectors as columns, float32."""
@@ -39,7 +44,11 @@ class Basis:
     def _stored(self) -> Tensor:
         if self.codebook is None:
             return self.plain
-        return dequantize(self.codes, self.scales, self.codebook, self.block).T
+        rows = dequantize(self.codes, self.scales, self.codebook, self.block)
+        if self.top:
+            top = dequantize(*self.leading, CODEBOOKS["linear2"](8), self.block)
+            rows = torch.cat([top, rows - rows @ top.T @ top])
+        return rows.T
 
     def refresh(self, gradient: Tensor) -> None:
         """Absorb G G^T; nothing happens if G is zero or the result is not finite."""
@@ -48,6 +57,8 @@ class Basis:
         g = gradient.to(self.dtype)
         v = rectify(self._stored().to(self.dtype), self.rectify_steps[0])
         a = self.beta * v @ torch.diag(self.eigenvalues.to(self.dtype)) @ v.T + (1 - self.beta) * g @ g.T
+        if self.top:
+            v = v[:, (v.T @ a @ v).diagonal().argsort(descending=True, stable=True)]
         q = torch.linalg.qr(a @ v + self.eps * a.diagonal().max() * v).Q
         if q.isfinite().all():
             self.eigenvalues = (q.T @ a @ q).diagonal().float()
@@ -94,6 +105,7 @@ class SoapReference:
         matrix_eps: float = 1e-6,
         statistics_interval: int = 10,
         rectify_steps: tuple[int, int] = (0, 0),
+        protect: bool = False,
         refresh_dtype: str = "float64",
         max_preconditioner_dim: int = 1024,
         soap_betas: tuple[float, float] = (0.95, 0.95),
@@ -120,7 +132,7 @@ class SoapReference:
                 for c0, c1 in columns:
                     sides = [
                         Basis(order, levels if bits < 32 and order**2 >= min_quant_numel else None, quant_block_size,
-                              shampoo_beta, matrix_eps, rectify_steps, getattr(torch, refresh_dtype), **way)
+                              shampoo_beta, matrix_eps, rectify_steps, getattr(torch, refresh_dtype), protect, **way)
                         for order in (r1 - r0, c1 - c0)
                     ]  # fmt: skip
                     kept = [

@@ -29,6 +29,7 @@ CHANGED: dict[str, Any] = {  # another value for every option
     "quant_block_size": 32,
     "scale_dtype": "bfloat16",
     "root": "implicit",
+    "protect": True,
     "min_quant_numel": 0,
     "shampoo_beta": 0.9,
     "matrix_eps": 1e-4,
@@ -180,13 +181,14 @@ def flags(options: dict[str, Any]) -> list[str]:
 def test_a_preset_is_its_settings_and_an_option_beside_it_wins(way: str, preset: str) -> None:
     """Also an option that is given the value it has by default."""
     settings = PRESETS[preset]
-    defaults = DEFAULTS if settings["method"] == "shampoo" else {**DEFAULTS, **METHODS["soap"], "rectify_steps": (1, 1)}
+    low = {"rectify_steps": (1, 1), "protect": True}
+    defaults = DEFAULTS if settings["method"] == "shampoo" else {**DEFAULTS, **METHODS["soap"], **low}
     assert resolved(WAYS[way](preset=preset)) == {**defaults, **settings}
     for name in set(settings) - {"quantize", "method"}:  # which "implicit" roots need as they are
         for value in (CHANGED[name], DEFAULTS[name]):
             found = resolved(WAYS[way](preset=preset, **{name: value}))
             if (preset, name) == ("soap-compact", "bits"):
-                defaults = {**defaults, "rectify_steps": (0, 0) if value == 8 else (1, 1)}
+                defaults = {**DEFAULTS, **METHODS["soap"], **(low if value < 8 else {})}
             assert found == {**defaults, **settings, name: value}
 
 
@@ -245,7 +247,7 @@ def test_a_method_brings_its_defaults_and_an_option_beside_it_wins(way: str) -> 
     assert resolved(WAYS[way](method="soap")) == soap
     assert resolved(WAYS[way](method="soap", total_steps=20_000) if way == "call" else WAYS[way](method="soap")) == soap
     given = {"method": "soap", "bits": 4, "shampoo_beta": DEFAULTS["shampoo_beta"]}
-    assert resolved(WAYS[way](**given)) == {**soap, **given, "rectify_steps": (1, 1)}
+    assert resolved(WAYS[way](**given)) == {**soap, **given, "rectify_steps": (1, 1), "protect": True}
     assert resolved(WAYS[way](method="shampoo")) == DEFAULTS
 
 

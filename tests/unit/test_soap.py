@@ -16,6 +16,7 @@ OPTIONS = {
     "32 bits": {"bits": 32},
     "8 bits": {},
     "4 bits": {"bits": 4},
+    "4 bits, not protected": {"bits": 4, "protect": False},
     "normal, bfloat16 scales": {"bits": 4, "codebook": "normal", "scale_dtype": "bfloat16"},
     "everything quantized, rectified": {"bits": 8, "min_quant_numel": 0, "rectify_steps": (1, 2)},
     "other constants": {"bits": 32, "soap_betas": (0.8, 0.99), "soap_eps": 1e-3, "shampoo_beta": 0.5},
@@ -37,7 +38,7 @@ def test_directions(name: str) -> None:
     if options.get("codebook") == "normal":
         options["codebook"] = quantization.normal(options["bits"], 64)
     if options.get("bits") == 4:
-        options.setdefault("rectify_steps", (1, 1))
+        options = {"rectify_steps": (1, 1), "protect": True, **options}
     slow = SoapReference(SHAPES, **options)
     differences = []
     for gradients in replayed(SHAPES, 14):
