@@ -49,7 +49,6 @@ def refresh(
     beta: float,
     iterations: int = 1,
     ridge: float = 0.0,
-    sort: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Absorb a statistic, G G^T or G^T G, into eigenvalues (B, n) and ``basis`` (B, n, n): Algorithm 1.
 
@@ -57,14 +56,10 @@ def refresh(
     the old basis, or several, P = QR(A P). Returns the Rayleigh quotients diag(P^T A P) and P.
 
     With a ``ridge`` the iteration is that of A + ridge max(diag(A)) I, which has the same eigenvectors: those of
-    eigenvalues far below the ridge stay as they are, instead of following rounding errors. With ``sort`` the
-    eigenvectors of large eigenvalues come first.
+    eigenvalues far below the ridge stay as they are, instead of following rounding errors.
     """
     average = beta * linalg.matmul(basis * eigenvalues.unsqueeze(-2), basis.mT) + (1 - beta) * statistic
     image = linalg.matmul(average, basis)
-    if sort:
-        order = (basis * image).sum(-2).argsort(dim=-1, descending=True, stable=True).unsqueeze(-2).expand_as(basis)
-        basis, image = basis.gather(-1, order), image.gather(-1, order)
     shift = ridge * average.diagonal(dim1=-2, dim2=-1).amax(-1).view(-1, 1, 1) if ridge else None
     for _ in range(iterations):
         basis = linalg.qr(image if shift is None else image + shift * basis)

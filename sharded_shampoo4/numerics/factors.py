@@ -53,10 +53,12 @@ def factor_layout(order: int, options: PreconditionerOptions) -> dict[str, tuple
 
 
 def _basis_layout(order: int, options: PreconditionerOptions) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """A quantized eigenbasis: rows in ``bits`` bits, of which the leading ones may be in 8."""
+    """A quantized eigenbasis: rows in ``bits`` bits; some, whose places are ``basis.places``, may be in 8."""
     top = _protected(order, options)
-    leading = _leading_coding(options).layout("basis.top", top, order) if top else {}
-    return {**leading, **_coding(options).layout("basis", order - top, order)}
+    rest = _coding(options).layout("basis", order - top, order)
+    if not top:
+        return rest
+    return {"basis.places": ((top,), torch.int32), **_leading_coding(options).layout("basis.top", top, order), **rest}
 
 
 def _protected(order: int, options: PreconditionerOptions) -> int:
@@ -126,15 +128,24 @@ class FactorPool(Pool):
             self._initialize("statistics", options.matrix_eps * identity)
 
     def _initialize(self, name: str, matrix: Tensor) -> None:
-        encoded = self._encode_basis(matrix) if name == "basis" else self.encode(name, matrix)
+        eigenvalues = torch.zeros_like(matrix[:, 0])
+        encoded = self._encode_basis(matrix, eigenvalues) if name == "basis" else self.encode(name, matrix)
         for key, value in encoded.items():
             self.tensors[key].copy_(value.expand_as(self.tensors[key]))
 
-    def _encode_basis(self, rows: Tensor) -> dict[str, Tensor]:
-        """The stored form of eigenvectors, which are ``rows`` (k, n, n)."""
-        top = self._top
-        leading = self.encode("basis.top", rows[:, :top], _leading_coding(self.options)) if top else {}
-        return {**leading, **self.encode("basis", rows[:, top:])}
+    def _encode_basis(self, rows: Tensor, eigenvalues: Tensor) -> dict[str, Tensor]:
+        """The stored form of eigenvectors, which are ``rows`` (k, n, n), with eigenvalues (k, n).
+
+        Leading ones stay in their places: a coordinate without gradients must stay on the diagonal, or the next QR
+        would mix it with others.
+        """
+        if not self._top:
+            return self.encode("basis", rows)
+        places = eigenvalues.argsort(dim=1, descending=True, stable=True)[:, : self._top].sort(1).values
+        order = _leading_first(places, self.order).unsqueeze(-1).expand_as(rows)
+        leading, rest = rows.gather(1, order).split([self._top, self.order - self._top], dim=1)
+        codes = self.encode("basis.top", leading, _leading_coding(self.options))
+        return {"basis.places": places.to(torch.int32), **codes, **self.encode("basis", rest)}
 
     def _decode_basis(self, where: Index) -> Tensor:
         """The eigenvectors as rows (k, n, n), float32; made orthogonal to the leading ones, if these are apart."""
@@ -142,8 +153,9 @@ class FactorPool(Pool):
         if not self._top:
             return rows
         leading = self.decode("basis.top", where, self.order, _leading_coding(self.options))
-        rows = rows - linalg.matmul(linalg.matmul(rows, leading.mT), leading)
-        return torch.cat([leading, rows], dim=1)
+        rows = torch.cat([leading, rows - linalg.matmul(linalg.matmul(rows, leading.mT), leading)], dim=1)
+        order = _leading_first(self.stored("basis.places", where).long(), self.order).unsqueeze(-1).expand_as(rows)
+        return torch.empty_like(rows).scatter_(1, order, rows)
 
     # -- the algorithm -------------------------------------------------------------------------------------------------
 
@@ -177,8 +189,8 @@ class FactorPool(Pool):
             if "eigenvalues" in self.tensors:
                 values, basis = self._eigenbasis(chunk, self._rectify_steps[0])
                 iterations = self.options.refresh_iterations
-                values, basis = eigenbasis.refresh(values, basis, statistic, beta, iterations, ridge, bool(self._top))
-                new = {"eigenvalues": values.to(torch.float32), **self._encode_basis(basis.mT)}
+                values, basis = eigenbasis.refresh(values, basis, statistic, beta, iterations, ridge)
+                new = {"eigenvalues": values.to(torch.float32), **self._encode_basis(basis.mT, values)}
             else:
                 old = self.decode("statistics", chunk, self.order).to(self.refresh_dtype)
                 new = self.encode("statistics", beta * old + (1 - beta) * statistic)
@@ -240,6 +252,12 @@ class FactorPool(Pool):
     def worst_failures(self) -> Tensor:
         """The most failures in a row of any factor: one number on the device."""
         return self.tensors["failures"].max()
+
+
+def _leading_first(places: Tensor, order: int) -> Tensor:
+    """All places of ``order`` eigenvectors (k, order): first those in ``places`` (k, some), then the others."""
+    rest = torch.ones(len(places), order, dtype=torch.int8, device=places.device).scatter_(1, places, 0)
+    return rest.argsort(dim=1, stable=True)
 
 
 def _orthogonality_error(basis: Tensor) -> Tensor:

@@ -32,10 +32,12 @@ class Basis:
             self.plain = vectors.float()
         else:
             rows = vectors.T
-            self.codes, self.scales = quantize(rows[self.top :], self.codebook, self.block, **self.way)
-            self.leading = quantize(
-                rows[: self.top], CODEBOOKS["linear2"](8), self.block, scale_dtype=self.way["scale_dtype"]
-            )
+            self.places = set(self.eigenvalues.argsort(descending=True, stable=True)[: self.top].tolist())
+            rest = [place for place in range(len(rows)) if place not in self.places]
+            self.codes, self.scales = quantize(rows[rest], self.codebook, self.block, **self.way)
+            scale_dtype = self.way["scale_dtype"]
+            top = rows[sorted(self.places)]
+            self.leading = quantize(top, CODEBOOKS["linear2"](8), self.block, scale_dtype=scale_dtype)
 
     def vectors(self) -> Tensor:
         """V as it is used in a step, eigenvectors as columns, float32."""
@@ -47,7 +49,8 @@ class Basis:
         rows = dequantize(self.codes, self.scales, self.codebook, self.block)
         if self.top:
             top = dequantize(*self.leading, CODEBOOKS["linear2"](8), self.block)
-            rows = torch.cat([top, rows - rows @ top.T @ top])
+            both = iter(top), iter(rows - rows @ top.T @ top)
+            rows = torch.stack([next(both[place not in self.places]) for place in range(len(top) + len(rows))])
         return rows.T
 
     def refresh(self, gradient: Tensor) -> None:
@@ -57,8 +60,6 @@ class Basis:
         g = gradient.to(self.dtype)
         v = rectify(self._stored().to(self.dtype), self.rectify_steps[0])
         a = self.beta * v @ torch.diag(self.eigenvalues.to(self.dtype)) @ v.T + (1 - self.beta) * g @ g.T
-        if self.top:
-            v = v[:, (v.T @ a @ v).diagonal().argsort(descending=True, stable=True)]
         q = torch.linalg.qr(a @ v + self.eps * a.diagonal().max() * v).Q
         if q.isfinite().all():
             self.eigenvalues = (q.T @ a @ q).diagonal().float()

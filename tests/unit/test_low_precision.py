@@ -60,3 +60,13 @@ def test_an_exchange_in_bfloat16_changes_directions_less_than_four_bits_do(small
     error = largest_error(smallest, {"bits": 32, "exchange_dtype": "bfloat16"}, {"bits": 32})
     print(f"exchange, {smallest}: {error:.3f}")
     assert 1e-3 < error < (0.3 if smallest < 1 else 0.1)
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_protected_bases_are_nearer_to_32_bits(bits: int) -> None:
+    settings = {"bits": bits, "root": "implicit"}
+    plain, protected = (
+        largest_error(1e-3, {**settings, "protect": protect}, {"bits": 32}) for protect in (False, True)
+    )
+    print(f"{bits} bits: {plain:.3f}, protected {protected:.3f}")
+    assert protected < 0.9 * plain
