@@ -153,9 +153,12 @@ class FactorPool(Pool):
         if not self._top:
             return rows
         leading = self.decode("basis.top", where, self.order, _leading_coding(self.options))
-        rows = torch.cat([leading, rows - linalg.matmul(linalg.matmul(rows, leading.mT), leading)], dim=1)
-        order = _leading_first(self.stored("basis.places", where).long(), self.order).unsqueeze(-1).expand_as(rows)
-        return torch.empty_like(rows).scatter_(1, order, rows)
+        rows -= linalg.matmul(linalg.matmul(rows, leading.mT), leading)
+        found = torch.empty(len(rows), self.order, self.order, dtype=rows.dtype, device=rows.device)
+        order = _leading_first(self.stored("basis.places", where).long(), self.order).unsqueeze(-1).expand_as(found)
+        for part, places in zip((leading, rows), order.split([self._top, self.order - self._top], dim=1), strict=True):
+            found.scatter_(1, places, part)
+        return found
 
     # -- the algorithm -------------------------------------------------------------------------------------------------
 

@@ -165,9 +165,9 @@ class Matrix:
         """
         device = self.device if len(shards) == 1 else self.device.type
         kind = (self.options, self.dtype, device)
-        return PlannedMatrix(
-            self.name, self.shape, tuple(self.blocks), tuple(shards), kind, self.options.scratch_mib, self.phases
-        )
+        # With moments a refresh has the bases of before and after in hand.
+        scratch = max(1, self.options.scratch_mib * 3 // 4) if self.is_soap else self.options.scratch_mib
+        return PlannedMatrix(self.name, self.shape, tuple(self.blocks), tuple(shards), kind, scratch, self.phases)
 
 
 class Due(NamedTuple):

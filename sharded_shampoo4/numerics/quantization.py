@@ -98,7 +98,7 @@ class _Tables(NamedTuple):
     thresholds: Tensor  # (2**bits - 1,) float32; a value equal to thresholds[i] still belongs to level i
     words: Tensor  # one entry per word, holding that word's float32 levels
     pairs: Tensor | None  # the same for two bytes
-    edges: Tensor | None  # of "linear2": the thresholds between two numbers that nothing is beyond
+    edges: Tensor | None  # of "linear2" on a CPU: the thresholds between two numbers that nothing is beyond
 
 
 @functools.lru_cache(maxsize=32)
@@ -114,7 +114,8 @@ def _tables(codebook: str, bits: int, block: int, device: torch.device) -> _Tabl
     in_pairs = device.type == "cpu" and bits != 3 and sys.byteorder == "little"
     pairs = _table_of_words(levels, bits, 16) if in_pairs else None
     beyond = torch.tensor([torch.nan], dtype=torch.float32, device="cpu")
-    edges = torch.cat([beyond, thresholds, beyond]).to(device) if codebook == "linear2" else None
+    searched = codebook != "linear2" or device.type != "cpu"  # accelerators search as fast, in one kernel
+    edges = None if searched else torch.cat([beyond, thresholds, beyond])
     return _Tables(levels.to(device), thresholds.to(device), words, pairs, edges)
 
 
