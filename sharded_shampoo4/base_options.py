@@ -109,9 +109,9 @@ def base_value(parameters: Mapping[str, inspect.Parameter], name: str, value: An
 
 
 def expand_preset(group: dict[str, Any], index: int, method: str) -> None:
-    """Replace the preset of a parameter group by its options, but for those that the group gives itself; in place.
+    """Add the options of a parameter group's preset to the group, in place. Options that the group has stay.
 
-    Add the defaults of the group's method, if it is another than the call's ``method``.
+    A group with another method than the call's ``method`` also gets the defaults of its method.
     """
     try:
         options = apply_preset(group, method)
@@ -140,11 +140,15 @@ def check_group(group: dict[str, Any], index: int, given: Iterable[str], base: B
         if hint:
             raise TypeError(f"unknown option {key!r} in param group {index}{hint}")
     try:
-        group.update(PreconditionerOptions.of_group(group).as_group())
+        options = PreconditionerOptions.of_group(group)
+        group.update(options.as_group())
         group.update(base.converted({name: group[name] for name in own}))
-        refuse_ignored(PreconditionerOptions.of_group(group), group)
+        refuse_ignored(options, group)
     except (TypeError, ValueError) as error:
         raise ValueError(f"param group {index}: {error}") from None
+
+
+_NOT_OF_SOAP = ("maximize", "amsgrad")  # options of a base that soap's own steps do not have
 
 
 def refuse_ignored(options: PreconditionerOptions, values: Mapping[str, Any]) -> None:
@@ -158,8 +162,6 @@ def refuse_ignored(options: PreconditionerOptions, values: Mapping[str, Any]) ->
                 "take part in: leave it out, or give precondition=False"
             )
 
-
-_NOT_OF_SOAP = ("maximize", "amsgrad")
 
 # What other libraries call an option, and what to write here.
 _STEPS = "statistics_interval (T1, steps between statistics) and root_interval (T2, steps between inverse roots)"

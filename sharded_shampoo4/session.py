@@ -152,15 +152,12 @@ class Session:
         attached = [
             p
             for distributor in self.all()
-            for p, holder in zip(distributor.parameters, distributor.holders, strict=True)
-            if p is holder
+            for p, holder, matrix in zip(distributor.parameters, distributor.holders, distributor.matrices, strict=True)
+            if p is holder and (state.get(p) or (matrix.is_soap and matrix.step))
         ]
-        alone = {p for p, entry in self.loaded.items() if entry.options.method == "soap"}
-        for distributor in self.all():
-            pairs = zip(distributor.parameters, distributor.matrices, strict=True)
-            alone |= {p for p, matrix in pairs if matrix.is_soap and matrix.step}
+        loaded = [p for p, entry in self.loaded.items() if state.get(p) or entry.options.method == "soap"]
         self.marks = Marks()
-        self.marks.put(state, [p for p in (*attached, *self.loaded) if state.get(p) or p in alone])
+        self.marks.put(state, [*attached, *loaded])
 
     def attach_all(
         self,

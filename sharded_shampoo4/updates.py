@@ -115,17 +115,16 @@ def _step_along(weights: list[Tensor], directions: list[Tensor], lr: Any, weight
     if isinstance(lr, Tensor) and lr.device.type == "cpu":
         lr = float(lr)
     decay = 1 - lr * weight_decay
-    low = [weight.dtype not in (torch.float32, torch.float64) for weight in weights]
-    for weight, direction, is_low in zip(weights, directions, low, strict=True):
-        if is_low:  # rounded once
+    exact = []
+    for weight, direction in zip(weights, directions, strict=True):
+        if weight.dtype not in (torch.float32, torch.float64):  # rounded once
             weight.copy_(weight.to(torch.float32).mul_(decay).sub_(direction.to(torch.float32).mul_(lr)))
         elif isinstance(lr, Tensor):
             weight.mul_(decay).addcmul_(direction, -lr)
-    if isinstance(lr, Tensor) or all(low):
-        return
-    weights, directions = (
-        [t for t, is_low in zip(own, low, strict=True) if not is_low] for own in (weights, directions)
-    )
-    if weight_decay:
-        torch._foreach_mul_(weights, decay)
-    torch._foreach_add_(weights, directions, alpha=-lr)
+        else:
+            exact.append((weight, direction))
+    if exact:
+        weights, directions = map(list, zip(*exact, strict=True))
+        if weight_decay:
+            torch._foreach_mul_(weights, decay)
+        torch._foreach_add_(weights, directions, alpha=-lr)

@@ -131,7 +131,7 @@ class Restoration:
         state = self._states.setdefault(holder, {})
         place, like = self._subject.updates.in_states(entry), self._subject.updates.state_like(holder)
         if saved is None or place is None:
-            return  # it was not trained, and its states begin anew; or the base has none
+            return  # the parameter was not trained before, or the base keeps no states of it
         if local_tensor(holder).numel() == 0 and not is_dtensor(holder):
             return  # of FSDP1, which gives it no gradients: its count of steps would stand still
         for kind, described in self._manifest["parameters"][saved]["base"].items():

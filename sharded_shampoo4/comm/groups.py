@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 _HOST_GROUPS: weakref.WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = weakref.WeakKeyDictionary()
-_COUNTS_OF_OUR_GROUPS = 1_000_000  # beyond those that a program reaches with groups of the same ranks
+_COUNTS_OF_OUR_GROUPS = 1_000_000  # more groups of the same ranks than a program makes
 _MADE: weakref.WeakKeyDictionary[dist.ProcessGroup, int] = weakref.WeakKeyDictionary()  # host groups beside a group
 
 

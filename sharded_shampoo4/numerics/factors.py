@@ -34,7 +34,7 @@ def factor_layout(order: int, options: PreconditionerOptions) -> dict[str, tuple
     float32 diagonal and low-precision off-diagonal; the same for the inverse ``root``, unless roots are implicit;
     ``failures`` counts statistics and root steps that failed in a row.
     """
-    coding = _coding(options)
+    coding = Coding.of(options)
     vector = ((order,), torch.float32)
     matrix = ((order, order), torch.float32)
     failures = ((2,), torch.int32)
@@ -54,25 +54,16 @@ def factor_layout(order: int, options: PreconditionerOptions) -> dict[str, tuple
 
 def _basis_layout(order: int, options: PreconditionerOptions) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """A quantized eigenbasis: rows in ``bits`` bits; some, whose places are ``basis.places``, may be in 8."""
-    top = _protected(order, options)
-    rest = _coding(options).layout("basis", order - top, order)
+    top, coding = _protected(order, options), Coding.of(options)
+    rest = coding.layout("basis", order - top, order)
     if not top:
         return rest
-    return {"basis.places": ((top,), torch.int32), **_leading_coding(options).layout("basis.top", top, order), **rest}
+    return {"basis.places": ((top,), torch.int32), **coding.in_8_bits().layout("basis.top", top, order), **rest}
 
 
 def _protected(order: int, options: PreconditionerOptions) -> int:
     """How many of the leading eigenvectors are in 8 bits."""
     return max(1, order // 16) if options.protect else 0
-
-
-def _leading_coding(options: PreconditionerOptions) -> Coding:
-    return _coding(options)._replace(codebook="linear2", bits=8)
-
-
-def _coding(options: PreconditionerOptions) -> Coding:
-    scale_dtype: torch.dtype = getattr(torch, options.scale_dtype)
-    return Coding(options.codebook, options.bits, options.quant_block_size, scale_dtype)
 
 
 def factor_bytes(order: int, options: PreconditionerOptions) -> int:
@@ -109,7 +100,7 @@ class FactorPool(Pool):
     """
 
     def __init__(self, order: int, count: int, options: PreconditionerOptions, device: torch.device) -> None:
-        super().__init__(factor_layout(order, options), count, _coding(options), device)
+        super().__init__(factor_layout(order, options), count, Coding.of(options), device)
         self.order = order
         self.options = options
         self.compiled = options.compile
@@ -144,7 +135,7 @@ class FactorPool(Pool):
         places = eigenvalues.argsort(dim=1, descending=True, stable=True)[:, : self._top].sort(1).values
         order = _leading_first(places, self.order).unsqueeze(-1).expand_as(rows)
         leading, rest = rows.gather(1, order).split([self._top, self.order - self._top], dim=1)
-        codes = self.encode("basis.top", leading, _leading_coding(self.options))
+        codes = self.encode("basis.top", leading, self.coding.in_8_bits())
         return {"basis.places": places.to(torch.int32), **codes, **self.encode("basis", rest)}
 
     def _decode_basis(self, where: Index) -> Tensor:
@@ -152,7 +143,7 @@ class FactorPool(Pool):
         rows = self.decode("basis", where, self.order)
         if not self._top:
             return rows
-        leading = self.decode("basis.top", where, self.order, _leading_coding(self.options))
+        leading = self.decode("basis.top", where, self.order, self.coding.in_8_bits())
         rows -= linalg.matmul(linalg.matmul(rows, leading.mT), leading)
         found = torch.empty(len(rows), self.order, self.order, dtype=rows.dtype, device=rows.device)
         order = _leading_first(self.stored("basis.places", where).long(), self.order).unsqueeze(-1).expand_as(found)

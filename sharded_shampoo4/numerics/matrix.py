@@ -78,9 +78,10 @@ class Matrix:
 
     @property
     def intervals(self) -> Intervals:
-        """Those in force at this step."""
+        """Those in force at this step; no roots with method="soap"."""
         options = self.options
-        return intervals_at(self.step, options.statistics_interval, options.root_interval, options.interval_warmup)
+        found = intervals_at(self.step, options.statistics_interval, options.root_interval, options.interval_warmup)
+        return found._replace(root=0) if self.is_soap else found
 
     def like(self, other: Matrix) -> bool:
         """Whether the same factors serve both, at the same steps."""
@@ -100,9 +101,8 @@ class Matrix:
     @property
     def due(self) -> Due:
         """What is due in this step for any of its factors."""
-        if self.is_soap:
-            found = _due(self.step, self.intervals._replace(root=0), self._phases_in_use)
-            return Due(True, False, True) if self._is_first else found
+        if self._is_first:
+            return Due(statistics=True, root=False, check=True)
         return _due(self.step, self.intervals, self._phases_in_use)
 
     @functools.cached_property
@@ -117,7 +117,7 @@ class Matrix:
 
     def root_due(self, block: Block, side: int) -> bool:
         """Whether the left (side 0) or right (1) factor of a block recomputes its root in this step."""
-        return not self.is_soap and _is_due(self.step, self.intervals.root, self.phases.get(block, TOGETHER)[side].root)
+        return _is_due(self.step, self.intervals.root, self.phases.get(block, TOGETHER)[side].root)
 
     @functools.cached_property
     def factor_bytes(self) -> int:

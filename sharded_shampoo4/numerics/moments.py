@@ -32,15 +32,10 @@ def moments_layout(rows: int, columns: int, options: PreconditionerOptions) -> L
         if kept == "factored":
             layout[f"{name}.rows"], layout[f"{name}.columns"] = ((rows,), torch.float32), ((columns,), torch.float32)
         elif kept == "int8":
-            layout.update(_coding(options).layout(name, rows, columns))
+            layout.update(Coding.of(options).in_8_bits().layout(name, rows, columns))
         else:
             layout[name] = ((rows, columns), getattr(torch, kept))
     return layout
-
-
-def _coding(options: PreconditionerOptions) -> Coding:
-    scale_dtype: torch.dtype = getattr(torch, options.scale_dtype)
-    return Coding("linear2", 8, options.quant_block_size, scale_dtype)
 
 
 def moments_bytes(rows: int, columns: int, options: PreconditionerOptions) -> int:
@@ -75,7 +70,7 @@ class MomentPool(Pool):
     def __init__(
         self, shape: tuple[int, int], count: int, options: PreconditionerOptions, device: torch.device
     ) -> None:
-        super().__init__(moments_layout(*shape, options), count, _coding(options), device)
+        super().__init__(moments_layout(*shape, options), count, Coding.of(options).in_8_bits(), device)
         self.columns = shape[1]
         self.options = options
         self.betas = torch.tensor(options.soap_betas, dtype=torch.float64, device=device)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..options import PreconditionerOptions
 from . import quantization
 
 Index = slice | Tensor  # which members of a pool: a run of neighbors (a view, no copy) or their positions
@@ -22,6 +23,16 @@ class Coding(NamedTuple):
     bits: int
     block: int
     scale_dtype: torch.dtype
+
+    @classmethod
+    def of(cls, options: PreconditionerOptions) -> Coding:
+        """Return how ``options`` have factors stored."""
+        scale_dtype: torch.dtype = getattr(torch, options.scale_dtype)
+        return cls(options.codebook, options.bits, options.quant_block_size, scale_dtype)
+
+    def in_8_bits(self) -> Coding:
+        """Return the coding of what must be more precise: 8 bits, linear squares."""
+        return self._replace(codebook="linear2", bits=8)
 
     def layout(self, name: str, rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Return the tensors that a (rows, columns) matrix is kept in."""

@@ -198,7 +198,10 @@ def _nearest(blocks: Tensor, scales: Tensor, tables: _Tables) -> Tensor:
 
 
 def _nearest_square(ratios: Tensor, edges: Tensor) -> Tensor:
-    """What bucketize gives for the levels of "linear2", many times as fast: the square root tells it but for one."""
+    """Find the levels of "linear2" as torch.bucketize does, several times as fast.
+
+    A square root gives the level or one of its two neighbors.
+    """
     top = len(edges) - 2
     near = ratios.abs().sqrt_().copysign_(ratios).add_(1.0).mul_(top / 2).round_()
     codes = near.nan_to_num_(0.0).clamp_(0, top).to(torch.int32).flatten()

@@ -108,7 +108,7 @@ def test_ranks_in_different_calls_raise_and_say_which() -> None:
     assert "process_group='alone'" in first["one never steps"]
 
 
-def anew(rank: int, store: str) -> dict[str, Any]:
+def made_again(rank: int, store: str) -> dict[str, Any]:
     """The process group is destroyed and made again between steps."""
     training = Training("none")
     training.train(range(5))
@@ -124,9 +124,9 @@ def anew(rank: int, store: str) -> dict[str, Any]:
     return {"trained": trained, "group": hosts.said(lambda: grouped.train(range(1)))}
 
 
-def test_a_process_group_that_is_made_anew(tmp_path: Path) -> None:
+def test_a_process_group_that_is_made_again(tmp_path: Path) -> None:
     with hosts.one_thread():
         expected = Training("none").train(range(9))
-    for told in hosts.run_ranks(2, anew, str(tmp_path / "store")):
+    for told in hosts.run_ranks(2, made_again, str(tmp_path / "store")):
         assert_equal(told["trained"], expected)
         assert "the group that process_group= was given was destroyed" in told["group"]
