@@ -234,6 +234,7 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, l
         ("--modes", "roots, scales, levels, QR steps, staggered factors, bfloat16 products, compact settings"),
     ):
         sets.add_argument(name, action="store_true", help=help)
+    add("--workers", type=int, default=1, help="with --tasks: runs at a time, as many as cores at most (1)")
     add("--output", type=Path, help="the picture (default: comparison.png in --output_dir, or here)")
     given = list(sys.argv[1:] if argv is None else argv)
     flags = given[given.index("--") + 1 :] if "--" in given else []
@@ -252,7 +253,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.tasks:
         from rivals.contest import RIVALS, compare  # needs the optimizers' packages
 
-        compare(list(RIVALS), args.tasks, args.seeds, args.output_dir)
+        compare(list(RIVALS), args.tasks, args.seeds, args.output_dir, args.workers)
         return
     folders = args.runs
     if args.output_dir:

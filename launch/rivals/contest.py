@@ -5,9 +5,11 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import multiprocessing
 import statistics
 import time
 from collections.abc import Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from plots import SERIES, number_table, picture
 from rich.console import Console
 
 from .optimizers import RIVALS, Rival, state_bytes
-from .tasks import TASKS, Task
+from .tasks import DEVICE, TASKS, Task
 
 _WARM_UP = 0.1  # share of the steps
 _LAST = 0.25  # share of the steps whose mean is the training loss: an epoch of four
@@ -27,9 +29,9 @@ Result = dict[str, Any]
 def run(task: Task, rival: Rival, lr: float, seed: int, steps: int) -> Result:
     """Train once. Returns losses and figures; the loss is infinite where training diverges."""
     torch.set_num_threads(1)
-    model, batches = task.make_model(seed), task.batches(seed)
+    model, batches = task.make_model(seed).to(DEVICE), task.batches(seed)
     optimizers = rival.make(model, task)
-    losses, seconds, started = [], 0.0, time.perf_counter()
+    losses, seconds, started = [], 0.0, _now()
     for step in range(steps):
         share = (step + 1) / steps
         scale = share / _WARM_UP if share < _WARM_UP else task.schedule((share - _WARM_UP) / (1 - _WARM_UP))
@@ -40,13 +42,13 @@ def run(task: Task, rival: Rival, lr: float, seed: int, steps: int) -> Result:
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
             return {"losses": losses, "training loss": math.inf, task.judged_by: math.inf}
-        began = time.perf_counter()
+        began = _now()
         with rival.around():
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = lr * scale
                 optimizer.step()
-        seconds += time.perf_counter() - began
+        seconds += _now() - began
     model.eval()
     with torch.no_grad():
         figures = task.evaluate(model)
@@ -56,42 +58,57 @@ def run(task: Task, rival: Rival, lr: float, seed: int, steps: int) -> Result:
         "state bytes": state_bytes(optimizers),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "optimizer seconds": seconds,
-        "seconds": time.perf_counter() - started,
+        "seconds": _now() - started,
         "losses": losses,
     }
 
 
-class Contest:
-    """The runs of one task, each stored in a file of its own: a run that is there is not made again."""
+def _now() -> float:
+    if DEVICE.type != "cpu":
+        torch.accelerator.synchronize()
+    return time.perf_counter()
 
-    def __init__(self, task: Task, folder: Path) -> None:
-        self.task, self.folder = task, folder / task.name
+
+def run_and_store(task: str, name: str, lr: float, seed: int, steps: int, path: Path) -> None:
+    """Train once, by names that a process of its own can look up, and write the result."""
+    print(f"{task}: {name}, learning rate {lr:g}, seed {seed}, {steps} steps", flush=True)
+    draft = path.with_suffix(".tmp")
+    draft.write_text(json.dumps(run(TASKS[task], RIVALS[name], lr, seed, steps)))
+    draft.replace(path)
+
+
+class Contest:
+    """The runs of one task, each stored in a file of its own: a run that is there is not made again.
+
+    Args:
+        task: what is trained.
+        folder: where the files go, in a folder with the task's name.
+        workers: what makes the runs.
+    """
+
+    def __init__(self, task: Task, folder: Path, workers: Executor) -> None:
+        self.task, self.folder, self.workers = task, folder / task.name, workers
         self.folder.mkdir(parents=True, exist_ok=True)
 
-    def result(self, name: str, lr: float, seed: int, steps: int) -> Result:
-        """Return a run's result, from its file if it is there."""
-        path = self.folder / f"{name}-{lr:g}-seed{seed}-{steps}steps.json"
-        if not path.exists():
-            print(f"{self.task.name}: {name}, learning rate {lr:g}, seed {seed}, {steps} steps", flush=True)
-            found = run(self.task, RIVALS[name], lr, seed, steps)
-            draft = path.with_suffix(".tmp")
-            draft.write_text(json.dumps(found))
-            draft.replace(path)
-        stored: Result = json.loads(path.read_text())
-        return stored
+    def train(self, name: str, rates: Sequence[float], seeds: Sequence[int], steps: int) -> list[Result]:
+        """Return the results for all learning rates and seeds, from their files where they are there."""
+        paths, awaited = [], []
+        for lr, seed in itertools.product(rates, seeds):
+            paths.append(self.folder / f"{name}-{lr:g}-seed{seed}-{steps}steps.json")
+            if not paths[-1].exists():
+                awaited.append(self.workers.submit(run_and_store, self.task.name, name, lr, seed, steps, paths[-1]))
+        for future in awaited:
+            future.result()
+        return [json.loads(path.read_text()) for path in paths]
 
     def best_rate(self, name: str) -> float:
         """Find the learning rate that is better than its half and its double, in runs of a third of the length."""
-        steps = self.task.steps // 3
         lowest, highest = _RATES
-
-        def judged(lr: float) -> float:
-            return float(self.result(name, lr, 0, steps)[self.task.judged_by])
-
         best = self.task.start * RIVALS[name].multiple
         while True:
             near = [lr for lr in (best / 2, best, best * 2) if lowest * 0.99 < lr < highest * 1.01]
-            found = min(near, key=judged)
+            losses = [result[self.task.judged_by] for result in self.train(name, near, [0], self.task.steps // 3)]
+            found = near[losses.index(min(losses))]
             if found == best:
                 return best
             best = found
@@ -99,15 +116,32 @@ class Contest:
     def results(self, name: str, seeds: Sequence[int]) -> tuple[float, list[Result]]:
         """Return the best learning rate, and the results of whole runs with it."""
         lr = self.best_rate(name)
-        return lr, [self.result(name, lr, seed, self.task.steps) for seed in seeds]
+        return lr, self.train(name, [lr], seeds, self.task.steps)
 
 
-def compare(names: Sequence[str], tasks: Sequence[str], seeds: Sequence[int], folder: Path) -> None:
-    """Make all runs, then print a table for each task and draw one picture."""
-    found = {}
+def compare(names: Sequence[str], tasks: Sequence[str], seeds: Sequence[int], folder: Path, workers: int = 1) -> None:
+    """Make all runs, then print a table for each task and draw one picture.
+
+    Args:
+        names: keys of ``RIVALS``.
+        tasks: keys of ``TASKS``.
+        seeds: of the whole runs.
+        folder: for the runs and the picture.
+        workers: runs at a time. Each but a single one has its own process.
+
+    Raises:
+        ImportError: an optimizer's package is missing.
+    """
+    for name, task in itertools.product(names, tasks):
+        RIVALS[name].make(TASKS[task].make_model(0), TASKS[task])  # what is missing shows now, not after hours
+    spawn = multiprocessing.get_context("spawn")
+    pool: Executor = ThreadPoolExecutor(1) if workers == 1 else ProcessPoolExecutor(workers, spawn)
+    with pool, ThreadPoolExecutor(len(names) * len(tasks)) as searches:
+        started: dict[tuple[str, str], Future[tuple[float, list[Result]]]] = {}
+        for task, name in itertools.product(tasks, names):
+            started[task, name] = searches.submit(Contest(TASKS[task], folder, pool).results, name, seeds)
+        found = {task: {name: started[task, name].result() for name in names} for task in tasks}
     for task in tasks:
-        contest = Contest(TASKS[task], folder)
-        found[task] = {name: contest.results(name, seeds) for name in names}
         print_table(TASKS[task], found[task])
     draw(found, folder / "rivals.png")
     print(f"picture  {folder / 'rivals.png'}")

@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageCl
 from vit.args import DataArguments
 from vit.sources import load_image_data
 
+DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 Batch = tuple[Tensor, Tensor]  # inputs and labels
 _CONTEXT = 128  # bytes that the language model sees
 
@@ -83,7 +84,7 @@ def _image_batches(seed: int) -> Iterator[Batch]:
     generator = torch.Generator().manual_seed(seed)
     while True:
         for chosen in torch.randperm(len(labels), generator=generator).split(128)[: len(labels) // 128]:
-            yield pixels[chosen], labels[chosen]
+            yield pixels[chosen].to(DEVICE), labels[chosen].to(DEVICE)
 
 
 def _image_loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -92,7 +93,7 @@ def _image_loss(model: nn.Module, batch: Batch) -> Tensor:
 
 def _evaluate_images(model: nn.Module) -> dict[str, float]:
     _, (pixels, labels) = _images()
-    logits = torch.cat([model(pixel_values=part).logits for part in pixels.split(500)])
+    logits = torch.cat([model(pixel_values=part.to(DEVICE)).logits.cpu() for part in pixels.split(500)])
     accuracy = (logits.argmax(1) == labels).float().mean().item()
     return {"test accuracy": accuracy, "test loss": F.cross_entropy(logits, labels).item()}
 
@@ -129,7 +130,7 @@ def _text_batches(seed: int) -> Iterator[Batch]:
 
 
 def _cut(text: Tensor, starts: Tensor) -> Batch:
-    rows = torch.stack([text[start : start + _CONTEXT + 1] for start in starts.tolist()]).long()
+    rows = torch.stack([text[start : start + _CONTEXT + 1] for start in starts.tolist()]).to(DEVICE).long()
     return rows[:, :-1], rows[:, 1:]
 
 

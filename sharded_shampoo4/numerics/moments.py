@@ -126,8 +126,6 @@ class MomentPool(Pool):
         momentum += projected * (1 - first)
         moment.mul_(second)
         moment += projected.square().mul_(1 - second)
-        if self.options.second_moment_dtype == "factored":
-            moment = _product(*_means(moment))
         self._store("momentum", where, momentum)
         decays = self.stored("decays", where) * self.betas
         self.tensors["decays"][where] = decays

@@ -44,6 +44,11 @@ CHOICES: dict[str, dict[str, Any]] = {
     "fused": {"fused": True},
     "SGD": {"base": "sgd", "momentum": 0.9, "lr": 1e-2},
     "Adagrad": {"base": "adagrad"},
+    "soap": {"method": "soap"},
+    "soap, compact": {"preset": "soap-compact"},
+    "soap, 32 bits": {"method": "soap", "bits": 32},
+    "soap, Newton-Schulz": {"method": "soap", "newton_schulz_steps": 5},
+    "soap, staggered": {"method": "soap", "refresh": "staggered"},
 }
 # Compiled too: each of these has its own code for dequantization.
 COMPILED = (
@@ -51,6 +56,7 @@ COMPILED = (
     "products in bfloat16",
 )  # fmt: skip
 INTERVALS = {"statistics_interval": 2, "root_interval": 4}
+SOAP_INTERVALS = {"statistics_interval": 2, "interval_warmup": False}
 STEPS = 9
 
 
@@ -59,7 +65,8 @@ class Run:
 
     def __init__(self, device: torch.device, dtype: torch.dtype, **options: Any) -> None:
         self.model = worlds.make_model("vit").to(device, dtype)
-        options = {"lr": 3e-3, "max_preconditioner_dim": 60, "min_quant_numel": 0, **INTERVALS, **options}
+        intervals = SOAP_INTERVALS if "soap" in (options.get("method"), options.get("preset", "")[:4]) else INTERVALS
+        options = {"lr": 3e-3, "max_preconditioner_dim": 60, "min_quant_numel": 0, **intervals, **options}
         self.optimizer = Shampoo4(self.model.named_parameters(), **options)
         inputs, targets = worlds.make_batch("vit")
         self.batch = inputs.to(device, dtype), targets.to(device)

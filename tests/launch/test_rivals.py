@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -46,14 +47,17 @@ TINY = Task(
 def test_the_best_rate_is_better_than_its_neighbors_and_runs_are_made_once(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lr, results = contest.Contest(TINY, tmp_path).results(name, [0, 1])
+    monkeypatch.setitem(TASKS, "tiny", TINY)
+    with ThreadPoolExecutor(1) as pool:
+        lr, results = contest.Contest(TINY, tmp_path, pool).results(name, [0, 1])
     stored = {path.name: json.loads(path.read_text()) for path in (tmp_path / "tiny").iterdir()}
     searched = {float(key.split("-")[-3]): run["validation loss"] for key, run in stored.items() if "-8steps" in key}
     assert min(searched, key=searched.__getitem__) == lr
     assert all(near in searched for near in (lr / 2, lr * 2) if 5e-4 <= near <= 3.2e-2)
     assert [len(run["losses"]) for run in results] == [24, 24] and results[0]["losses"] != results[1]["losses"]
     monkeypatch.setattr(contest, "run", lambda *_: pytest.fail("a run was made again"))
-    assert contest.Contest(TINY, tmp_path).results(name, [0, 1]) == (lr, results)
+    with ThreadPoolExecutor(1) as pool:
+        assert contest.Contest(TINY, tmp_path, pool).results(name, [0, 1]) == (lr, results)
 
 
 def test_a_run_that_diverges_is_the_worst(tmp_path: Path) -> None:

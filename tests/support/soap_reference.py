@@ -173,7 +173,6 @@ class SoapReference:
         d = b2 * variance + (1 - b2) * p**2
         momentum.store(m)
         moment.store(d.sqrt() if self.roots_kept else d)
-        d = moment.value if moment.kept == "factored" else d
         ahead = m / (1 - b1**t)
         if self.nesterov:
             ahead = b1 * m / (1 - b1 ** (t + 1)) + (1 - b1) * p / (1 - b1**t)
