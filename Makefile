@@ -1,4 +1,4 @@
-# make train       a vision transformer on real images with 4-bit Shampoo: accuracy, state bytes, a picture
+# make train       a vision transformer on real images with Shampoo4: accuracy, state bytes, a picture
 # make test        every promise of the README once: about 8 minutes on two cores
 # make test-all    all tests: every host, rank count and configuration
 # make test-slow   those that make test leaves out

@@ -4,7 +4,7 @@
         model,
         args,
         train_dataset=images,
-        optimizer_cls_and_kwargs=shampoo4(args, statistics_interval=10, root_interval=50),
+        optimizer_cls_and_kwargs=shampoo4(args, preset="compact"),
     )
     trainer.train(resume_from_checkpoint=True)      # on as many processes as there are, under whatever host
 

@@ -8,8 +8,8 @@
 
 What stands after ``--`` goes to train_vit.py. A run that has finished is not made again, one that was cut off goes on.
 ``--ablation`` varies code book, what is quantized, rectification and bits, as the paper's table 3 does. ``--modes``
-takes each option that makes the state smaller or the steps more even by itself, and those of the compact preset
-together.
+takes each option of method="shampoo" that makes the state smaller or the steps more even by itself, and those of its
+compact preset together.
 
 A table over seeds and ``comparison.png``: training loss by step and by time, accuracy by epoch, state bytes. "kept" is
 the share of 32-bit Shampoo's gain over AdamW in the last epoch's training loss, over the seeds that all three have.
@@ -40,9 +40,9 @@ TRAIN = Path(__file__).with_name("train_vit.py")
 OPTIMIZERS: dict[str, tuple[str, ...]] = {name: ("--optimizer", name) for name in NAMED}
 _VARIANTS: dict[str, tuple[str, ...]] = {
     "naive": ("--optimizer", "shampoo4-naive"),
-    "tree": ("--optimizer", "shampoo4", "--codebook", "dynamic_tree"),
-    "unrectified": ("--optimizer", "shampoo4", "--rectify_steps", "0", "0"),
-    "rectified": ("--optimizer", "shampoo4"),
+    "tree": ("--optimizer", "shampoo4-paper", "--codebook", "dynamic_tree"),
+    "unrectified": ("--optimizer", "shampoo4-paper", "--rectify_steps", "0", "0"),
+    "rectified": ("--optimizer", "shampoo4-paper"),
 }
 ABLATION = {
     **{name: OPTIMIZERS[name] for name in ("adamw", "shampoo32")},
@@ -55,13 +55,14 @@ _MODES: dict[str, tuple[str, ...]] = {
     "iterations": ("--refresh_iterations", "2"),
     "staggered": ("--refresh", "staggered"),
     "products": ("--matmul_dtype", "bfloat16"),
-    "compact-staggered": ("--preset", "compact", "--refresh", "staggered"),
+    "compact": ("--preset", "shampoo-compact"),
+    "compact-staggered": ("--preset", "shampoo-compact", "--refresh", "staggered"),
 }
 MODES = {
-    **{name: OPTIMIZERS[name] for name in ("adamw", "shampoo32", "shampoo4", "shampoo4-compact")},
-    **{name: ("--optimizer", "shampoo4", *flags) for name, flags in _MODES.items()},
+    **{name: OPTIMIZERS[name] for name in ("adamw", "shampoo32", "shampoo4-paper")},
+    **{name: ("--optimizer", "shampoo4-paper", *flags) for name, flags in _MODES.items()},
 }
-# How tables say that an option differs from its default; the first four are part of the compact preset.
+# How tables say that an option differs from its default; the first four are part of the preset "shampoo-compact".
 _WORDS: dict[tuple[str, Any], str] = {
     ("codebook", "normal"): "normal levels",
     ("root", "implicit"): "implicit roots",
@@ -86,7 +87,7 @@ def label_of(results: dict[str, Any]) -> str:
     if not name.startswith("shampoo4"):
         return {"adamw": "AdamW", "shampoo32": "32-bit Shampoo", "sgd": "SGD"}[name]
     # Older runs have all options in one place.
-    options = {**results["options"], **NAMED[name], **results.get("optimizer_options", {})}
+    options = {**results["options"], **NAMED.get(name, {}), **results.get("optimizer_options", {})}
     if options.get("method") == "soap":
         moments = {options[kind] for kind in ("momentum_dtype", "second_moment_dtype")}
         return f"SOAP in {options['bits']}-bit bases, {' and '.join(sorted(moments))} moments"
@@ -224,8 +225,8 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, l
     add = parser.add_argument
     add("runs", nargs="*", type=Path, help="output folders of finished runs")
     add("--output_dir", type=Path, help="make runs in this folder, and compare what it holds")
-    usual = ["adamw", "shampoo32", "shampoo4", "shampoo4-naive"]
-    add("--optimizers", nargs="+", choices=list(OPTIMIZERS), default=usual, help="what to train (all but compact, sgd)")
+    usual = ["adamw", "shampoo32", "shampoo4-paper", "shampoo4"]
+    add("--optimizers", nargs="+", choices=list(OPTIMIZERS), default=usual, help=f"what to train ({' '.join(usual)})")
     add("--seeds", nargs="+", type=int, default=[0], help="one run of each optimizer for each (0)")
     sets = parser.add_mutually_exclusive_group()
     add("--tasks", nargs="+", choices=["vit", "gpt"], help="compare with other optimizers, each at its own best rate")

@@ -1,4 +1,4 @@
-"""Train a small ViT on scikit-learn's digits with the Trainer of transformers and 4-bit Shampoo.
+"""Train a small ViT on scikit-learn's digits with the Trainer of transformers and Shampoo4.
 
     python launch/train_trainer.py
     torchrun --nproc_per_node 2 launch/train_trainer.py
@@ -53,8 +53,6 @@ DEFAULTS = {
     "ddp_find_unused_parameters": False,
     "dataloader_pin_memory": torch.accelerator.is_available(),
     "use_cpu": not torch.accelerator.is_available(),
-    "statistics_interval": 10,  # for so short a run
-    "root_interval": 50,
 }
 
 

@@ -1,4 +1,4 @@
-"""Train a vision transformer with 4-bit Shampoo, or with an optimizer to compare it with.
+"""Train a vision transformer with Shampoo4, or with an optimizer to compare it with.
 
     python launch/train_vit.py                                   # scikit-learn's digits, nothing to download
     python launch/train_vit.py --dataset_name fashion-mnist --optimizer adamw --output_dir runs/adamw

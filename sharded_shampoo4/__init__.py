@@ -1,4 +1,4 @@
-"""4-bit Shampoo for PyTorch."""
+"""SOAP and Shampoo for PyTorch with eigenbases in 8 or 4 bits."""
 
 import importlib
 from typing import Any

@@ -66,7 +66,8 @@ class Advice:
             warn(message)
 
     def _on_intervals(self, parameters: Sequence[Given]) -> Iterable[str]:
-        intervals = {(g.options.statistics_interval, g.options.root_interval) for g in parameters if g.matrix()}
+        rooted = [g.options for g in parameters if g.matrix() and g.options.method == "shampoo"]
+        intervals = {(options.statistics_interval, options.root_interval) for options in rooted}
         for statistics, root in sorted(intervals):
             if statistics > root and self._is_new((statistics, root)):
                 yield (

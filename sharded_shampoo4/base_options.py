@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .options import OPTION_NAMES, PreconditionerOptions, apply_preset
-from .values import like, not_negative, to_number
+from .options import DEFAULTS, OPTION_NAMES, UNUSED_BY, PreconditionerOptions, apply_preset, chosen_intervals
+from .values import like, not_negative, to_number, to_word
 
 if TYPE_CHECKING:
     from .base import Base
@@ -118,6 +118,10 @@ def expand_preset(group: dict[str, Any], index: int, method: str) -> None:
     except ValueError as error:
         raise ValueError(f"param group {index}: {error}") from None
     group.pop("preset", None)
+    chosen = to_word(options.get("method", method))
+    if chosen != method:  # what is not given must not come from the call: it is of another method
+        unused = {name: DEFAULTS[name] for name in (*UNUSED_BY.get(chosen, ()), "protect")}
+        options = unused | options | chosen_intervals(chosen, options)
     group.update(options)
 
 

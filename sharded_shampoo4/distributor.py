@@ -237,7 +237,7 @@ def try_out(ranks: Ranks, matrices: Sequence[Matrix]) -> None:
             ranks.check_device(matrix.name, device)
             _try_solvers(device, {m.options.refresh_dtype for m in matrices if m.device == device})
             if device.type != "cpu":
-                most = max(m.options.scratch_mib for m in matrices if m.device == device)
+                most = max(m.options.scratch_on(device) for m in matrices if m.device == device)
                 torch.empty(most * 2**20, dtype=torch.uint8, device=device)
     for device in needs:
         each = [1] * ranks.size

@@ -49,16 +49,25 @@ from .tensors import tensor_bytes
 
 
 class Shampoo4(SavedStates):
-    """Shampoo with preconditioners kept as eigenvalues and a 4-bit eigenbasis (Wang et al., NeurIPS 2024).
+    """SOAP and Shampoo with eigenbases in 8, 4 or 3 bits, their states and matrix work shared out over all ranks.
 
     Every parameter with a matrix view (size-1 dimensions dropped, reshaped to (first, rest), rank 2) is cut into
-    blocks. At each step a block's gradient G is replaced by L^(-1/4) G R^(-1/4), grafted to the gradient's norm, and
-    the base optimizer then takes this direction as its gradient: **p.grad is overwritten**. L and R are running
-    averages of G G^T and G^T G. Parameters without a matrix view go to the base as they are.
+    blocks. L and R are running averages of G G^T and G^T G of a block's gradients G, kept as eigenvalues and quantized
+    eigenbases V_L and V_R. A step writes the block's direction over its gradient: **p.grad is overwritten**.
 
-    In step t of a parameter, counted from 1: statistics are absorbed if ``t % statistics_interval == 0``, then inverse
-    roots are recomputed if ``t % root_interval == 0``. Before the first root the direction is the gradient. Both
-    intervals begin short, unless ``interval_warmup=False``: the first root is that of step 10.
+    With method="soap" (SOAP, Vyas et al., arXiv 2409.11321) the direction is V_L X V_R^T, where X is what Adam with
+    Nesterov's momentum makes of V_L^T G V_R, and the parameter moves along it: W <- (1 - lr weight_decay) W - lr
+    direction. Learning rates are about twice to four times AdamW's. Statistics are absorbed in the first step and in
+    every step t, counted from 1, with ``t % statistics_interval == 0``.
+
+    With method="shampoo" (4-bit Shampoo, Wang et al., NeurIPS 2024) the direction is L^(-1/4) G R^(-1/4), grafted to
+    the gradient's norm, which the base optimizer takes for the gradient. Statistics are absorbed if ``t %
+    statistics_interval == 0``, then inverse roots are recomputed if ``t % root_interval == 0``. Before the first root
+    the direction is the gradient. Both intervals begin short, unless ``interval_warmup=False``: the first root is that
+    of step 10. Other defaults hold: bits=4, scale_dtype="float32", shampoo_beta=0.95, rectify_steps=(1, 4),
+    refresh_dtype="float64", max_preconditioner_dim=1024, root_interval=500 and statistics_interval=100.
+
+    Parameters without a matrix view are the base optimizer's: AdamW trains them as ``torch.optim.AdamW`` does.
 
     Args:
         params: Tensors, parameter groups, or ``model.named_parameters()``, whose names then stand in messages. A group
@@ -70,54 +79,55 @@ class Shampoo4(SavedStates):
             for that rounding, not bitwise. bitsandbytes' do not take FSDP2's DTensors, nor portable checkpoints.
             (default: "adamw")
         weight_decay: Weight decay of the base optimizer. (default: 0.0)
-        preset: Options to begin with: the "paper"'s where they differ from the defaults; "compact", the smallest state
-            with method="shampoo"; "soap-compact", the smallest with method="soap". An option that is given beside it
-            wins. One of "paper", "compact", "soap-compact". A group's own preset wins over the options of the call, but
-            not over those that the group gives itself. (default: None)
+        preset: Options to begin with: "compact", the smallest state, with eigenbases in 4 bits; the "paper"'s, with
+            method="shampoo"; "shampoo-compact", the smallest state with that method. An option that is given beside it
+            wins. One of "paper", "compact", "shampoo-compact". A group's own preset wins over the options of the call,
+            but not over those that the group gives itself. (default: None)
         precondition: Precondition the parameters; False leaves them to the base optimizer alone. (default: True)
-        method: What is made of the eigenbases: "shampoo" multiplies gradients by inverse roots and leaves the rest to
-            the base optimizer; "soap" is Adam in the coordinates of the eigenbases, and the base optimizer keeps
-            nothing of a preconditioned parameter. One of "shampoo", "soap". (default: "shampoo")
-        bits: Bits per stored matrix element; 32 is the reference Shampoo, which keeps the statistics L and R
-            themselves. One of 3, 4, 8, 32. (default: 4)
+        method: The update rule. "soap" is Adam in the coordinates of the eigenbases; the base optimizer keeps nothing
+            of a preconditioned parameter. "shampoo" multiplies gradients by inverse roots, as the paper of 4-bit
+            Shampoo does, and the base optimizer takes the result for a gradient. One of "shampoo", "soap". (default:
+            "soap")
+        bits: Bits per element of the eigenbases: 3, 4 or 8; 32 stores them in float32, and with method="shampoo" the
+            statistics L and R themselves. With 3 or 4 bits rectify_steps is (1, 1) and protect is True, unless given.
+            One of 3, 4, 8, 32. (default: 8)
         quantize: What is quantized: the eigenbases of L and R, or with "preconditioner" L and R, the paper's naive
             baseline. One of "eigenbasis", "preconditioner". (default: "eigenbasis")
         codebook: Levels that values are rounded to, zero among them; "normal" has the best levels for Gaussian values,
             with scales of least squared error. One of "linear2", "dynamic_tree", "normal". (default: "linear2")
         quant_block_size: Elements that share one scale. (default: 64)
-        scale_dtype: Type of the stored scales. One of "float32", "bfloat16". (default: "float32")
+        scale_dtype: Type of the stored scales. One of "float32", "bfloat16". (default: "bfloat16")
         root: Whether inverse roots are stored; "implicit" computes directions from the rectified eigenbases in every
             step. One of "stored", "implicit". (default: "stored")
         protect: Keep one in sixteen eigenvectors, those of the largest eigenvalues, in 8 bits, and the others, in 3 or
             4 bits, orthogonal to them. (default: False)
         min_quant_numel: Least elements of a factor that is quantized; smaller ones stay in float32. (default: 4096)
-        shampoo_beta: Decay of the statistics' running average, in [0, 1), per statistics update. (default: 0.95)
+        shampoo_beta: Decay of the statistics' running average, in [0, 1), per statistics update. (default: 0.9)
         matrix_eps: Initial statistics, and ridge of the inverse roots relative to the largest eigenvalue. (default:
             1e-6)
-        statistics_interval: Steps between statistics updates (T1). (default: 100)
-        root_interval: Steps between inverse roots (T2). (default: 500)
+        statistics_interval: Steps between statistics updates (T1), which also renew the eigenbases. (default: 5)
+        root_interval: With method="shampoo": steps between inverse roots (T2). (default: 500)
         interval_warmup: Begin with short intervals that double until they are as long as asked for: statistics in step
             5, inverse roots in steps 10, 20, 40 and so on. False keeps the intervals from the first step, as in the
             paper: the base optimizer then works alone until step root_interval. (default: True)
-        total_steps: Length of the training, if it is known. An interval that is not given is then a hundredth of it for
-            inverse roots, but at least 50 and at most 500 steps, and a fifth of that for statistics; intervals that are
-            too long for it are warned of. (default: None)
+        total_steps: Length of the training, if it is known. With method="shampoo" an interval that is not given is then
+            a hundredth of it for inverse roots, but at least 50 and at most 500 steps, and a fifth of that for
+            statistics; intervals that are too long for it are warned of. (default: None)
         refresh: Refresh all factors in the same steps, as in the paper, or "staggered": each in its own steps, at the
             same intervals, so that all steps take about as long. One of "together", "staggered". (default: "together")
         rectify_steps: Steps of Björck's iteration on a dequantized eigenbasis, before a statistics update and before a
-            root. (default: (1, 4))
+            root. (default: (0, 0))
         refresh_iterations: QR steps of a statistics update. One of 1, 2. (default: 1)
         refresh_dtype: Arithmetic of statistics updates and inverse roots. One of "float64", "float32". (default:
-            "float64")
-        max_preconditioner_dim: Most rows or columns of a block. (default: 1024)
+            "float32")
+        max_preconditioner_dim: Most rows or columns of a block. (default: 256)
         split: Cut a long side into parts of about equal size, or with "remainder" into full parts and a rest. One of
             "even", "remainder". (default: "even")
         grafting: Whose gradient norm a direction takes: the parameter's, the block's, or none. One of "parameter",
             "block", "none". (default: "parameter")
-        soap_betas: With method="soap": decay of momentum and second moment, each in [0, 1), per step. (default: (0.95,
+        soap_betas: With method="soap": decay of momentum and second moment, each in [0, 1), per step. (default: (0.9,
             0.95))
         soap_eps: With method="soap": what is added to the root of the second moment. (default: 1e-8)
-        soap_nesterov: With method="soap": Nesterov's momentum. (default: True)
         newton_schulz_steps: With method="soap": steps of Muon's iteration that bring a direction's singular values
             close to 1; 5 are usual. (default: 0)
         momentum_dtype: With method="soap": how the momentum is stored; "int8" is 8 bits with a scale for each block.
@@ -132,7 +142,7 @@ class Shampoo4(SavedStates):
             rounds also what need not travel, so that training is the same on any number of ranks. One of "float32",
             "bfloat16". (default: "float32")
         scratch_mib: Memory in MiB that a step may take for dequantized matrices and messages; a single block may need
-            more. (default: 256)
+            more. 0 stands for 256 on a CPU and 2048 on an accelerator, which needs larger batches. (default: 0)
         compile: Fuse quantization and dequantization by torch.compile. (default: False)
         process_group: Ranks that hold these parameters between them. None finds them from the parameters: all ranks, or
             those of an FSDP2 mesh. A ``torch.distributed`` group is for DDP on some of the ranks, a pipeline stage, or
@@ -158,38 +168,37 @@ class Shampoo4(SavedStates):
         weight_decay: float = 0.0,
         preset: Preset | None = None,
         precondition: bool = True,
-        method: Method = "shampoo",
-        bits: Bits = 4,
+        method: Method = "soap",
+        bits: Bits = 8,
         quantize: Quantize = "eigenbasis",
         codebook: CodeBook = "linear2",
         quant_block_size: int = 64,
-        scale_dtype: ScaleDtype = "float32",
+        scale_dtype: ScaleDtype = "bfloat16",
         root: Root = "stored",
         protect: bool = False,
         min_quant_numel: int = 4096,
-        shampoo_beta: float = 0.95,
+        shampoo_beta: float = 0.9,
         matrix_eps: float = 1e-6,
         statistics_interval: int | None = None,
         root_interval: int | None = None,
         interval_warmup: bool = True,
         total_steps: int | None = None,
         refresh: Refresh = "together",
-        rectify_steps: tuple[int, int] = (1, 4),
+        rectify_steps: tuple[int, int] = (0, 0),
         refresh_iterations: RefreshIterations = 1,
-        refresh_dtype: RefreshDtype = "float64",
-        max_preconditioner_dim: int = 1024,
+        refresh_dtype: RefreshDtype = "float32",
+        max_preconditioner_dim: int = 256,
         split: Split = "even",
         grafting: GraftingScope = "parameter",
-        soap_betas: tuple[float, float] = (0.95, 0.95),
+        soap_betas: tuple[float, float] = (0.9, 0.95),
         soap_eps: float = 1e-8,
-        soap_nesterov: bool = True,
         newton_schulz_steps: int = 0,
         momentum_dtype: MomentDtype = "bfloat16",
         second_moment_dtype: SecondMomentDtype = "bfloat16",
         max_failures: int = 10,
         matmul_dtype: LowDtype = "float32",
         exchange_dtype: LowDtype = "float32",
-        scratch_mib: int = 256,
+        scratch_mib: int = 0,
         compile: bool = False,
         process_group: dist.ProcessGroup | Literal["alone"] | None = None,
         **base_options: Any,
@@ -211,17 +220,8 @@ class Shampoo4(SavedStates):
 
     @staticmethod
     def paper_settings() -> dict[str, Any]:
-        """Options as published where they differ from ours: ``Shampoo4(params, **Shampoo4.paper_settings())``."""
+        """Options of 4-bit Shampoo as published: ``Shampoo4(params, **Shampoo4.paper_settings())``."""
         return dict(PRESETS["paper"])
-
-    @staticmethod
-    def compact_settings() -> dict[str, Any]:
-        """Options for the smallest state: about 4.3 bits for each factor element where the paper's layout has 9.
-
-        No stored roots, better levels, bfloat16 scales. Every step then rectifies the eigenbases, once, and multiplies
-        by them: four products a side instead of one. ``Shampoo4(params, **Shampoo4.compact_settings())``.
-        """
-        return dict(PRESETS["compact"])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its options are checked as the constructor's are."""

@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
+import torch
+
 from .values import refuse_auto, to_boolean, to_integer, to_number, to_tuple, to_word
 
 Bits = Literal[3, 4, 8, 32]
@@ -29,7 +31,7 @@ GraftingScope = Literal["parameter", "block", "none"]
 Method = Literal["shampoo", "soap"]
 MomentDtype = Literal["float32", "bfloat16", "int8"]
 SecondMomentDtype = Literal["float32", "bfloat16", "int8", "factored"]
-Preset = Literal["paper", "compact", "soap-compact"]
+Preset = Literal["paper", "compact", "shampoo-compact"]
 
 
 def _option(default: Any, help: str, lowest: int | None = None) -> Any:
@@ -49,13 +51,15 @@ class PreconditionerOptions:
 
     precondition: bool = _option(True, "Precondition the parameters; False leaves them to the base optimizer alone.")
     method: Method = _option(
-        "shampoo",
-        'What is made of the eigenbases: "shampoo" multiplies gradients by inverse roots and leaves the rest to the '
-        'base optimizer; "soap" is Adam in the coordinates of the eigenbases, and the base optimizer keeps nothing of '
-        "a preconditioned parameter.",
+        "soap",
+        'The update rule. "soap" is Adam in the coordinates of the eigenbases; the base optimizer keeps nothing of a '
+        'preconditioned parameter. "shampoo" multiplies gradients by inverse roots, as the paper of 4-bit Shampoo '
+        "does, and the base optimizer takes the result for a gradient.",
     )
     bits: Bits = _option(
-        4, "Bits per stored matrix element; 32 is the reference Shampoo, which keeps the statistics L and R themselves."
+        8,
+        'Bits per element of the eigenbases: 3, 4 or 8; 32 stores them in float32, and with method="shampoo" the '
+        "statistics L and R themselves. With 3 or 4 bits rectify_steps is (1, 1) and protect is True, unless given.",
     )
     quantize: Quantize = _option(
         "eigenbasis",
@@ -67,7 +71,7 @@ class PreconditionerOptions:
         "scales of least squared error.",
     )
     quant_block_size: int = _option(64, "Elements that share one scale.", lowest=1)
-    scale_dtype: ScaleDtype = _option("float32", "Type of the stored scales.")
+    scale_dtype: ScaleDtype = _option("bfloat16", "Type of the stored scales.")
     root: Root = _option(
         "stored",
         'Whether inverse roots are stored; "implicit" computes directions from the rectified eigenbases in every step.',
@@ -80,12 +84,14 @@ class PreconditionerOptions:
     min_quant_numel: int = _option(
         4096, "Least elements of a factor that is quantized; smaller ones stay in float32.", 0
     )
-    shampoo_beta: float = _option(0.95, "Decay of the statistics' running average, in [0, 1), per statistics update.")
+    shampoo_beta: float = _option(0.9, "Decay of the statistics' running average, in [0, 1), per statistics update.")
     matrix_eps: float = _option(
         1e-6, "Initial statistics, and ridge of the inverse roots relative to the largest eigenvalue."
     )
-    statistics_interval: int = _option(100, "Steps between statistics updates (T1).", lowest=1)
-    root_interval: int = _option(500, "Steps between inverse roots (T2).", lowest=1)
+    statistics_interval: int = _option(
+        5, "Steps between statistics updates (T1), which also renew the eigenbases.", lowest=1
+    )
+    root_interval: int = _option(500, 'With method="shampoo": steps between inverse roots (T2).', lowest=1)
     interval_warmup: bool = _option(
         True,
         "Begin with short intervals that double until they are as long as asked for: statistics in step 5, inverse "
@@ -98,11 +104,11 @@ class PreconditionerOptions:
         "intervals, so that all steps take about as long.",
     )
     rectify_steps: tuple[int, int] = _option(
-        (1, 4), "Steps of Björck's iteration on a dequantized eigenbasis, before a statistics update and before a root."
+        (0, 0), "Steps of Björck's iteration on a dequantized eigenbasis, before a statistics update and before a root."
     )
     refresh_iterations: RefreshIterations = _option(1, "QR steps of a statistics update.")
-    refresh_dtype: RefreshDtype = _option("float64", "Arithmetic of statistics updates and inverse roots.")
-    max_preconditioner_dim: int = _option(1024, "Most rows or columns of a block.", lowest=1)
+    refresh_dtype: RefreshDtype = _option("float32", "Arithmetic of statistics updates and inverse roots.")
+    max_preconditioner_dim: int = _option(256, "Most rows or columns of a block.", lowest=1)
     split: Split = _option(
         "even", 'Cut a long side into parts of about equal size, or with "remainder" into full parts and a rest.'
     )
@@ -111,11 +117,10 @@ class PreconditionerOptions:
         "Whose gradient norm a direction takes: the parameter's, the block's, or none.",
     )
     soap_betas: tuple[float, float] = _option(
-        (0.95, 0.95),
+        (0.9, 0.95),
         'With method="soap": decay of momentum and second moment, each in [0, 1), per step.',
     )
     soap_eps: float = _option(1e-8, 'With method="soap": what is added to the root of the second moment.')
-    soap_nesterov: bool = _option(True, 'With method="soap": Nesterov\'s momentum.')
     newton_schulz_steps: int = _option(
         0,
         "With method=\"soap\": steps of Muon's iteration that bring a direction's singular values close to 1; 5 are "
@@ -144,9 +149,10 @@ class PreconditionerOptions:
         "what need not travel, so that training is the same on any number of ranks.",
     )
     scratch_mib: int = _option(
-        256,
-        "Memory in MiB that a step may take for dequantized matrices and messages; a single block may need more.",
-        lowest=1,
+        0,
+        "Memory in MiB that a step may take for dequantized matrices and messages; a single block may need more. 0 "
+        "stands for 256 on a CPU and 2048 on an accelerator, which needs larger batches.",
+        lowest=0,
     )
     compile: bool = _option(False, "Fuse quantization and dequantization by torch.compile.")
 
@@ -172,11 +178,10 @@ class PreconditionerOptions:
 
     @classmethod
     def of_call(cls, given: Mapping[str, Any]) -> PreconditionerOptions:
-        """Return the options among the arguments of a call; ``total_steps`` chooses intervals that are not given."""
+        """Return the options among the arguments of a call, which may have ``total_steps``, too."""
         own = {name: given[name] for name in OPTION_NAMES if name in given}
-        intervals = [given.get(name) for name in ("statistics_interval", "root_interval", "total_steps")]
-        own["statistics_interval"], own["root_interval"] = _chosen_intervals(*intervals)
-        return cls(**own)
+        method = to_word(given.get("method", DEFAULTS["method"]))
+        return cls(**own | chosen_intervals(method, given, given.get("total_steps")))
 
     @classmethod
     def of_group(cls, group: Mapping[str, Any]) -> PreconditionerOptions:
@@ -205,6 +210,10 @@ class PreconditionerOptions:
             names += ["quant_block_size", "scale_dtype"]
         return {name: getattr(self, name) for name in names}
 
+    def scratch_on(self, device: torch.device | str) -> int:
+        """Return the MiB that a step may take on a device, or on devices of a type."""
+        return self.scratch_mib or (256 if torch.device(device).type == "cpu" else 2048)
+
     def is_quantized(self, order: int) -> bool:
         """Return whether a factor of this order is kept in low precision: its order alone decides, never a shard."""
         return self.bits != 32 and order * order >= self.min_quant_numel
@@ -219,7 +228,6 @@ UNUSED_BY: dict[str, tuple[str, ...]] = {
     "shampoo": (
         "soap_betas",
         "soap_eps",
-        "soap_nesterov",
         "newton_schulz_steps",
         "momentum_dtype",
         "second_moment_dtype",
@@ -288,11 +296,12 @@ def check_integer(name: str, value: Any, lowest: int) -> None:
         raise ValueError(f"{name} must be an integer of at least {lowest}, got {value!r}")
 
 
-def _chosen_intervals(statistics: Any, root: Any, total_steps: Any) -> tuple[Any, Any]:
-    """Return the intervals that were given, or the defaults.
+def chosen_intervals(method: Any, given: Mapping[str, Any], total_steps: Any = None) -> dict[str, Any]:
+    """Return the intervals that are ``given``, or a method's defaults where they are missing or None.
 
-    By default a run of ``total_steps`` has about a hundred roots, but at most one in 50 steps; without that, inverse
-    roots are 500 steps apart. Statistics are a fifth of that apart, or as far as roots that are nearer than 100 steps.
+    With method="shampoo" a run of ``total_steps`` has about a hundred roots, but at most one in 50 steps; without that,
+    inverse roots are 500 steps apart. Statistics are a fifth of that apart, or as far as roots that are nearer than 100
+    steps.
 
     Raises:
         ValueError: ``total_steps`` is neither None nor a positive integer.
@@ -300,18 +309,20 @@ def _chosen_intervals(statistics: Any, root: Any, total_steps: Any) -> tuple[Any
     if total_steps is not None:
         total_steps = to_integer(total_steps)
         check_integer("total_steps", total_steps, 1)
-    longest = DEFAULTS["root_interval"]
+    defaults = {name: DEFAULTS[name] for name in ("statistics_interval", "root_interval")}
+    own = {name: given[name] for name in defaults if given.get(name) is not None}
+    if method != "shampoo":
+        return defaults | own
+    longest = defaults["root_interval"]
     suited = longest if total_steps is None else min(longest, max(50, total_steps // 100))
-    if root is None:
-        return (suited // 5 if statistics is None else statistics), suited
-    given = to_integer(root)
-    nearest = min(suited // 5, given) if isinstance(given, int) else suited // 5
-    return (nearest if statistics is None else statistics), root
+    root = to_integer(own.get("root_interval", suited))
+    nearest = min(suited // 5, root) if isinstance(root, int) and "root_interval" in own else suited // 5
+    return {"statistics_interval": nearest, "root_interval": suited} | own
 
 
 PRESET_HELP = (
-    'Options to begin with: the "paper"\'s where they differ from the defaults; "compact", the smallest state with '
-    'method="shampoo"; "soap-compact", the smallest with method="soap". An option that is given beside it wins.'
+    'Options to begin with: "compact", the smallest state, with eigenbases in 4 bits; the "paper"\'s, with '
+    'method="shampoo"; "shampoo-compact", the smallest state with that method. An option that is given beside it wins.'
 )
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
@@ -332,6 +343,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "grafting": "parameter",
     },
     "compact": {
+        "method": "soap",
+        "bits": 4,
+        "momentum_dtype": "int8",
+        "second_moment_dtype": "factored",
+    },
+    "shampoo-compact": {
         "method": "shampoo",
         "bits": 4,
         "quantize": "eigenbasis",
@@ -341,30 +358,22 @@ PRESETS: dict[str, dict[str, Any]] = {
         "root": "implicit",
         "rectify_steps": (1, 1),
     },
-    "soap-compact": {
-        "method": "soap",
-        "bits": 4,
-        "momentum_dtype": "int8",
-        "second_moment_dtype": "factored",
-    },
 }
 
 
-# Options that have other defaults with a method than those in the signature.
+# Defaults of a method that are not those of the signature.
 METHODS: dict[str, dict[str, Any]] = {
-    "soap": {
-        "bits": 8,
-        "scale_dtype": "bfloat16",
-        "max_preconditioner_dim": 256,
-        "refresh_dtype": "float32",
-        "statistics_interval": 10,
-        "shampoo_beta": 0.9,
-        "rectify_steps": (0, 0),  # (1, 1) with fewer than 8 bits
-        "protect": False,  # True with fewer than 8 bits
-        **{name: DEFAULTS[name] for name in UNUSED_BY["soap"]},
+    "shampoo": {
+        "bits": 4,
+        "scale_dtype": "float32",
+        "shampoo_beta": 0.95,
+        "rectify_steps": (1, 4),
+        "refresh_dtype": "float64",
+        "max_preconditioner_dim": 1024,
     },
+    "soap": {},
 }
-METHODS["shampoo"] = {name: DEFAULTS[name] for name in (*METHODS["soap"], *UNUSED_BY["shampoo"])}
+_BEFORE |= METHODS["shampoo"]
 
 
 def apply_preset(given: Mapping[str, Any], method: str = DEFAULTS["method"]) -> dict[str, Any]:
@@ -376,10 +385,10 @@ def apply_preset(given: Mapping[str, Any], method: str = DEFAULTS["method"]) -> 
         given: options, and perhaps a preset, which is taken out.
         method: of options that give none, whose defaults are there already.
 
-    >>> apply_preset({"preset": "compact", "bits": 8, "lr": 0.1}) == {**PRESETS["compact"], "bits": 8, "lr": 0.1}
+    >>> apply_preset({"preset": "paper", "lr": 0.1}) == {**METHODS["shampoo"], **PRESETS["paper"], "lr": 0.1}
     True
-    >>> apply_preset({"method": "soap", "bits": 8}) == {**METHODS["soap"], "method": "soap", "bits": 8}
-    True
+    >>> apply_preset({"bits": 4})
+    {'rectify_steps': (1, 1), 'protect': True, 'bits': 4}
 
     Raises:
         ValueError: there is no such preset.
@@ -391,8 +400,10 @@ def apply_preset(given: Mapping[str, Any], method: str = DEFAULTS["method"]) -> 
         choose("preset", preset, get_args(Preset))
         options = {**PRESETS[preset], **options}
     chosen = to_word(options.get("method", method))
-    defaults = dict(METHODS.get(chosen, {})) if isinstance(chosen, str) and chosen != method else {}
-    bits = to_integer(options.get("bits", defaults.get("bits")))
+    defaults: dict[str, Any] = {}
+    if isinstance(chosen, str) and chosen in METHODS and chosen != method:
+        defaults = {name: DEFAULTS[name] for name in METHODS[method]} | METHODS[chosen]
+    bits = to_integer(options.get("bits"))
     if chosen == "soap" and isinstance(bits, int):
         defaults |= {"rectify_steps": (1, 1) if bits < 8 else (0, 0), "protect": bits < 8}
     return {**defaults, **options}

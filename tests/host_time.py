@@ -29,7 +29,7 @@ from sharded_shampoo4.planning import plan
 SHRINK = 32  # of a side; 4-bit factors from the order that is 64 / SHRINK on
 OPTIONS: dict[str, Any] = {
     "max_preconditioner_dim": 1024 // SHRINK, "quant_block_size": 64 // SHRINK, "min_quant_numel": 4,
-    "scratch_mib": 1, "statistics_interval": 100, "root_interval": 100, "interval_warmup": False,
+    "method": "shampoo", "scratch_mib": 1, "statistics_interval": 100, "root_interval": 100, "interval_warmup": False,
 }  # fmt: skip
 
 

@@ -42,7 +42,8 @@ WORLDS = (1, 2, 2, 3, 4)
 LAUNCHED = (None, "ddp", "fsdp1", "fsdp2", "zero2", "zero3")  # files of launch/configs; None: one process
 FLAGS = (
     *("--max_train_steps", 60, "--max_train_samples", 640, "--max_eval_samples", 128, "--num_hidden_layers", 2),
-    *("--statistics_interval", 3, "--root_interval", 6, "--learning_rate", 3e-3, "--logging_steps", 1),
+    *("--method", "shampoo", "--statistics_interval", 3, "--root_interval", 6),
+    *("--learning_rate", 3e-3, "--logging_steps", 1),
     *("--checkpointing_steps", 4, "--checkpoints_total_limit", 2, "--per_device_train_batch_size", 16),
 )
 
@@ -63,6 +64,7 @@ def draw_options(chance: random.Random) -> dict[str, Any]:
     statistics = chance.choice((1, 2, 3))
     return {
         **base,
+        "method": "shampoo",
         "kind": chance.choice(("mlp", "vit")),
         "bits": bits,
         "quantize": chance.choice(("eigenbasis", "preconditioner")) if bits < 32 else "eigenbasis",

@@ -108,7 +108,7 @@ def draw_growth(rows: Sequence[Row], path: Path) -> None:
         for kind, color in KINDS.items():
             label = "AdamW" if kind == "adamw" else f"Shampoo4, {kind}"
             line(times, [row["milliseconds"][kind] / 1e3 for row in rows], color, label)
-        line(states, [row["state_bytes"]["shampoo4"] / 1e6 for row in rows], RED, "Shampoo4, 4 bits, with AdamW's")
+        line(states, [row["state_bytes"]["shampoo4"] / 1e6 for row in rows], RED, "4-bit Shampoo, with AdamW's")
         line(states, [row["state_bytes"]["adamw"] / 1e6 for row in rows], GRAY, "AdamW")
         times.set_title("seconds of a step")
         states.set_title("MB of optimizer state")

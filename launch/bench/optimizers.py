@@ -86,14 +86,15 @@ class MuonWithAdamW:
 
 def _ours(**options: Any) -> Make:
     def make(parameters: list[nn.Parameter], interval: int) -> Steps:
-        return Shampoo4(parameters, **{**options, "statistics_interval": interval, "root_interval": interval})
+        return Shampoo4(parameters, **options, statistics_interval=interval, interval_warmup=False)
 
     return make
 
 
-def _soap(**options: Any) -> Make:
+def _paper(**options: Any) -> Make:
     def make(parameters: list[nn.Parameter], interval: int) -> Steps:
-        return Shampoo4(parameters, method="soap", **options, statistics_interval=interval, interval_warmup=False)
+        intervals = {"statistics_interval": interval, "root_interval": interval}
+        return Shampoo4(parameters, method="shampoo", **options, **intervals)
 
     return make
 
@@ -120,21 +121,20 @@ def _meta(parameters: list[nn.Parameter], interval: int) -> Steps:
 
 
 def shampoo4_with_blocks(limit: int) -> Choice:
-    """Return Shampoo4 with blocks of at most ``limit`` rows and columns."""
-    return Choice("Shampoo4, 4 bits", _ours(max_preconditioner_dim=limit))
+    """Return Shampoo4 by the paper's rule, with blocks of at most ``limit`` rows and columns."""
+    return Choice("Shampoo4, the paper's rule", _paper(max_preconditioner_dim=limit))
 
 
 ADAMW = Choice("AdamW (torch)", lambda parameters, _: torch.optim.AdamW(parameters, lr=1e-3), refreshes=False)
 OURS = {
-    "shampoo4-32bit": Choice("Shampoo4, 32 bits", _ours(bits=32)),
-    "shampoo4": Choice("Shampoo4, 4 bits", _ours()),
-    "shampoo4-naive": Choice("Shampoo4, naive", _ours(quantize="preconditioner")),
-    "shampoo4-staggered": Choice("Shampoo4, staggered", _ours(refresh="staggered")),
-    "shampoo4-implicit": Choice("Shampoo4, implicit roots", _ours(root="implicit")),
+    "shampoo4": Choice("Shampoo4", _ours()),
     "shampoo4-compact": Choice("Shampoo4, compact", _ours(preset="compact")),
-    "shampoo4-soap": Choice("Shampoo4, soap", _soap()),
-    "shampoo4-soap-compact": Choice("Shampoo4, soap, compact", _soap(preset="soap-compact")),
-    "shampoo4-compiled": Choice("Shampoo4, compiled", _ours(compile=True), compiles=True),
+    "shampoo4-32bit": Choice("Shampoo, 32 bits", _paper(bits=32)),
+    "shampoo4-paper": Choice("Shampoo, 4 bits", _paper()),
+    "shampoo4-naive": Choice("Shampoo, 4 bits, naive", _paper(quantize="preconditioner")),
+    "shampoo4-staggered": Choice("Shampoo, 4 bits, staggered", _paper(refresh="staggered")),
+    "shampoo4-implicit": Choice("Shampoo, 4 bits, implicit roots", _paper(root="implicit")),
+    "shampoo4-compiled": Choice("Shampoo, 4 bits, compiled", _paper(compile=True), compiles=True),
 }
 
 

@@ -27,6 +27,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from bench.blocks import blocks_of, orders_of
 from torch import Size
@@ -44,6 +45,12 @@ OPTIMIZERS = {
     "shampoo32": "Shampoo, 32 bits",
     "shampoo32_packed": "Shampoo, packed",
     "shampoo4": "Shampoo4",
+    "shampoo4_compact": "Shampoo4, compact",
+}
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "shampoo32": {"method": "shampoo", "bits": 32},
+    "shampoo4": {},
+    "shampoo4_compact": {"preset": "compact"},
 }
 
 _FLOAT = 4  # bytes
@@ -132,7 +139,7 @@ def state_bytes(shapes: Shapes, layout: Layout, optimizer: str) -> list[int]:
         return muon(shapes, layout)
     if optimizer == "shampoo32_packed":
         return packed(shapes, layout)
-    return shampoo(shapes, layout, bits=4 if optimizer == "shampoo4" else 32).total
+    return shampoo(shapes, layout, optimizer).total
 
 
 def adamw(sizes: Sizes) -> list[int]:
@@ -164,21 +171,22 @@ def muon(shapes: Shapes, layout: Layout) -> list[int]:
     return [mine + more for mine, more in zip(momentum, rest, strict=True)]
 
 
-def shampoo(shapes: Shapes, layout: Layout, bits: int) -> MemoryEstimate:
+def shampoo(shapes: Shapes, layout: Layout, optimizer: str) -> MemoryEstimate:
     """Estimate the library's own states. Hosts that shard alike are planned once."""
     host = {"zero0": "ddp", "zero2": "zero1"}.get(layout.host, layout.host)
-    return _estimate(tuple(shapes.items()), Layout(host, layout.world_size, layout.replicas), bits)
+    return _estimate(tuple(shapes.items()), Layout(host, layout.world_size, layout.replicas), optimizer)
 
 
 @functools.lru_cache(maxsize=64)
-def _estimate(shapes: tuple[tuple[str, Size], ...], layout: Layout, bits: int) -> MemoryEstimate:
-    return estimate_memory(shapes, layout.world_size, host=layout.host, replicas=layout.replicas, bits=bits)
+def _estimate(shapes: tuple[tuple[str, Size], ...], layout: Layout, optimizer: str) -> MemoryEstimate:
+    options = _OPTIONS[optimizer]
+    return estimate_memory(shapes, layout.world_size, host=layout.host, replicas=layout.replicas, **options)
 
 
 def packed(shapes: Shapes, layout: Layout) -> list[int]:
     """Count AdamW's states and packed factors. Each rank has the same share of packed factors as of square ones."""
     whole = sum(count * 2 * _FLOAT * triangle(order) for order, count in orders_of(blocks_of(shapes.values())).items())
-    square = shampoo(shapes, layout, bits=32)
+    square = shampoo(shapes, layout, "shampoo32")
     every = sum(square.preconditioner)
     shares = [round(whole * mine / every) if every else 0 for mine in square.preconditioner]
     return [base + share for base, share in zip(square.base, shares, strict=True)]

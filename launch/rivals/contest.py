@@ -177,8 +177,8 @@ def _mean_and_all(values: list[float]) -> str:
 
 
 def draw(found: dict[str, dict[str, tuple[float, list[Result]]]], path: Path) -> None:
-    """Training loss over steps, means over seeds, a panel for each task; and the state."""
-    colors = dict(zip(RIVALS, itertools.cycle((*SERIES[:2], *SERIES[3:5], SERIES[2], SERIES[5])), strict=False))
+    """Training loss over steps, means over seeds, a panel for each task; and the state, in the same colors."""
+    colors = dict(zip(RIVALS, (*SERIES[:2], *SERIES[3:6], SERIES[2], SERIES[6], SERIES[8]), strict=True))
     with picture(path, columns=len(found) + 1, size=(6 * len(found) + 5, 4.6)) as (_, panels):
         for panel, (task, by_name) in zip(panels, found.items(), strict=False):
             for name, (_, results) in by_name.items():
@@ -187,12 +187,13 @@ def draw(found: dict[str, dict[str, tuple[float, list[Result]]]], path: Path) ->
                 smooth = mean[: len(mean) // width * width].view(-1, width).mean(1)
                 steps = [(index + 0.5) * width for index in range(len(smooth))]
                 panel.plot(steps, smooth.tolist(), color=colors[name], label=RIVALS[name].label)
-            panel.set(title=TASKS[task].title, xlabel="step", ylabel="training loss", yscale="log")
+            drawn = [line.get_ydata() for line in panel.get_lines()]
+            panel.set(title=TASKS[task].title.replace(", ", "\n"), xlabel="step", ylabel="training loss", yscale="log")
+            panel.set_ylim(top=max(losses[len(losses) // 10] for losses in drawn))  # of the time after the warm-up
             panel.yaxis.set_major_formatter("{x:g}")
             panel.yaxis.set_minor_formatter("{x:g}")
-        panels[0].legend(fontsize=9)
         last, bars = list(found.values())[-1], panels[-1]
         held = {name: results[0]["state bytes"] / results[0]["parameters"] for name, (_, results) in last.items()}
         bars.barh([RIVALS[name].label for name in held], list(held.values()), color=[colors[name] for name in held])
         bars.invert_yaxis()
-        bars.set(title="optimizer state", xlabel="bytes for each parameter")
+        bars.set(title="optimizer state, of the last model", xlabel="bytes for each parameter")

@@ -56,10 +56,15 @@ def _newton_schulz_in_float32() -> Iterator[None]:
         yield
 
 
-def _soap(model: nn.Module, task: Task) -> list[Optimizer]:
-    made = importlib.import_module("pytorch_optimizer").SOAP
-    options = {"betas": (0.95, 0.95), "weight_decay": task.weight_decay, "precondition_frequency": 10}
-    return [made(model.parameters(), **options)]
+def _soap(interval: int) -> Make:
+    """SOAP with eigenbases that are renewed every ``interval`` steps."""
+
+    def make(model: nn.Module, task: Task) -> list[Optimizer]:
+        made = importlib.import_module("pytorch_optimizer").SOAP
+        options = {"betas": (0.95, 0.95), "weight_decay": task.weight_decay, "precondition_frequency": interval}
+        return [made(model.parameters(), **options)]
+
+    return make
 
 
 def _is_hidden(name: str) -> bool:
@@ -83,15 +88,16 @@ def _ours(hidden_only: bool = False, **options: Any) -> Make:
     return make
 
 
+_LIKE_MUON: dict[str, Any] = {"newton_schulz_steps": 3, "soap_betas": (0.95, 0.95), "statistics_interval": 10}
 RIVALS = {
     "adamw": Rival("AdamW", _adamw),
     "muon": Rival("Muon", _muon, 2, _newton_schulz_in_float32),
-    "soap": Rival("SOAP, float32 (pytorch_optimizer)", _soap, 2),
-    "shampoo4": Rival("Shampoo4, the paper's rule", _ours(method="shampoo")),
-    "shampoo4-soap": Rival('Shampoo4, method="soap"', _ours(method="soap"), 2),
-    "shampoo4-soap-muon": Rival(
-        "Shampoo4, soap with Newton-Schulz steps", _ours(True, method="soap", newton_schulz_steps=5), 4
-    ),
+    "soap": Rival("SOAP, float32 (pytorch_optimizer)", _soap(10), 2),
+    "soap-5": Rival("the same, new bases every 5 steps", _soap(5), 2),
+    "shampoo4-paper": Rival("Shampoo4, the paper's rule", _ours(method="shampoo")),
+    "shampoo4": Rival("Shampoo4", _ours(), 2),
+    "shampoo4-compact": Rival("Shampoo4, compact", _ours(preset="compact"), 2),
+    "shampoo4-muon": Rival("Shampoo4, 3 Newton-Schulz steps, hidden layers", _ours(True, **_LIKE_MUON), 4),
 }
 
 

@@ -15,7 +15,7 @@ from transformers import HfArgumentParser, SchedulerType
 from sharded_shampoo4.arguments import Shampoo4Arguments
 from vit.augment import AUGMENTATIONS
 from vit.model import PRESETS
-from vit.optim import OPTIMIZERS
+from vit.optim import OPTIMIZERS, is_soap
 
 # Defaults by data set. "other" is for color images of an ordinary size.
 _BY_DATA_SET: dict[str, dict[str, Any]] = {
@@ -132,7 +132,10 @@ class TrainingArguments:
     num_train_epochs: int | None = _option(None, "passes over the training images (default: by data set)")
     max_train_steps: int | None = _option(None, "optimizer steps; overrides --num_train_epochs")
     optimizer: str = _option(
-        "shampoo4", "compact: no stored roots; naive: quantizes the preconditioner itself", choices=OPTIMIZERS
+        "shampoo4",
+        "compact: the smallest state; paper: the rule of 4-bit Shampoo; naive: the same, but quantizes the "
+        "preconditioner itself; shampoo32: the same in float32",
+        choices=OPTIMIZERS,
     )
     shampoo_base: str = _option("adamw", "optimizer that takes Shampoo's direction", choices=("adamw", "sgd"))
     learning_rate: float | None = _option(
@@ -195,9 +198,9 @@ def parse_args(argv: Sequence[str] | None = None) -> Arguments:
     """Parse and check the command line and its recipe. A wrong option ends the program with a message."""
     parser = HfArgumentParser(
         (DataArguments, ModelArguments, TrainingArguments, Shampoo4Arguments),
-        description="Train a vision transformer, with 4-bit Shampoo or an optimizer to compare it with: one process, "
+        description="Train a vision transformer, with Shampoo4 or an optimizer to compare it with: one process, "
         "or many under torchrun, accelerate launch or deepspeed. launch/README.md shows how. Runs are short here: "
-        "Shampoo's intervals are 10 and 50 steps unless they, a preset or a method are given.",
+        'with method="shampoo" the intervals are 10 and 50 steps unless they or a preset are given.',
         usage="%(prog)s [options]",
         allow_abbrev=False,
     )
@@ -246,5 +249,4 @@ def _shampoo_options(optimizer: str, given: dict[str, Any]) -> dict[str, Any]:
                 f"--optimizer {optimizer} means --{name} {own[name]}, which --{name} {given[name]} contradicts"
             )
     options = {**own, **given}
-    has_its_own = "preset" in given or "method" in options or options.get("preset") == "soap-compact"
-    return options if has_its_own else {**_SHORT_RUNS, **options}
+    return options if is_soap(options) or "preset" in options else {**_SHORT_RUNS, **options}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from sharded_shampoo4 import Shampoo4, estimate_memory
+from sharded_shampoo4.options import DEFAULTS, apply_preset
 from vit.model import decays
 
 if TYPE_CHECKING:
@@ -20,10 +21,9 @@ if TYPE_CHECKING:
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "shampoo4": {},
     "shampoo4-compact": {"preset": "compact"},
-    "shampoo4-soap": {"method": "soap"},
-    "shampoo4-soap-compact": {"preset": "soap-compact"},
-    "shampoo32": {"bits": 32},
-    "shampoo4-naive": {"quantize": "preconditioner"},
+    "shampoo4-paper": {"method": "shampoo"},
+    "shampoo4-naive": {"method": "shampoo", "quantize": "preconditioner"},
+    "shampoo32": {"method": "shampoo", "bits": 32},
     "adamw": {},
     "sgd": {},
 }
@@ -70,6 +70,12 @@ def shampoo_options(args: Arguments) -> dict[str, Any]:
     return {"base": base, **args.shampoo, **base_options(args.training, base)}
 
 
+def is_soap(options: dict[str, Any]) -> bool:
+    """Tell whether options of ``Shampoo4`` mean method="soap"."""
+    method: str = apply_preset(options).get("method", DEFAULTS["method"])
+    return method == "soap"
+
+
 def base_options(args: TrainingArguments, rule: str) -> dict[str, Any]:
     """Return the options of AdamW or SGD."""
     if rule == "sgd":
@@ -89,7 +95,7 @@ def state_bytes(optimizer: Optimizer) -> dict[str, int]:
 def estimated_bytes(
     args: Arguments, shapes: Sequence[tuple[str, torch.Size]], host: str, processes: int
 ) -> dict[str, dict[str, int]]:
-    """Estimate the bytes of AdamW alone and of 32-bit Shampoo on the process that keeps most.
+    """Estimate the bytes of AdamW alone, and of the same method in float32, on the process that keeps most.
 
     Args:
         args: the options of the run.
@@ -104,11 +110,12 @@ def estimated_bytes(
         where = {"world_size": processes, "host": kinds.get(kind, "fsdp2")}
         if kind == "HSDP":
             where["replicas"] = int(mesh[0].split("x")[0])
-    found = {}
-    for name, options in (
-        ("adamw", {"base": "adamw", "precondition": False}),
-        ("shampoo32", {**shampoo_options(args), "bits": 32, "root": "stored"}),
-    ):
+    own, found = shampoo_options(args), {}
+    if is_soap(own):
+        full = {**own, "bits": 32, "momentum_dtype": "float32", "second_moment_dtype": "float32"}
+    else:
+        full = {**own, "bits": 32, "root": "stored"}
+    for name, options in (("adamw", {"base": "adamw", "precondition": False}), ("float32", full)):
         estimate = estimate_memory(shapes, **options, **where)
         most = max(range(len(estimate.total)), key=estimate.total.__getitem__)
         found[name] = {"preconditioner": estimate.preconditioner[most], "base": estimate.base[most]}

@@ -83,7 +83,7 @@ def print_tables(results: dict[str, Any]) -> None:
     rows = {f"process {rank}, measured" if held[1:] else "this run, measured": each for rank, each in enumerate(held)}
     if held[1:]:
         rows["all processes"] = {key: sum(each[key] for each in held) for key in held[0]}
-    names = {"adamw": "AdamW alone", "shampoo32": "32-bit Shampoo"}
+    names = {"adamw": "AdamW alone", "float32": "the same in float32"}
     rows |= {f"{names[key]}, computed": each for key, each in results["estimated_state_bytes"].items()}
     memory = number_table("optimizer state" + " of a process" * bool(held[1:]), "", ("preconditioner", "base", "total"))
     for name, each in rows.items():

@@ -238,7 +238,7 @@ class FactorPool(Pool):
         return self.tensors["eigenvalues"][where].to(self.refresh_dtype), eigenbasis.rectify(basis, rectify_steps)
 
     def _chunk_size(self) -> int:
-        return max(1, REFRESH_ELEMENTS_PER_MIB * self.options.scratch_mib // self.order**2)
+        return max(1, REFRESH_ELEMENTS_PER_MIB * self.options.scratch_on(self.device) // self.order**2)
 
     def _chunks(self, where: Tensor) -> Iterator[Tensor]:
         return iter(where.split(self._chunk_size()))

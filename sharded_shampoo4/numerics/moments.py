@@ -103,9 +103,9 @@ class MomentPool(Pool):
         return momentum, moment
 
     def direct(self, where: Index, projected: Tensor, moments: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """Absorb gradients, and return directions: M / (1 - b1^t) / (sqrt(D / (1 - b2^t)) + eps).
+        """Absorb gradients, and return directions: X / (sqrt(D / (1 - b2^t)) + eps).
 
-        With Nesterov's momentum b1 M / (1 - b1^(t+1)) + (1 - b1) P / (1 - b1^t) takes the place of M / (1 - b1^t).
+        X is Nesterov's momentum, b1 M / (1 - b1^(t+1)) + (1 - b1) P / (1 - b1^t).
         Newton-Schulz steps give directions singular values of about 1, and the size that Muon's have with AdamW's
         learning rates: a root mean square of 0.2.
 
@@ -130,9 +130,8 @@ class MomentPool(Pool):
         decays = self.stored("decays", where) * self.betas
         self.tensors["decays"][where] = decays
         mass, second_mass = (1 - decays).unbind(1)
-        if self.options.soap_nesterov:
-            momentum.mul_(_each(first * mass / (1 - first * decays[:, 0]), momentum))
-            momentum += projected.mul_(1 - first)
+        momentum.mul_(_each(first * mass / (1 - first * decays[:, 0]), momentum))
+        momentum += projected.mul_(1 - first)
         roots = self._store_second_moment(where, moment)
         roots = roots.mul_(_each(mass / second_mass.sqrt(), roots)).add_(_each(self.options.soap_eps * mass, roots))
         directions = momentum.div_(roots)

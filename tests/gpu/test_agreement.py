@@ -18,14 +18,12 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.nn.functional import cosine_similarity
 
-from sharded_shampoo4 import Shampoo4
-
 pytestmark = pytest.mark.gpu
 
 SHAPES = [(64, 64), (130, 96), (300, 520), (48, 3, 5, 2), (7,)]
 ROOT_INTERVAL, STEPS = 4, 16
 INTERVALS = {"statistics_interval": 2, "root_interval": ROOT_INTERVAL}
-COMPACT = Shampoo4.compact_settings()
+COMPACT = {"preset": "shampoo-compact"}
 
 
 class Tolerance(NamedTuple):

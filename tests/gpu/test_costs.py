@@ -27,12 +27,12 @@ from sharded_shampoo4 import Shampoo4, estimate_memory
 
 pytestmark = pytest.mark.gpu
 
-SOAP: dict[str, dict[str, Any]] = {"soap": {"method": "soap"}, "soap-compact": {"preset": "soap-compact"}}
+SOAP: dict[str, dict[str, Any]] = {"soap": {"method": "soap"}, "soap-compact": {"preset": "compact"}}
 CASES = {**LAYOUTS, **SOAP}
 INTERVALS = {"statistics_interval": 2, "root_interval": 4}
 SOAP_INTERVALS = {"statistics_interval": 2, "interval_warmup": False}
 WARM = 5  # steps, after which nothing is new: statistics, roots and directions were all there
-SCRATCH_MIB = 256
+SCRATCH_MIB = 2048
 WORKSPACE_MIB = 64  # that cuBLAS takes once, and keeps
 SMALL = vit_shapes(96, 2, image=64, classes=10)  # on a CPU
 

@@ -19,15 +19,15 @@ pytestmark = pytest.mark.gpu
 WORLD_SIZE, STEPS = 2, 9
 KIND = "mlp"
 OPTIONS = {
-    "lr": 1e-2, "weight_decay": 0.1, "statistics_interval": 2, "root_interval": 4, "max_preconditioner_dim": 30,
-    "min_quant_numel": 0,
+    "method": "shampoo", "lr": 1e-2, "weight_decay": 0.1, "statistics_interval": 2, "root_interval": 4,
+    "max_preconditioner_dim": 30, "min_quant_numel": 0,
 }  # fmt: skip
 # Options, and how far weights may have moved apart, relative to their way. On a GPU the size of a batch decides how its
 # products are rounded, and so, where a value lies between two codes, which one it gets.
 CASES: dict[str, tuple[dict[str, Any], float]] = {
     "32 bits": ({"bits": 32}, 1e-3),
     "default": ({}, 0.1),
-    "compact": (Shampoo4.compact_settings(), 0.1),
+    "compact": ({"preset": "shampoo-compact"}, 0.1),
 }
 HOSTS = ("ddp", "fsdp2")
 

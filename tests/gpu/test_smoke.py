@@ -17,9 +17,9 @@ from sharded_shampoo4 import Shampoo4
 pytestmark = pytest.mark.gpu
 
 CHOICES: dict[str, dict[str, Any]] = {
-    "default": {},
+    "shampoo": {},
     "paper": Shampoo4.paper_settings(),
-    "compact": Shampoo4.compact_settings(),
+    "shampoo, compact": {"preset": "shampoo-compact"},
     "3 bits": {"bits": 3},
     "8 bits": {"bits": 8},
     "32 bits": {"bits": 32},
@@ -33,30 +33,31 @@ CHOICES: dict[str, dict[str, Any]] = {
     "implicit roots": {"root": "implicit"},
     "remainder split": {"split": "remainder"},
     "staggered": {"refresh": "staggered"},
-    "staggered, compact": {"refresh": "staggered", **Shampoo4.compact_settings()},
+    "staggered, compact": {"refresh": "staggered", "preset": "shampoo-compact"},
     "two QR steps": {"refresh_iterations": 2},
     "refresh in float32": {"refresh_dtype": "float32"},
     "block grafting": {"grafting": "block"},
     "no grafting": {"grafting": "none"},
     "products in bfloat16": {"matmul_dtype": "bfloat16"},
-    "compact, products in bfloat16": {"matmul_dtype": "bfloat16", **Shampoo4.compact_settings()},
+    "compact, products in bfloat16": {"matmul_dtype": "bfloat16", "preset": "shampoo-compact"},
     "exchange in bfloat16": {"exchange_dtype": "bfloat16"},
     "fused": {"fused": True},
     "SGD": {"base": "sgd", "momentum": 0.9, "lr": 1e-2},
     "Adagrad": {"base": "adagrad"},
     "soap": {"method": "soap"},
-    "soap, compact": {"preset": "soap-compact"},
+    "soap, compact": {"preset": "compact"},
     "soap, 32 bits": {"method": "soap", "bits": 32},
     "soap, Newton-Schulz": {"method": "soap", "newton_schulz_steps": 5},
     "soap, staggered": {"method": "soap", "refresh": "staggered"},
 }
 # Compiled too: each of these has its own code for dequantization.
 COMPILED = (
-    "default", "compact", "3 bits", "8 bits", "naive, 3 bits", "dynamic tree", "blocks of 48", "implicit roots",
-    "products in bfloat16",
+    "shampoo", "shampoo, compact", "3 bits", "8 bits", "naive, 3 bits", "dynamic tree", "blocks of 48",
+    "implicit roots", "products in bfloat16",
 )  # fmt: skip
-INTERVALS = {"statistics_interval": 2, "root_interval": 4}
-SOAP_INTERVALS = {"statistics_interval": 2, "interval_warmup": False}
+# Options beside those of CHOICES, which are of method="shampoo" unless they say otherwise.
+SHAMPOO = {"method": "shampoo", "statistics_interval": 2, "root_interval": 4}
+SOAP = {"statistics_interval": 2, "interval_warmup": False}
 STEPS = 9
 
 
@@ -65,8 +66,8 @@ class Run:
 
     def __init__(self, device: torch.device, dtype: torch.dtype, **options: Any) -> None:
         self.model = worlds.make_model("vit").to(device, dtype)
-        intervals = SOAP_INTERVALS if "soap" in (options.get("method"), options.get("preset", "")[:4]) else INTERVALS
-        options = {"lr": 3e-3, "max_preconditioner_dim": 60, "min_quant_numel": 0, **intervals, **options}
+        rule = SOAP if options.get("method") == "soap" or options.get("preset") == "compact" else SHAMPOO
+        options = {"lr": 3e-3, "max_preconditioner_dim": 60, "min_quant_numel": 0, **rule, **options}
         self.optimizer = Shampoo4(self.model.named_parameters(), **options)
         inputs, targets = worlds.make_batch("vit")
         self.batch = inputs.to(device, dtype), targets.to(device)

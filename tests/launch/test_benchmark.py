@@ -67,7 +67,7 @@ def test_a_run_writes_a_table_figures_and_a_picture(
     monkeypatch.setitem(sys.modules, "heavyball", None)
     offer(monkeypatch, "breaks-early", lambda *_: Breaks(3), module="json")
     offer(monkeypatch, "breaks-late", lambda *_: Breaks(8), module="json")
-    names = ["adamw", "shampoo4-32bit", "shampoo4", "muon", "heavyball-soap", "breaks-early", "breaks-late"]
+    names = ["adamw", "shampoo4", "shampoo4-32bit", "muon", "heavyball-soap", "breaks-early", "breaks-late"]
     benchmark.main(["modes", *TINY, "--steps", "4", "--only", *names[1:], "--output_dir", str(tmp_path)])
     assert gc.isenabled()
 
@@ -94,8 +94,8 @@ def test_a_run_writes_a_table_figures_and_a_picture(
     elements = about["parameters"]
     assert elements == sum(shape.numel() for shape in tiny_shapes().values())
     assert rows["adamw"]["state_bytes"] == 8 * elements + 4 * len(tiny_shapes())
-    for name, bits in (("shampoo4", 4), ("shampoo4-32bit", 32)):
-        estimate = estimate_memory(tiny_shapes(), bits=bits).total[0]
+    for name, options in (("shampoo4", {}), ("shampoo4-32bit", {"method": "shampoo", "bits": 32})):
+        estimate = estimate_memory(tiny_shapes(), **options).total[0]
         assert 0 <= rows[name]["state_bytes"] - estimate <= NORMS * about["blocks"]
         assert rows[name]["transient_bytes"]["refresh"] > rows[name]["transient_bytes"]["ordinary"]
         ordinary = sum(rows[name]["steps"]["cpu_ms"][step] for step in ("7", "9")) / 2
@@ -219,11 +219,17 @@ def test_an_installed_peer_takes_steps(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"bits": 32}, {}, {"quantize": "preconditioner"}, {"base": "sgd", "momentum": 0.9}]
+    "options",
+    [
+        {},
+        {"method": "shampoo", "root_interval": 1},
+        {"method": "shampoo", "root_interval": 1, "quantize": "preconditioner"},
+        {"base": "sgd", "momentum": 0.9},
+    ],
 )
 def test_state_bytes_of_ours_are_those_it_tells(options: dict[str, Any]) -> None:
     parameters = [nn.Parameter(torch.zeros(shape)) for shape in ((80, 70), (70,), (1, 9, 80))]
-    optimizer = Shampoo4(parameters, statistics_interval=1, root_interval=1, **options)
+    optimizer = Shampoo4(parameters, statistics_interval=1, **options)
     for _ in range(2):
         for parameter in parameters:
             parameter.grad = torch.randn_like(parameter)
@@ -242,7 +248,7 @@ def test_ranks_train_and_tell_what_they_send(tmp_path: Path) -> None:
     flags = ("--host", "fsdp2", "--steps", "3", "--only", "shampoo4", "--trace", tmp_path / "trace")
     ended = run_really(*torchrun, LAUNCH / "benchmark.py", "ranks", *TINY, *flags, "--output_dir", tmp_path)
     assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.count("fsdp2 on 2 ranks") == 1 and "Shampoo4, 4 bits, refresh" in ended.stdout
+    assert ended.stdout.count("fsdp2 on 2 ranks") == 1 and "Shampoo4, refresh" in ended.stdout
     rows = rows_of(tmp_path / "ranks.json")
     assert list(rows) == ["adamw", "shampoo4"]
     estimate = estimate_memory(tiny_shapes(), 2, host="fsdp2")
@@ -258,7 +264,7 @@ def test_ranks_train_and_tell_what_they_send(tmp_path: Path) -> None:
     # The parts of profiled steps, and the profiles.
     ordinary, refresh = ours["parts_ms"]["ordinary"], ours["parts_ms"]["refresh"]
     assert min(refresh.values()) >= 0 and ordinary["statistics"] == ordinary["roots"] == 0
-    assert all(refresh[part] > 0 for part in ("gather", "statistics", "roots", "precondition", "graft", "send_back"))
+    assert all(refresh[part] > 0 for part in ("gather", "statistics", "precondition", "send_back"))
     for spent in (ordinary, refresh):
         assert spent["step"] > spent["optimizer"] > spent["precondition"] + spent["base"] > 0
         assert spent["transfers"] > 0
@@ -280,7 +286,7 @@ def test_growth_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert [row["blocks"] for row in rows] == [4 + 2 * 4, 4 + 2 * 2, 4 * 4 + 2 * 16, 4 + 2 * 4]
     for row, limit in zip(rows, (64, 128, 64, 128), strict=True):
         shapes = {str(index): shape for index, shape in enumerate(stack_shapes(row["parameters"]))}
-        estimate = estimate_memory(shapes, host="none", max_preconditioner_dim=limit)
+        estimate = estimate_memory(shapes, host="none", method="shampoo", max_preconditioner_dim=limit)
         assert 0 <= row["state_bytes"]["shampoo4"] - estimate.total[0] <= NORMS * row["blocks"]
         assert row["state_bytes"]["adamw"] == estimate.base[0]
         assert 0 < row["milliseconds"]["ordinary"] < row["milliseconds"]["refresh"]

@@ -227,7 +227,9 @@ def test_flops_are_those_that_torch_counts() -> None:
     """torch counts products; a factorization has 8/3 n^3, or 9 n^3 where a factor stays in float32."""
     shapes = [(70, 150), (128, 128), (20, 65), (6, 4, 5), (9,)]
     parameters = [nn.Parameter(torch.zeros(shape)) for shape in shapes]
-    optimizer = Shampoo4(parameters, max_preconditioner_dim=80, statistics_interval=2, root_interval=2)
+    optimizer = Shampoo4(
+        parameters, method="shampoo", max_preconditioner_dim=80, statistics_interval=2, root_interval=2
+    )
     counted = []
     for _ in range(4):
         for parameter in parameters:

@@ -25,7 +25,7 @@ BASH = [LAUNCH / "node.sh", LAUNCH / "slurm/train.sbatch"]
 MANIFESTS = ("trainjob", "pytorchjob")
 FLAGS = (
     *("--max_train_steps", 12, "--max_train_samples", 640, "--max_eval_samples", 128, "--num_hidden_layers", 2),
-    *("--statistics_interval", 3, "--root_interval", 6, "--learning_rate", 3e-3, "--logging_steps", 1),
+    *("--statistics_interval", 3, "--learning_rate", 3e-3, "--logging_steps", 1),
 )
 
 

@@ -26,7 +26,7 @@ def test_compare_trains_what_is_missing_and_shows_it(
     command = ["--output_dir", str(tmp_path), "--optimizers", "adamw", "shampoo4"]
     compare.main([*command, "--", *map(str, flags)])
     printed = capsys.readouterr().out
-    assert printed.count("training ") >= 2 and "4-bit Shampoo" in printed and "AdamW" in printed
+    assert printed.count("training ") >= 2 and "SOAP in 8-bit bases" in printed and "AdamW" in printed
     assert (tmp_path / "comparison.png").stat().st_size > 10_000
     (tmp_path / "sgd-seed0").mkdir()
     (tmp_path / "sgd-seed0" / "diverged.txt").write_text("the training loss of step 3 is nan")
@@ -48,7 +48,7 @@ def test_a_run_is_named_by_what_trained_it(tmp_path: Path) -> None:
         found = {"options": options, "optimizer_options": settings, "epochs": 1.0, "deepspeed_optimizer": entry}
         (tmp_path / name / "all_results.json").write_text(json.dumps(found))
     runs = compare.read_runs([tmp_path / "json", tmp_path / "own"])
-    assert list(runs) == ["AdamW of a DeepSpeed configuration", "4-bit Shampoo"]
+    assert list(runs) == ["AdamW of a DeepSpeed configuration", "SOAP in 8-bit bases, bfloat16 moments"]
 
 
 def test_every_variant_has_a_name_of_its_own() -> None:

@@ -32,7 +32,7 @@ TORCHRUN = (BIN / "torchrun", "--standalone", "--nproc_per_node", 2)
 SCRIPT = SCRIPTS / "config_script.py"  # train_vit.py, watched
 FLAGS = (
     *("--max_train_steps", 3, "--max_train_samples", 96, "--max_eval_samples", 32, "--num_hidden_layers", 1),
-    *("--per_device_train_batch_size", 8, "--statistics_interval", 1, "--root_interval", 2, "--logging_steps", 1),
+    *("--per_device_train_batch_size", 8, "--statistics_interval", 1, "--logging_steps", 1),
 )
 
 
@@ -94,7 +94,7 @@ TRAINERS: dict[str, tuple[tuple[object, ...], tuple[object, ...], str]] = {
 }
 TRAINER_FLAGS = (
     *("--num_train_epochs", 3, "--num_hidden_layers", 1, "--learning_rate", 3e-3),
-    *("--statistics_interval", 5, "--root_interval", 10),
+    *("--statistics_interval", 5),
 )
 STEPS = 23  # of an epoch: 1437 images, 64 a step
 

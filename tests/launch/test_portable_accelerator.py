@@ -19,7 +19,7 @@ from sharded_shampoo4 import Shampoo4, checkpoint
 from sharded_shampoo4.integrations.accelerate import PortableAccelerator
 from sharded_shampoo4.integrations.rehearsal import adjust_deepspeed
 
-OPTIONS: dict[str, Any] = {"statistics_interval": 1, "root_interval": 2, "min_quant_numel": 0}
+OPTIONS: dict[str, Any] = {"statistics_interval": 1, "min_quant_numel": 0}
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,7 @@ from support.marks import slow_but_for
 
 FLAGS = (
     *("--max_train_steps", 24, "--max_train_samples", 640, "--max_eval_samples", 128, "--num_hidden_layers", 2),
-    *("--statistics_interval", 3, "--root_interval", 6, "--learning_rate", 3e-3, "--logging_steps", 1),
+    *("--statistics_interval", 3, "--learning_rate", 3e-3, "--logging_steps", 1),
 )
 
 

@@ -23,7 +23,7 @@ pytestmark = [
 ]
 FLAGS = (
     *("--max_train_samples", 640, "--max_eval_samples", 128, "--num_hidden_layers", 2, "--per_device_train_batch_size"),
-    *(32, "--statistics_interval", 3, "--root_interval", 6, "--learning_rate", 3e-3, "--logging_steps", 1),
+    *(32, "--statistics_interval", 3, "--learning_rate", 3e-3, "--logging_steps", 1),
 )
 
 
@@ -153,4 +153,4 @@ def test_the_exchange_is_measured_on_a_slow_link(tmp_path: Path) -> None:
     with TwoHosts(rate_mbit=1000, delay_ms=1) as hosts:
         commands = [[word.replace("{host}", str(host)) for word in command] for host in range(2)]
         first, _ = hosts.run_on_both(commands, programs(), timeout=300)
-    assert "hsdp on 2 ranks" in first and "Shampoo4, 4 bits, refresh" in first, first
+    assert "hsdp on 2 ranks" in first and "Shampoo4, refresh" in first, first

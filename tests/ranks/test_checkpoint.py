@@ -292,7 +292,7 @@ def test_weights_that_are_not_contiguous(tmp_path: Path) -> None:
     def make(seed: int) -> tuple[nn.Module, Shampoo4]:
         torch.manual_seed(seed)
         layer = nn.Conv2d(6, 8, 3).to(memory_format=torch.channels_last)
-        return layer, Shampoo4(layer.named_parameters(), statistics_interval=1, root_interval=1)
+        return layer, Shampoo4(layer.named_parameters(), statistics_interval=1)
 
     def step(layer: nn.Module, optimizer: Shampoo4) -> None:
         for parameter in layer.parameters():

@@ -13,9 +13,10 @@ from support.worlds import said
 from torch import Tensor
 
 from sharded_shampoo4 import Shampoo4
-from sharded_shampoo4.options import DEFAULTS, PRESETS
+from sharded_shampoo4.options import DEFAULTS, METHODS, PRESETS
 
 OPTIONS = {
+    "method": "shampoo",
     "lr": 1e-2,
     "betas": (0.8, 0.95),
     "weight_decay": 0.1,
@@ -26,6 +27,7 @@ OPTIONS = {
     "max_preconditioner_dim": 30,
 }
 WRITTEN = {
+    "method": "shampoo",
     "lr": "1e-2",
     "betas": "[0.8, 0.95]",
     "weight_decay": "0.1",
@@ -62,7 +64,8 @@ def preset(host: str, **params: Any) -> dict[str, Any]:
 
 def warned(host: str, **params: Any) -> list[str]:
     """What is said of a run whose length stands in the configuration's scheduler."""
-    config = zero.configuration(host, scheduler=SHORT, optimizer={"type": "Shampoo4", "params": {"lr": 1e-2, **params}})
+    params = {"lr": 1e-2, "method": "shampoo", **params}
+    config = zero.configuration(host, scheduler=SHORT, optimizer={"type": "Shampoo4", "params": params})
     engine = zero.start(zero.Replay(hosts.make_model("mlp")), config)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -77,7 +80,10 @@ def configured(rank: int) -> dict[str, Any]:
     found: dict[str, Any] = {
         host: (train(host, "Shampoo4", OPTIONS), train(host, "shampoo4", WRITTEN)) for host in STAGES
     }
-    found["preset"] = {host: preset(host, preset="compact", codebook="linear2") for host in STAGES}
+    found["preset"] = {
+        host: preset(host, preset="compact", codebook="normal", momentum_dtype="bfloat16") for host in STAGES
+    }
+    found["other preset"] = {host: preset(host, preset="shampoo-compact", codebook="linear2") for host in STAGES}
     found["long enough"] = {host: warned(host) for host in STAGES}
     found["too short"] = {host: warned(host, root_interval=200, interval_warmup="false") for host in STAGES}
     found["auto"] = said(lambda: train("zero1", "shampoo4", {**WRITTEN, "lr": "auto"}))
@@ -96,7 +102,10 @@ def test_a_configuration_in_lower_case_with_strings_trains_the_same(host: str) -
 @pytest.mark.parametrize("host", STAGES)
 def test_a_configuration_may_name_a_preset(host: str) -> None:
     for found in hosts.run_ranks_once(2, configured):
-        assert found["preset"][host] == {**DEFAULTS, **PRESETS["compact"], "codebook": "linear2"}
+        soap = {**DEFAULTS, **PRESETS["compact"], "rectify_steps": (1, 1), "protect": True}
+        assert found["preset"][host] == {**soap, "codebook": "normal", "momentum_dtype": "bfloat16"}
+        shampoo = {**DEFAULTS, **METHODS["shampoo"], "statistics_interval": 100, **PRESETS["shampoo-compact"]}
+        assert found["other preset"][host] == {**shampoo, "codebook": "linear2"}
 
 
 @pytest.mark.parametrize("host", STAGES)

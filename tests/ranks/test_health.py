@@ -13,13 +13,14 @@ from support.training import Training
 
 from sharded_shampoo4 import Shampoo4
 
-METHODS: dict[str, dict[str, Any]] = {"shampoo": {}, "soap": {"method": "soap", "bits": 4}}
+METHODS: dict[str, dict[str, Any]] = {"shampoo": {"method": "shampoo"}, "soap": {"method": "soap", "bits": 4}}
 HOSTS = ("ddp", "fsdp1", "fsdp2", "zero1", "zero3")
 
 
 def one_matrix(**options: Any) -> tuple[torch.nn.Parameter, Shampoo4]:
     parameter = torch.nn.Parameter(torch.zeros(70, 70))
-    options = {"statistics_interval": 1, **({} if "method" in options else {"root_interval": 2}), **options}
+    rule = {} if options.get("method") == "soap" else {"method": "shampoo", "root_interval": 2}
+    options = {"statistics_interval": 1, **rule, **options}
     return parameter, Shampoo4([("weight", parameter)], **options)
 
 

@@ -26,7 +26,13 @@ BASES = {
     "bitsandbytes": ("bitsandbytes", "AdamW8bit"),
 }
 AO = ("torchao 8 bits", "torchao 4 bits")
-OPTIONS = {"statistics_interval": 2, "root_interval": 4, "lr": 1e-2, "weight_decay": 0.01}
+OPTIONS: dict[str, Any] = {
+    "method": "shampoo",
+    "statistics_interval": 2,
+    "root_interval": 4,
+    "lr": 1e-2,
+    "weight_decay": 0.01,
+}
 MISSING = [package for package in ("torchao", "bitsandbytes") if importlib.util.find_spec(package) is None]
 
 
@@ -112,7 +118,8 @@ def losses(base: Any) -> list[float]:
     with torch.no_grad():
         targets = 2 * make_net(7)(inputs)
     net = make_net()
-    optimizer = Shampoo4(net.named_parameters(), base=base, statistics_interval=5, root_interval=5, lr=3e-3)
+    rule = {"method": "shampoo", "statistics_interval": 5, "root_interval": 5}
+    optimizer = Shampoo4(net.named_parameters(), base=base, lr=3e-3, **rule)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 50)
     found = []
     for _ in range(50):
@@ -165,11 +172,11 @@ def test_bytes_are_those_that_are_kept(name: str) -> None:
     replay(net, optimizer, range(2))
     assert optimizer.state_bytes()["base"] == expected_bytes(name, SIZES)
     shapes = {key: parameter.shape for key, parameter in net.named_parameters()}
-    estimate = estimate_memory(shapes, base=base_class(name), host="none")
+    estimate = estimate_memory(shapes, base=base_class(name), host="none", method="shampoo")
     assert estimate.base == [optimizer.state_bytes()["base"]]
     assert estimate.preconditioner == [optimizer.state_bytes()["preconditioner"]]
     for rows, columns in ((64, 64), (63, 65)):  # one that is quantised, alone, and one that is just too small
-        alone = estimate_memory({"only": (rows, columns)}, base=base_class(name))
+        alone = estimate_memory({"only": (rows, columns)}, base=base_class(name), method="shampoo")
         assert alone.base == [expected_bytes(name, [rows * columns])]
 
 
@@ -178,7 +185,7 @@ def test_options_of_the_base_shape_its_bytes(name: str) -> None:
     net, optimizer = make(name, block_size=64)
     replay(net, optimizer, range(1))
     shapes = {key: parameter.shape for key, parameter in net.named_parameters()}
-    estimate = estimate_memory(shapes, base=base_class(name), block_size=64)
+    estimate = estimate_memory(shapes, base=base_class(name), block_size=64, method="shampoo")
     assert estimate.base == [optimizer.state_bytes()["base"]] != [expected_bytes(name, SIZES)]
 
 
@@ -190,14 +197,14 @@ def test_a_whole_vit_b_takes_less_than_2_3_bytes_a_parameter(name: str) -> None:
     shapes = {f"{number}.{kind}": shape for number in range(12) for kind, shape in layer.items()}
     shapes |= {"patches": (768, 3, 16, 16), "positions": (1, 197, 768), "head": (1000, 768)}
     parameters = {key: nn.Parameter(torch.zeros(shape)) for key, shape in shapes.items()}
-    optimizer = Shampoo4(parameters.items(), base=base_class(name), **Shampoo4.compact_settings())
+    optimizer = Shampoo4(parameters.items(), base=base_class(name), preset="shampoo-compact")
     for parameter in parameters.values():
         parameter.grad = torch.full_like(parameter, 1e-3)
     optimizer.step()
     kept = optimizer.state_bytes()
     elements = sum(parameter.numel() for parameter in parameters.values())
     assert kept["preconditioner"] <= 1.15 * elements and sum(kept.values()) <= 2.3 * elements
-    estimate = estimate_memory(shapes, host="none", base=base_class(name), **Shampoo4.compact_settings())
+    estimate = estimate_memory(shapes, host="none", base=base_class(name), preset="shampoo-compact")
     assert estimate.total == [sum(kept.values())]
     print({key: round(size / elements, 3) for key, size in kept.items()})
 
@@ -412,7 +419,7 @@ def test_bitsandbytes_on_ranks(name: str, host: str, ranks: Any) -> None:
 def test_ranks_keep_what_was_estimated(name: str, host: str, ranks: Any) -> None:
     shapes = {key: parameter.shape for key, parameter in make_net().named_parameters()}
     replicas = 1 if host == "hsdp" else None
-    estimate = estimate_memory(shapes, 2, host=host, replicas=replicas, base=base_class(name))
+    estimate = estimate_memory(shapes, 2, host=host, replicas=replicas, base=base_class(name), method="shampoo")
     assert [rank[name, host]["bytes"] for rank in ranks] == estimate.base
 
 

@@ -162,7 +162,8 @@ def wandering_scales() -> Callable[[int], Tensor]:
 def test_hundreds_of_odd_gradients(make: Callable[[], Callable[[int], Tensor]], bits: int) -> None:
     gradient_at = make()
     parameter = torch.nn.Parameter(torch.zeros(70, 66))
-    optimizer = Shampoo4([("odd", parameter)], base="sgd", lr=0.0, statistics_interval=1, root_interval=3, bits=bits)
+    intervals = {"statistics_interval": 1, "root_interval": 3}
+    optimizer = Shampoo4([("odd", parameter)], base="sgd", lr=0.0, method="shampoo", bits=bits, **intervals)
     for step in range(300):
         gradient = gradient_at(step)
         parameter.grad = gradient.clone()
@@ -178,7 +179,8 @@ def test_hundreds_of_odd_gradients(make: Callable[[], Callable[[int], Tensor]], 
 def test_squares_that_leave_the_range_are_failures_and_the_factor_stays(bits: int) -> None:
     """1e20 squared is no float32: statistics cannot be stored."""
     parameter = torch.nn.Parameter(torch.zeros(70, 66))
-    optimizer = Shampoo4([("huge", parameter)], base="sgd", lr=0.0, statistics_interval=1, root_interval=1, bits=bits)
+    intervals = {"statistics_interval": 1, "root_interval": 1}
+    optimizer = Shampoo4([("huge", parameter)], base="sgd", lr=0.0, method="shampoo", bits=bits, **intervals)
     for scale, failures in ((1.0, 0), (1e20, 1), (1e20, 2), (1.0, 0), (1e-20, 0)):
         parameter.grad = scale * torch.randn(70, 66)
         optimizer.step()

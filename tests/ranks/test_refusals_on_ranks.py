@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sharded_shampoo4 import Shampoo4, checkpoint
 
-OPTIONS: dict[str, Any] = {"lr": 1e-2, "statistics_interval": 1, "root_interval": 2, "min_quant_numel": 0}
+OPTIONS: dict[str, Any] = {"lr": 1e-2, "statistics_interval": 1, "min_quant_numel": 0}
 
 
 class Mixed(nn.Module):

@@ -23,7 +23,11 @@ from sharded_shampoo4.planning.plan import Plan, PlannedMatrix
 
 Shapes = dict[str, tuple[int, ...]]
 
-EVERY_STEP = {"statistics_interval": 2, "root_interval": 2}  # step 3 is the first ordinary one
+EVERY_STEP: dict[str, Any] = {
+    "method": "shampoo",
+    "statistics_interval": 2,
+    "root_interval": 2,
+}  # step 3 is the first ordinary one
 OPTIONS: dict[str, dict[str, Any]] = {  # by kinds of models
     "mlp": {"min_quant_numel": 0},
     "vit": {"max_preconditioner_dim": 30, "split": "remainder", "refresh": "staggered"},
@@ -136,7 +140,7 @@ def most_in_flight(host: str, depth: int, batch_elements: int, monkeypatch: pyte
         {},
         pytest.param({"bits": 32}, marks=pytest.mark.slow),
         pytest.param({"root": "implicit", "codebook": "normal"}, marks=pytest.mark.slow),
-        Shampoo4.compact_settings(),
+        {"preset": "shampoo-compact"},
         {"min_quant_numel": 10**6},
         pytest.param({"method": "soap"}, marks=pytest.mark.slow),
         {"method": "soap", "bits": 4, "momentum_dtype": "int8", "second_moment_dtype": "int8"},
@@ -149,7 +153,7 @@ def test_a_step_keeps_to_its_scratch_memory(options: dict[str, Any]) -> None:
     parameters = [nn.Parameter(torch.zeros(shape)) for shape in shapes]
     ways = {"statistics_interval": 2, "scratch_mib": 16, "max_preconditioner_dim": 256}
     if options.get("method") != "soap":
-        ways["root_interval"] = 4
+        ways |= {"method": "shampoo", "root_interval": 4}
     optimizer = Shampoo4(parameters, base="sgd", **ways, **options)
     for step in range(1, 10):
         for parameter in parameters:

@@ -194,7 +194,7 @@ def disagreements(rank: int) -> dict[str, str]:
     advance(model, "ddp", optimizer, range(2))
     return {
         "bits": said(lambda: step({"bits": 8 if rank else 4})),
-        "interval": said(lambda: step({"root_interval": 7 + rank})),
+        "interval": said(lambda: step({"method": "shampoo", "root_interval": 7 + rank})),
         "order": said(lambda: step({}, turned=rank == 1)),
         "lr": said(lambda: step({"lr": torch.tensor(1e-3 * 2**rank)})),
         "betas": said(lambda: step({"betas": (0.9, 0.5 + rank / 4)})),

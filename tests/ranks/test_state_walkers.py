@@ -152,7 +152,8 @@ def test_clearing_the_states_clears_the_factors(host: str) -> None:
 def small() -> tuple[nn.Module, Shampoo4]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 4))
-    return model, Shampoo4(model.named_parameters(), statistics_interval=1, root_interval=2, min_quant_numel=0)
+    options = {"method": "shampoo", "statistics_interval": 1, "root_interval": 2, "min_quant_numel": 0}
+    return model, Shampoo4(model.named_parameters(), **options)
 
 
 def step(model: nn.Module, optimizer: Shampoo4, count: int = 1) -> None:

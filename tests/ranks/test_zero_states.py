@@ -206,7 +206,7 @@ def shares(rank: int) -> dict[str, dict[str, int]]:
         model = nn.Sequential(*(nn.Linear(96, width, bias) for width in widths))
         fresh = copy.deepcopy(model)
         gradients = {key: torch.ones_like(parameter) for key, parameter in fresh.named_parameters()}
-        cut: dict[str, Any] = {"max_preconditioner_dim": 48}
+        cut: dict[str, Any] = {"method": "shampoo", "max_preconditioner_dim": 48}
         often = {"statistics_interval": 1, "root_interval": 1}
         if name.endswith("soap"):
             cut["method"] = "soap"

@@ -18,8 +18,15 @@ from . import worlds as hosts
 from . import zero_worlds as zero
 
 STEPS = 9
-FAST = {"lr": 1e-2, "weight_decay": 0.1, "statistics_interval": 2, "root_interval": 4}
+FAST: dict[str, Any] = {
+    "method": "shampoo",
+    "lr": 1e-2,
+    "weight_decay": 0.1,
+    "statistics_interval": 2,
+    "root_interval": 4,
+}
 SMALL_BLOCKS: dict[str, Any] = {
+    "method": "shampoo",
     "lr": 0.01,
     "statistics_interval": 2,
     "root_interval": 4,
@@ -38,7 +45,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "bf16": ("bf16", {"max_preconditioner_dim": 40, "min_quant_numel": 0}),
     "mlp, blocks, compact": (
         "mlp",
-        {"max_preconditioner_dim": 30, "min_quant_numel": 0, "refresh": "staggered", **Shampoo4.compact_settings()},
+        {"max_preconditioner_dim": 30, "min_quant_numel": 0, "refresh": "staggered", "preset": "shampoo-compact"},
     ),
     "mlp, blocks, bfloat16 on the way": (
         "mlp",
@@ -48,22 +55,29 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "tied", {"max_preconditioner_dim": 25, "min_quant_numel": 0, "refresh": "staggered", "root": "implicit"}
     ),
     "mlp, blocks, soap": (
-        "mlp", {"method": "soap", "momentum_dtype": "float32", "max_preconditioner_dim": 30, "min_quant_numel": 0}
+        "mlp",
+        {
+            "method": "soap", "soap_betas": (0.95, 0.95), "momentum_dtype": "float32", "max_preconditioner_dim": 30,
+            "min_quant_numel": 0,
+        },
     ),
     "tied, groups, soap": (
         "tied",
-        {"method": "soap", "second_moment_dtype": "factored", "max_preconditioner_dim": 17, "split_groups": True},
+        {
+            "method": "soap", "soap_betas": (0.95, 0.95), "second_moment_dtype": "factored",
+            "max_preconditioner_dim": 17, "split_groups": True,
+        },
     ),
     "vit, soap, 4 bits, staggered": (
         "vit",
         {
             "method": "soap", "bits": 4, "codebook": "normal", "refresh": "staggered", "max_preconditioner_dim": 40,
-            "momentum_dtype": "int8", "second_moment_dtype": "int8", "min_quant_numel": 0,
+            "momentum_dtype": "int8", "second_moment_dtype": "int8", "soap_betas": (0.95, 0.95), "min_quant_numel": 0,
         },
     ),
     "bf16, soap": (
         "bf16",
-        {"method": "soap", "soap_nesterov": False, "newton_schulz_steps": 3, "min_quant_numel": 0},
+        {"method": "soap", "newton_schulz_steps": 3, "min_quant_numel": 0},
     ),
     "mlp, 32 bits": ("mlp", {"bits": 32, "max_preconditioner_dim": 25, "grafting": "none"}),
 }  # fmt: skip

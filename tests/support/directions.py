@@ -25,11 +25,12 @@ def replayed(shapes: list[tuple[int, ...]], steps: int, seed: int = 0) -> list[l
 
 
 class Directions:
-    """Shampoo4 around plain gradient descent, asked for its directions."""
+    """Shampoo4 around plain gradient descent, asked for its directions. Options without a method are of "shampoo"."""
 
     def __init__(self, shapes: list[tuple[int, ...]], *, device: str = "cpu", **options: object) -> None:
         self.parameters = [torch.nn.Parameter(torch.zeros(shape, device=device)) for shape in shapes]
-        self.optimizer = Shampoo4(self.parameters, lr=0.0, base="sgd", **options)
+        method = {} if "preset" in options else {"method": "shampoo"}
+        self.optimizer = Shampoo4(self.parameters, lr=0.0, base="sgd", **{**method, **options})
 
     def step(self, gradients: list[Tensor | None]) -> list[Tensor | None]:
         for parameter, gradient in zip(self.parameters, gradients, strict=True):

@@ -23,7 +23,8 @@ from .vit import BASE, vit_shapes
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-LAYOUTS: dict[str, dict[str, Any]] = {"default": {}, "compact": Shampoo4.compact_settings()}
+# Of method="shampoo"
+LAYOUTS: dict[str, dict[str, Any]] = {"default": {"method": "shampoo"}, "compact": {"preset": "shampoo-compact"}}
 VIT_B = vit_shapes(*BASE)
 RANK = 3  # of those that are simulated: one in the middle
 

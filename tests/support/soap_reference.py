@@ -100,26 +100,24 @@ class SoapReference:
         bits: int = 8,
         codebook: str | Tensor = "linear2",
         quant_block_size: int = 64,
-        scale_dtype: str = "float32",
+        scale_dtype: str = "bfloat16",
         min_quant_numel: int = 4096,
         shampoo_beta: float = 0.9,
         matrix_eps: float = 1e-6,
-        statistics_interval: int = 10,
+        statistics_interval: int = 5,
         rectify_steps: tuple[int, int] = (0, 0),
         protect: bool = False,
-        refresh_dtype: str = "float64",
-        max_preconditioner_dim: int = 1024,
-        soap_betas: tuple[float, float] = (0.95, 0.95),
+        refresh_dtype: str = "float32",
+        max_preconditioner_dim: int = 256,
+        soap_betas: tuple[float, float] = (0.9, 0.95),
         soap_eps: float = 1e-8,
-        soap_nesterov: bool = True,
         newton_schulz_steps: int = 0,
-        momentum_dtype: str = "float32",
-        second_moment_dtype: str = "float32",
+        momentum_dtype: str = "bfloat16",
+        second_moment_dtype: str = "bfloat16",
     ) -> None:
         self.shapes, self.interval = [tuple(shape) for shape in shapes], statistics_interval
         self.betas, self.eps, self.t = soap_betas, soap_eps, [0] * len(shapes)
-        self.nesterov, self.newton_schulz_steps = soap_nesterov, newton_schulz_steps
-        self.roots_kept = second_moment_dtype == "int8"
+        self.newton_schulz_steps, self.roots_kept = newton_schulz_steps, second_moment_dtype == "int8"
         scales: torch.dtype = getattr(torch, scale_dtype)
         named = isinstance(codebook, str)
         levels = CODEBOOKS[codebook](bits) if named and bits < 32 else codebook
@@ -173,9 +171,7 @@ class SoapReference:
         d = b2 * variance + (1 - b2) * p**2
         momentum.store(m)
         moment.store(d.sqrt() if self.roots_kept else d)
-        ahead = m / (1 - b1**t)
-        if self.nesterov:
-            ahead = b1 * m / (1 - b1 ** (t + 1)) + (1 - b1) * p / (1 - b1**t)
+        ahead = b1 * m / (1 - b1 ** (t + 1)) + (1 - b1) * p / (1 - b1**t)
         x = v @ (ahead / ((d / (1 - b2**t)).sqrt() + self.eps)) @ w.T
         if self.newton_schulz_steps:
             x = x / x.norm()

@@ -15,7 +15,7 @@ from . import zero_worlds as zero
 from .contract import make_optimizer
 
 KIND = "mlp"
-OPTIONS = {"max_preconditioner_dim": 30, "min_quant_numel": 0}
+OPTIONS: dict[str, Any] = {"method": "shampoo", "max_preconditioner_dim": 30, "min_quant_numel": 0}
 FIRST, THEN = range(5), range(5, 10)
 ALL = (*hosts.HOSTS, *zero.HOSTS)
 

@@ -17,6 +17,7 @@ from . import zero_worlds as zero
 
 STEPS = 10
 OPTIONS: dict[str, Any] = {
+    "method": "shampoo",
     "lr": 1e-2,
     "weight_decay": 0.1,
     "statistics_interval": 2,

@@ -18,6 +18,7 @@ from sharded_shampoo4.options import PreconditionerOptions
 from sharded_shampoo4.planning.blocks import cut_blocks
 
 Shapes = Mapping[str, tuple[int, ...]]
+SHAMPOO: dict[str, Any] = {"method": "shampoo"}
 
 
 def parameters(shapes: Shapes, trained: bool = True) -> list[tuple[str, nn.Parameter]]:
@@ -61,9 +62,16 @@ COSTLY: dict[str, tuple[Shapes, str]] = {
 @pytest.mark.parametrize("case", COSTLY)
 def test_factors_that_outweigh_their_parameters_are_told(case: str) -> None:
     shapes, words = COSTLY[case]
-    (message,) = warned(shapes)
+    (message,) = warned(shapes, **SHAMPOO)
     assert words in message
     assert "precondition=False" in message and "smaller max_preconditioner_dim" in message
+
+
+def test_smaller_blocks_cost_less() -> None:
+    """Those of method="soap" have at most 256 rows and columns, even in 8 bits."""
+    (message,) = warned(COSTLY["LoRA, r=8"][0])
+    assert "2 of 2 parameters take 2.1 MiB" in message and "lora_A (8, 4096) has 1.1 MiB of factors" in message
+    assert warned(COSTLY["Mamba's convolution"][0]) == []
 
 
 def test_one_warning_names_the_worst() -> None:
@@ -83,7 +91,19 @@ USUAL: dict[str, Shapes] = {
 }
 
 
-@pytest.mark.parametrize("options", [{}, {"bits": 8}, {"bits": 32}, Shampoo4.compact_settings()], ids=str)
+USUAL_OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"bits": 4},
+    {"bits": 32},
+    {"preset": "compact"},
+    SHAMPOO,
+    {**SHAMPOO, "bits": 8},
+    {**SHAMPOO, "bits": 32},
+    {"preset": "shampoo-compact"},
+]
+
+
+@pytest.mark.parametrize("options", USUAL_OPTIONS, ids=str)
 @pytest.mark.parametrize("case", USUAL)
 def test_usual_layers_are_not_told(case: str, options: dict[str, Any]) -> None:
     assert warned(USUAL[case], **options) == []
@@ -97,7 +117,7 @@ def test_usual_models_are_not_told() -> None:
     with torch.device("meta"):
         models = [GPT2LMHeadModel(GPT2Config()), ViTModel(ViTConfig())]
     for model in models:
-        assert warned(model) == [] == warned(model, bits=32)
+        assert warned(model) == [] == warned(model, **SHAMPOO) == warned(model, **SHAMPOO, bits=32)
 
 
 def test_what_is_told_once_is_not_told_again() -> None:
@@ -133,7 +153,7 @@ def test_mixtral_s_experts_are_told() -> None:
     )
     with torch.device("meta"):
         model = MixtralForCausalLM(config)
-    stacks, costs = warned(model)
+    stacks, costs = warned(model, **SHAMPOO)
     assert "experts.gate_up_proj (8, 256, 64) as 8 x 16384" in stacks and "; and 1 more" in stacks
     assert "precondition=False" in stacks and "a parameter of its own" in stacks
     assert "experts.gate_up_proj (8, 256, 64) has 18.1 MiB of factors for 512.0 KiB of values (145 bytes" in costs
@@ -146,7 +166,7 @@ def test_mixtral_s_experts_are_told() -> None:
 
 def test_real_experts_are_told_at_once() -> None:
     """Their blocks are too many to be cut for it."""
-    stacks, costs = warned({"gate_up": (8, 28672, 4096), "down": (8, 4096, 14336)})
+    stacks, costs = warned({"gate_up": (8, 28672, 4096), "down": (8, 4096, 14336)}, **SHAMPOO)
     assert "gate_up (8, 28672, 4096) as 8 x 117440512; down (8, 4096, 14336) as 8 x 58720256" in stacks
     assert "2 of 2 parameters take 190.4 GiB" in costs and "126.9 GiB of factors for 3.5 GiB" in costs
 
@@ -159,7 +179,8 @@ def test_stacks_of_any_size_are_told(shape: tuple[int, ...]) -> None:
 
 def test_describe_shows_both() -> None:
     with pytest.warns(UserWarning):
-        optimizer = Shampoo4(parameters({"experts": (4, 512, 128), "conv": (1536, 1, 4), "layer": (512, 512)}))
+        shapes = {"experts": (4, 512, 128), "conv": (1536, 1, 4), "layer": (512, 512)}
+        optimizer = Shampoo4(parameters(shapes), **SHAMPOO)
     rows = {line.split()[0]: line for line in optimizer.describe().splitlines()}
     assert "yes: 4 and 32 bits, as 4 x 65536" in rows["experts"] and "72.5 MiB, 290 per element" in rows["experts"]
     assert "1.3 MiB, 218 per element" in rows["conv"] and " as " not in rows["conv"]
@@ -170,12 +191,13 @@ def test_describe_shows_both() -> None:
 
 
 def test_roots_that_come_before_statistics_are_told() -> None:
-    (message,) = warned({"w": (8, 6)}, statistics_interval=500, root_interval=100)
+    (message,) = warned({"w": (8, 6)}, **SHAMPOO, statistics_interval=500, root_interval=100)
     assert "statistics_interval=500 is larger than root_interval=100" in message
     assert "until step 500 inverse roots are those of the initial statistics" in message
-    assert warned({"w": (8, 6)}, statistics_interval=500, root_interval=100, precondition=False) == []
-    assert warned({"w": (8, 6)}, statistics_interval=100, root_interval=100) == []
-    optimizer = Shampoo4(parameters({"w": (8, 6)}))
+    assert warned({"w": (8, 6)}, **SHAMPOO, statistics_interval=500, root_interval=100, precondition=False) == []
+    assert warned({"w": (8, 6)}, **SHAMPOO, statistics_interval=100, root_interval=100) == []
+    assert warned({"w": (8, 6)}, statistics_interval=1000) == [], "soap has no roots"
+    optimizer = Shampoo4(parameters({"w": (8, 6)}), **SHAMPOO)
     with pytest.warns(UserWarning, match="statistics_interval=9 is larger than root_interval=4"):
         optimizer.add_param_group({"params": parameters({"v": (8, 6)}), "statistics_interval": "9", "root_interval": 4})
 
@@ -183,7 +205,8 @@ def test_roots_that_come_before_statistics_are_told() -> None:
 def test_what_that_warning_says_is_so() -> None:
     parameter = nn.Parameter(torch.zeros(8, 6))
     with pytest.warns(UserWarning, match="until step 3 .*directions are plain gradients"):
-        optimizer = Shampoo4([("w", parameter)], base="sgd", statistics_interval=3, root_interval=1, grafting="none")
+        intervals = {"statistics_interval": 3, "root_interval": 1}
+        optimizer = Shampoo4([("w", parameter)], base="sgd", grafting="none", **SHAMPOO, **intervals)
     for step in range(1, 5):
         gradient = torch.randn(8, 6)
         parameter.grad = gradient.clone()

@@ -7,8 +7,8 @@ from support.directions import Directions, replayed
 from support.reference import Reference
 from torch import Tensor
 
-from sharded_shampoo4 import Shampoo4
 from sharded_shampoo4.numerics import quantization
+from sharded_shampoo4.options import PRESETS
 
 # Orders 48, 64, 65, 96, 130 and 200, and blocks of 100, 65 and 48 where max_preconditioner_dim=100 cuts.
 SHAPES = [(64, 64), (65, 48), (130, 96), (200, 65), (48, 3, 5, 2), (64, 1, 64), (96, 200), (7,)]
@@ -34,7 +34,7 @@ OPTIONS = {
     "linear square, bfloat16 scales": {"scale_dtype": "bfloat16"},
     "two QR steps": {"refresh_iterations": 2},
     "staggered": {"refresh": "staggered"},
-    "compact": Shampoo4.compact_settings(),
+    "compact": PRESETS["shampoo-compact"],
 }  # fmt: skip
 QUICK = ("eigenbasis", "naive", "32 bits", "no grafting, other constants", "staggered", "compact")
 CASES = [

@@ -8,7 +8,6 @@ import pytest
 import torch
 from support.directions import Directions, replayed
 
-from sharded_shampoo4 import Shampoo4
 from sharded_shampoo4.numerics import factors
 from sharded_shampoo4.planning import plan
 
@@ -25,7 +24,7 @@ WAYS = {
     "4 bits": {},
     "32 bits": {"bits": 32},
     "implicit roots": {"root": "implicit"},
-    "compact": Shampoo4.compact_settings(),
+    "compact": {"preset": "shampoo-compact"},
     "products in bfloat16": {"matmul_dtype": "bfloat16"},
     "soap, 4 bits": {"method": "soap", "bits": 4, "momentum_dtype": "int8", "second_moment_dtype": "int8"},
     "soap, 32 bits": {"method": "soap", "bits": 32, "refresh_dtype": "float64"},

@@ -15,11 +15,11 @@ from sharded_shampoo4 import Shampoo4, checkpoint
 from sharded_shampoo4.numerics import batches, quantization
 
 SHAPES = [(96, 64), (64, 130), (128, 128), (40,), (256, 256)]
-FAST = {"lr": 1e-2, "statistics_interval": 2, "root_interval": 4, "min_quant_numel": 0}
+FAST = {"method": "shampoo", "lr": 1e-2, "statistics_interval": 2, "root_interval": 4, "min_quant_numel": 0}
 OPTIONS: dict[str, dict[str, Any]] = {
     "default": {},
     "float32 refreshes": {"refresh_dtype": "float32"},
-    "compact": Shampoo4.compact_settings(),
+    "compact": {"preset": "shampoo-compact"},
     "naive": {"quantize": "preconditioner"},
     "32 bits": {"bits": 32},
     "soap": {"method": "soap", "bits": 4, "momentum_dtype": "int8"},
@@ -69,7 +69,7 @@ def train(options: dict[str, Any], around: Callable[[], contextlib.AbstractConte
     torch.manual_seed(0)
     parameters = [nn.Parameter(torch.randn(shape)) for shape in SHAPES]
     options = {**FAST, **options}
-    if options.get("method") == "soap":
+    if options["method"] == "soap":
         del options["root_interval"]
     with around():
         optimizer = Shampoo4(parameters, **options)

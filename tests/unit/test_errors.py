@@ -18,6 +18,7 @@ def matrix(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.randn(*(shape or (8, 6))))
 
 
+NAIVE = {"method": "shampoo", "quantize": "preconditioner"}
 IMPOSSIBLE: list[tuple[dict[str, Any], str]] = [
     ({"bits": 5}, "bits must be one of 3, 4, 8, 32, got 5"),
     ({"bits": True}, "bits must be one of"),
@@ -25,9 +26,11 @@ IMPOSSIBLE: list[tuple[dict[str, Any], str]] = [
     ({"quantize": "eigen"}, "quantize must be one of 'eigenbasis', 'preconditioner', got 'eigen'"),
     ({"codebook": "linear"}, "codebook must be one of 'linear2', 'dynamic_tree', 'normal'"),
     ({"codebook": "normal", "quant_block_size": 1}, "codebook='normal' needs a quant_block_size of at least 2"),
-    ({"root": "implicit", "bits": 32}, "root='implicit' is about low precision"),
+    ({"method": "shampoo", "root": "implicit", "bits": 32}, "root='implicit' is about low precision"),
     ({"root": "triangle"}, "root must be one of 'stored', 'implicit', got 'triangle', which is no longer there"),
-    ({"root": "implicit", "quantize": "preconditioner"}, "root='implicit' needs quantize='eigenbasis'"),
+    ({"root": "implicit"}, "root='implicit' is for method='shampoo', got method='soap'"),
+    ({"protect": True}, "protect=True is for eigenbases in 3 or 4 bits, got bits=8"),
+    ({**NAIVE, "root": "implicit"}, "root='implicit' needs quantize='eigenbasis'"),
     ({"refresh_iterations": 3}, "refresh_iterations must be one of 1, 2, got 3"),
     ({"quant_block_size": 0}, "quant_block_size must be an integer of at least 1, got 0"),
     ({"min_quant_numel": -1}, "min_quant_numel must be"),
@@ -112,29 +115,32 @@ def test_gradients_that_cannot_be_preconditioned() -> None:
 
 
 def stepped(parameter: nn.Parameter, **options: Any) -> Shampoo4:
-    optimizer = Shampoo4([("layer.weight", parameter)], statistics_interval=1, root_interval=1, **options)
+    optimizer = Shampoo4([("layer.weight", parameter)], statistics_interval=1, **options)
     parameter.grad = torch.randn_like(parameter)
     optimizer.step()
     return optimizer
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("bits", 8),
-        ("codebook", "dynamic_tree"),
-        ("quant_block_size", 32),
-        ("min_quant_numel", 0),
-        ("split", "remainder"),
-        ("quantize", "preconditioner"),
-        ("max_preconditioner_dim", 50),
-        ("precondition", False),
-    ],
-)
-def test_options_that_shape_bytes_must_match(name: str, value: object) -> None:
+SHAPING: list[tuple[str, object]] = [
+    ("bits", 3),
+    ("codebook", "dynamic_tree"),
+    ("quant_block_size", 32),
+    ("min_quant_numel", 0),
+    ("split", "remainder"),
+    ("max_preconditioner_dim", 50),
+    ("precondition", False),
+]
+SHAPING_CASES = [
+    *(("shampoo", *case) for case in [*SHAPING, ("quantize", "preconditioner"), ("scale_dtype", "bfloat16")]),
+    *(("soap", *case) for case in [*SHAPING, ("momentum_dtype", "int8"), ("scale_dtype", "float32")]),
+]
+
+
+@pytest.mark.parametrize(("method", "name", "value"), SHAPING_CASES)
+def test_options_that_shape_bytes_must_match(method: str, name: str, value: object) -> None:
     """In a checkpoint, and when a group's option is changed after the first step."""
-    saved = stepped(matrix(70, 65)).state_dict()
-    other = Shampoo4([matrix(70, 65)], **{name: value})
+    saved = stepped(matrix(70, 65), method=method).state_dict()
+    other = Shampoo4([matrix(70, 65)], **{"method": method, name: value})
     before = copy.deepcopy(other.state_dict())
     with pytest.raises(ValueError, match=f"{name}=.* where this optimizer has {name}={value!r}"):
         other.load_state_dict(saved)
@@ -142,7 +148,7 @@ def test_options_that_shape_bytes_must_match(name: str, value: object) -> None:
 
     if name != "precondition":
         parameter = matrix(70, 65)
-        optimizer = stepped(parameter)
+        optimizer = stepped(parameter, method=method)
         optimizer.param_groups[0][name] = value
         with pytest.raises(ValueError, match=f"preconditioner of layer.weight has {name}="):
             optimizer.step()
@@ -160,10 +166,10 @@ def test_checkpoints_that_do_not_fit() -> None:
     plain = torch.optim.AdamW([parameter])
     with pytest.raises(ValueError, match="was not written by Shampoo4"):
         Shampoo4([parameter]).load_state_dict(plain.state_dict())
-    lost = copy.deepcopy(saved)
+    lost = stepped(matrix(70, 65), method="shampoo").state_dict()
     del lost["state"][0]["preconditioner"]
     with pytest.raises(ValueError, match=r"has a state of .*, but no preconditioner"):
-        Shampoo4([parameter]).load_state_dict(lost)
+        Shampoo4([parameter], method="shampoo").load_state_dict(lost)
     cast = copy.deepcopy(saved)
     cast["state"][0]["preconditioner"] = cast["state"][0]["preconditioner"].float()
     with pytest.raises(ValueError, match=r"elements of torch.float32"):
@@ -182,9 +188,8 @@ def test_checkpoints_that_do_not_fit() -> None:
 
 def test_failures_keep_the_old_factors_then_raise() -> None:
     parameter, healthy = matrix(70, 65), matrix(70, 65)
-    optimizer = Shampoo4(
-        [("sick", parameter), ("healthy", healthy)], base="sgd", statistics_interval=1, root_interval=1, max_failures=3
-    )
+    options = {"method": "shampoo", "statistics_interval": 1, "root_interval": 1, "max_failures": 3}
+    optimizer = Shampoo4([("sick", parameter), ("healthy", healthy)], base="sgd", **options)
 
     def step(poison: bool) -> None:
         for p in (parameter, healthy):
@@ -215,16 +220,18 @@ def test_failures_keep_the_old_factors_then_raise() -> None:
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-30, 1e-20, 1e-10, 1e10, 1e18])
-@pytest.mark.parametrize("bits", [4, 32])
-def test_extreme_gradients_stay_finite(scale: float, bits: int) -> None:
+@pytest.mark.parametrize(("method", "bits"), [("shampoo", 4), ("shampoo", 32), ("soap", 4), ("soap", 8), ("soap", 32)])
+def test_extreme_gradients_stay_finite(scale: float, method: str, bits: int) -> None:
     parameter = matrix(70, 10)
-    optimizer = Shampoo4([parameter], base="sgd", lr=0.0, statistics_interval=1, root_interval=2, bits=bits)
+    roots = {"root_interval": 2} if method == "shampoo" else {}
+    options = {"method": method, "bits": bits, "statistics_interval": 1, **roots}
+    optimizer = Shampoo4([parameter], base="sgd", lr=0.0, **options)
     for _ in range(30):
         gradient = scale * torch.randn(70, 10)
         parameter.grad = gradient.clone()
         optimizer.step()
         assert parameter.grad.isfinite().all()
-        if scale > 1e-10:
+        if scale > 1e-10 and method == "shampoo":  # grafted
             assert torch.isclose(parameter.grad.double().norm(), gradient.double().norm(), rtol=1e-5)
     assert all((pool.tensors["failures"] == 0).all() for pool in optimizer._session.last.preconditioner.pools)
 

@@ -15,9 +15,17 @@ from torch import Tensor, nn
 
 from sharded_shampoo4 import Shampoo4, checkpoint
 
-OPTIONS: dict[str, Any] = {"statistics_interval": 1, "root_interval": 2, "min_quant_numel": 0, "lr": 0.01}
+OPTIONS: dict[str, Any] = {"statistics_interval": 1, "min_quant_numel": 0, "lr": 0.01}
 NAMES = ("a", "b", "c", "d")
 Groups = Sequence[Sequence[str]]
+
+
+@pytest.fixture(params=["shampoo", "soap"], autouse=True)
+def method(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both methods: with "soap" the base has no states of matrices."""
+    monkeypatch.setitem(OPTIONS, "method", request.param)
+    if request.param == "shampoo":
+        monkeypatch.setitem(OPTIONS, "root_interval", 2)
 
 
 def parameters(seed: int = 0) -> dict[str, nn.Parameter]:

@@ -12,7 +12,9 @@ from torch import nn
 
 from sharded_shampoo4 import Shampoo4, estimate_memory
 from sharded_shampoo4.numerics.matrix import Matrix
-from sharded_shampoo4.options import PreconditionerOptions
+from sharded_shampoo4.options import PreconditionerOptions, apply_preset
+
+SHAMPOO: dict[str, Any] = {"method": "shampoo"}
 
 
 def train(optimizer: Shampoo4, parameter: nn.Parameter, steps: int) -> list[int]:
@@ -29,7 +31,9 @@ def train(optimizer: Shampoo4, parameter: nn.Parameter, steps: int) -> list[int]
 
 def due(steps: int, **options: Any) -> tuple[list[int], list[int]]:
     """The steps with statistics and with roots of one matrix."""
-    matrix = Matrix("", (8, 8), PreconditionerOptions(**options), torch.device("cpu"))
+    matrix = Matrix(
+        "", (8, 8), PreconditionerOptions.of_call(apply_preset({**SHAMPOO, **options})), torch.device("cpu")
+    )
     statistics, roots = [], []
     for step in range(1, steps + 1):
         matrix.advance()
@@ -65,7 +69,8 @@ def test_the_papers_intervals_do_not_grow() -> None:
 @pytest.mark.parametrize("refresh", ["together", "staggered"])
 def test_directions_begin_at_step_ten_when_every_factor_has_seen_gradients(refresh: str) -> None:
     parameter = nn.Parameter(torch.zeros(96, 96))
-    optimizer = Shampoo4([parameter], base="sgd", lr=0.0, refresh=refresh, max_preconditioner_dim=32, grafting="none")
+    options = {**SHAMPOO, "refresh": refresh, "max_preconditioner_dim": 32, "grafting": "none"}
+    optimizer = Shampoo4([parameter], base="sgd", lr=0.0, **options)
     assert train(optimizer, parameter, 12) == [10, 11, 12]
     preconditioner = optimizer._session.last.preconditioner  # type: ignore[union-attr]
     for pool in preconditioner.pools:
@@ -73,22 +78,23 @@ def test_directions_begin_at_step_ten_when_every_factor_has_seen_gradients(refre
         assert (diagonals.amin(1) < 0.9 * diagonals.amax(1)).all(), "no root is of the initial statistics"
 
 
-def test_a_short_run_is_not_the_base_optimizer_alone() -> None:
-    def run(rule: Any) -> torch.Tensor:
+@pytest.mark.parametrize("method", ["shampoo", "soap"])
+def test_a_short_run_is_not_the_base_optimizer_alone(method: str) -> None:
+    def run(rule: Any, **options: Any) -> torch.Tensor:
         torch.manual_seed(0)
         parameter = nn.Parameter(torch.randn(32, 32))
-        optimizer = rule([parameter], lr=1e-2, weight_decay=0.0)
+        optimizer = rule([parameter], lr=1e-2, weight_decay=0.0, **options)
         for _ in range(30):
             parameter.grad = torch.randn(32, 32) * torch.logspace(0, -2, 32)
             optimizer.step()
         return parameter.detach()
 
-    assert not torch.equal(run(Shampoo4), run(torch.optim.AdamW))
+    assert not torch.equal(run(Shampoo4, method=method), run(torch.optim.AdamW))
 
 
 def test_health_and_describe_tell_how_far_it_is() -> None:
     parameter = nn.Parameter(torch.zeros(8, 8))
-    optimizer = Shampoo4([("w", parameter)])
+    optimizer = Shampoo4([("w", parameter)], **SHAMPOO)
     assert "begins with step 10, after 0 so far" in optimizer.describe()
     train(optimizer, parameter, 9)
     assert optimizer.health()["w"]["steps"] == 9 and optimizer.health()["w"]["roots"] == 0
@@ -97,7 +103,7 @@ def test_health_and_describe_tell_how_far_it_is() -> None:
     assert optimizer.health()["w"]["steps"] == 20 and optimizer.health()["w"]["roots"] == 2
     assert "computed 2 times in 20 steps" in optimizer.describe()
     state = optimizer.state_dict()
-    resumed = Shampoo4([("w", parameter)])
+    resumed = Shampoo4([("w", parameter)], **SHAMPOO)
     resumed.load_state_dict(state)
     train(resumed, parameter, 1)
     assert resumed.health()["w"]["steps"] == 21 and resumed.health()["w"]["roots"] == 2
@@ -105,7 +111,7 @@ def test_health_and_describe_tell_how_far_it_is() -> None:
 
 def test_the_beginning_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     parameter = nn.Parameter(torch.zeros(8, 8))
-    optimizer = Shampoo4([("w", parameter)])
+    optimizer = Shampoo4([("w", parameter)], **SHAMPOO)
     with caplog.at_level(logging.INFO, logger="sharded_shampoo4"):
         train(optimizer, parameter, 25)
     lines = [record.getMessage() for record in caplog.records if "Preconditioning begins" in record.getMessage()]
@@ -127,9 +133,17 @@ def test_the_beginning_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     ],
 )
 def test_intervals_follow_from_the_length_unless_they_are_given(given: dict[str, Any], expected: Any) -> None:
-    group = Shampoo4([nn.Parameter(torch.zeros(8, 8))], **given).param_groups[0]
+    group = Shampoo4([nn.Parameter(torch.zeros(8, 8))], **SHAMPOO, **given).param_groups[0]
     assert (group["statistics_interval"], group["root_interval"]) == expected
-    estimate_memory({"w": (8, 8)}, 1, **given)
+    estimate_memory({"w": (8, 8)}, 1, **SHAMPOO, **given)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [({}, 5), ({"total_steps": 20_000}, 5), ({"statistics_interval": 2}, 2)]
+)
+def test_soap_s_interval_does_not_follow_from_the_length(given: dict[str, Any], expected: int) -> None:
+    group = Shampoo4([nn.Parameter(torch.zeros(8, 8))], **given).param_groups[0]
+    assert group["method"] == "soap" and group["statistics_interval"] == expected
 
 
 @pytest.mark.parametrize("total_steps", [0, -1, 1.5, "many", True])
@@ -154,7 +168,7 @@ def test_a_length_must_be_a_number_of_steps(total_steps: Any) -> None:
 def test_a_run_that_is_known_to_be_too_short_is_warned_about(options: dict[str, Any], said: str | None) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        Shampoo4([nn.Parameter(torch.zeros(8, 8))], **options)
+        Shampoo4([nn.Parameter(torch.zeros(8, 8))], **SHAMPOO, **options)
     found = [str(warning.message) for warning in caught if "this run has" in str(warning.message)]
     assert (said is None and not found) or (said is not None and len(found) == 1 and said in found[0]), found
 

@@ -11,8 +11,6 @@ import torch
 from support.directions import Directions
 from torch import Tensor
 
-from sharded_shampoo4 import Shampoo4
-
 SHAPES = [(96, 64), (64, 130), (128, 128)]
 ROOT_INTERVAL, STEPS = 4, 16
 OPTIONS = {"statistics_interval": 2, "root_interval": ROOT_INTERVAL, "min_quant_numel": 0}
@@ -47,7 +45,7 @@ def largest_error(smallest: float, options: Mapping[str, Any], reference: Mappin
 @pytest.mark.parametrize("layout", ["stored", "compact"])
 def test_products_in_bfloat16_change_directions_much_less_than_four_bits_do(layout: str, smallest: float) -> None:
     """The states are the same. The error is rounding, 0.4 %, times how differently roots scale directions."""
-    settings = Shampoo4.compact_settings() if layout == "compact" else {}
+    settings = {"preset": "shampoo-compact"} if layout == "compact" else {}
     error = largest_error(smallest, {**settings, "matmul_dtype": "bfloat16"}, settings)
     of_four_bits = largest_error(smallest, settings, {"bits": 32})
     print(f"{layout}, {smallest}: products {error:.3f}, 4 bits {of_four_bits:.3f}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from sharded_shampoo4 import Shampoo4, estimate_memory
+from sharded_shampoo4.options import PRESETS, apply_preset
 from sharded_shampoo4.planning.blocks import cut_blocks
 
 SHAPES = {
@@ -23,8 +25,9 @@ SHAPES = {
 Shapes = dict[str, tuple[int, ...]]
 
 KINDS = itertools.product((3, 4, 8, 32), ("eigenbasis", "preconditioner"))
-CUTS = itertools.product((20, 50, 64), ("even", "remainder"))
-CHOICES: list[dict[str, Any]] = [
+CUTS = tuple(itertools.product((20, 50, 64), ("even", "remainder")))
+OF_SHAMPOO: list[dict[str, Any]] = [
+    {},
     *({"bits": bits, "quantize": quantize} for bits, quantize in KINDS),
     *({"max_preconditioner_dim": limit, "split": split} for limit, split in CUTS),
     {"codebook": "dynamic_tree"},
@@ -36,7 +39,7 @@ CHOICES: list[dict[str, Any]] = [
     Shampoo4.paper_settings(),
     {"root": "implicit", "min_quant_numel": 0, "bits": 3},
     {"root": "implicit", "scale_dtype": "bfloat16", "min_quant_numel": 0},
-    Shampoo4.compact_settings(),
+    PRESETS["shampoo-compact"],
     {"base": "sgd"},
     {"base": "sgd", "momentum": 0.9},
     {"base": "adagrad"},
@@ -44,6 +47,14 @@ CHOICES: list[dict[str, Any]] = [
     {"base": torch.optim.NAdam},
     {"base": torch.optim.Rprop},
     {"grafting": "block", "shampoo_beta": 0.5, "refresh_dtype": "float32"},
+]
+CHOICES: list[dict[str, Any]] = [
+    *({"method": "shampoo", **options} for options in OF_SHAMPOO),
+    *({"preset": preset} for preset in PRESETS),
+    {},
+    {"precondition": False},
+    {"base": "sgd", "momentum": 0.9},
+    *({"max_preconditioner_dim": limit, "split": split} for limit, split in CUTS),
     *({"method": "soap", "bits": bits, "min_quant_numel": 0} for bits in (3, 4, 8, 32)),
     *(
         {"method": "soap", "momentum_dtype": first, "second_moment_dtype": second, "base": base}
@@ -63,11 +74,8 @@ CHOICES: list[dict[str, Any]] = [
 @pytest.mark.parametrize("options", CHOICES, ids=str)
 def test_estimate_is_exact(options: dict[str, Any], dtype: torch.dtype) -> None:
     parameters = {name: nn.Parameter(torch.randn(shape, dtype=dtype)) for name, shape in SHAPES.items()}
-    intervals = (
-        {"statistics_interval": 1}
-        if options.get("method") == "soap"
-        else {"statistics_interval": 1, "root_interval": 1}
-    )
+    own = apply_preset(options)
+    intervals = {"statistics_interval": 1, **({"root_interval": 1} if own.get("method") == "shampoo" else {})}
     optimizer = Shampoo4(parameters.items(), **{**options, **intervals})
     estimate = estimate_memory(SHAPES, dtype=dtype, **options)
     for _ in range(2):
@@ -84,7 +92,7 @@ def test_estimate_is_exact(options: dict[str, Any], dtype: torch.dtype) -> None:
 
 def test_small_factors_stay_exact() -> None:
     """Order 63 is kept in float32, exactly 64 is quantized: decided by the factor, not by the parameter."""
-    at_63, at_64 = (estimate_memory({"w": (order, order)}).preconditioner[0] for order in (63, 64))
+    at_63, at_64 = (estimate_memory({"w": (order, order)}, method="shampoo").preconditioner[0] for order in (63, 64))
     assert at_63 == 2 * (2 * 63 * 63 * 4 + 8)
     assert at_64 == 2 * (2 * (64 * 32 + 64 * 4 + 64 * 4) + 8)
 
@@ -186,12 +194,14 @@ def test_describe_tells_the_method() -> None:
     assert lines[-1] == "Preconditioned: eigenbases were computed 1 times in 1 steps."
 
 
-def test_all_ranks_together_keep_what_one_process_keeps() -> None:
-    alone = estimate_memory(SHAPES, max_preconditioner_dim=50)
+@pytest.mark.parametrize(("method", "of_base"), [("shampoo", SHAPES), ("soap", ("token", "bias"))])
+def test_all_ranks_together_keep_what_one_process_keeps(method: str, of_base: Sequence[str]) -> None:
+    options = {"method": method, "max_preconditioner_dim": 50}
+    alone = estimate_memory(SHAPES, **options)
     for world_size, host, replicas in ((3, "fsdp2", None), (4, "ddp", None), (4, "hsdp", 2), (300, "fsdp2", None)):
-        spread = estimate_memory(SHAPES, world_size, host=host, replicas=replicas, max_preconditioner_dim=50)
+        spread = estimate_memory(SHAPES, world_size, host=host, replicas=replicas, **options)
         copies = {"ddp": world_size, "hsdp": replicas}.get(host) or 1
-        step_counts = 4 * len(SHAPES)  # of AdamW: on every rank, also where a shard is empty
+        step_counts = 4 * len(of_base)  # of AdamW: on every rank, also where a shard is empty
         assert sum(spread.preconditioner) == sum(alone.preconditioner)
         assert sum(spread.base) == copies * (sum(alone.base) - step_counts) + world_size * step_counts
         assert [len(spread.total), len(spread.traffic)] == [world_size] * 2
@@ -226,10 +236,10 @@ def test_compact_settings_take_4_3_bits_a_factor_element() -> None:
     """Of a ViT-B as the paper's code has it (query, key and value joined), in all: codes, scales and eigenvalues."""
     layer = {"qkv": (2304, 768), "out": (768, 768), "fc1": (3072, 768), "fc2": (768, 3072)}
     shapes = {f"{number}.{name}": shape for number in range(12) for name, shape in layer.items()}
-    found = estimate_memory(shapes, **Shampoo4.compact_settings()).preconditioner[0]
+    found = estimate_memory(shapes, preset="shampoo-compact").preconditioner[0]
     elements = sum(
         block.rows**2 + block.columns**2 for shape in shapes.values() for block in cut_blocks(shape, 1024, "even")
     )
     parameters = sum(rows * columns for rows, columns in shapes.values())
     assert 8 * found / elements <= 4.3 and found / parameters <= 1.15
-    assert estimate_memory(shapes).preconditioner[0] / found > 2.05
+    assert estimate_memory(shapes, method="shampoo").preconditioner[0] / found > 2.05

@@ -43,7 +43,7 @@ def test_fsdp2_with_cpu_offload_computes_on_the_accelerator_of_the_mesh(monkeypa
     with FakeRanks(1, 4, SHAPES) as ranks:
         parameters = offloaded(ranks)
         assert all(parameter.device.type == "cpu" for parameter in parameters.values())
-        optimizer = Shampoo4(parameters.items(), statistics_interval=2, root_interval=4)
+        optimizer = Shampoo4(parameters.items(), method="shampoo", statistics_interval=2, root_interval=4)
         for step in range(6):  # before the roots, with statistics, with roots, and an ordinary one
             count_step(optimizer, parameters.values(), answer=int(step == 0))
         binding = optimizer._session.last

@@ -13,7 +13,12 @@ from torch import Tensor, nn
 
 from sharded_shampoo4 import Shampoo4
 
-FAST = {"statistics_interval": 2, "root_interval": 4, "max_preconditioner_dim": 80}
+FAST: dict[str, Any] = {
+    "method": "shampoo",
+    "statistics_interval": 2,
+    "root_interval": 4,
+    "max_preconditioner_dim": 80,
+}
 METHODS: dict[str, dict[str, Any]] = {
     "shampoo": FAST,
     "soap": {"method": "soap", "statistics_interval": 2, "max_preconditioner_dim": 80},
@@ -159,8 +164,8 @@ def test_the_state_before_the_first_step_is_empty() -> None:
 
 def test_settings_of_groups(fast: dict[str, Any]) -> None:
     """Each group follows its own options, as an optimizer of its own would."""
-    last = {"bits": 32} if fast.get("method") else {"grafting": "none"}
-    first = {**FAST, "method": "shampoo", "bits": 8, "statistics_interval": 3}
+    last = {"grafting": "none"} if fast["method"] == "shampoo" else {"bits": 32}
+    first = {**FAST, "bits": 8, "statistics_interval": 3}
     choices = [first, {"precondition": False}, {**last, "lr": 1e-4}]
     model, twin = make_model(), make_model()
     layers, twins = ([m for m in net if isinstance(m, nn.Linear)] for net in (model, twin))
@@ -269,12 +274,13 @@ def test_moved_and_replaced_parameters(fast: dict[str, Any]) -> None:
     assert moments and all(moment.dtype == torch.float64 for moment in moments)
 
 
-def test_channels_last_gradients() -> None:
+def test_channels_last_gradients(fast: dict[str, Any]) -> None:
+    every_step = {name: 1 for name in fast if name.endswith("_interval")}
     results = []
     for memory_format in (torch.contiguous_format, torch.channels_last):
         torch.manual_seed(0)
         weight = nn.Parameter(torch.randn(16, 8, 3, 3).to(memory_format=memory_format))
-        optimizer = Shampoo4([weight], base="sgd", lr=0.1, statistics_interval=1, root_interval=1)
+        optimizer = Shampoo4([weight], base="sgd", lr=0.1, **{**fast, **every_step})
         for _ in range(3):
             weight.grad = torch.randn(16, 8, 3, 3).to(memory_format=memory_format)
             optimizer.step()

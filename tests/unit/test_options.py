@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import inspect
 import json
@@ -22,16 +23,16 @@ from sharded_shampoo4.options import DEFAULTS, HELP, METHODS, PRESETS, TYPES, UN
 ROOT = Path(__file__).parents[2]
 CHANGED: dict[str, Any] = {  # another value for every option
     "precondition": False,
-    "method": "soap",
-    "bits": 8,
+    "method": "shampoo",
+    "bits": 4,
     "quantize": "preconditioner",
     "codebook": "normal",
     "quant_block_size": 32,
-    "scale_dtype": "bfloat16",
+    "scale_dtype": "float32",
     "root": "implicit",
     "protect": True,
     "min_quant_numel": 0,
-    "shampoo_beta": 0.9,
+    "shampoo_beta": 0.95,
     "matrix_eps": 1e-4,
     "statistics_interval": 7,
     "root_interval": 700,
@@ -39,13 +40,12 @@ CHANGED: dict[str, Any] = {  # another value for every option
     "refresh": "staggered",
     "rectify_steps": (2, 3),
     "refresh_iterations": 2,
-    "refresh_dtype": "float32",
+    "refresh_dtype": "float64",
     "max_preconditioner_dim": 50,
     "split": "remainder",
     "grafting": "none",
-    "soap_betas": (0.9, 0.99),
+    "soap_betas": (0.95, 0.99),
     "soap_eps": 1e-6,
-    "soap_nesterov": False,
     "newton_schulz_steps": 5,
     "momentum_dtype": "int8",
     "second_moment_dtype": "float32",
@@ -59,6 +59,17 @@ CHANGED: dict[str, Any] = {  # another value for every option
 
 def matrix() -> nn.Parameter:
     return nn.Parameter(torch.ones(8, 6))
+
+
+# The options of method="shampoo", and those that 3 and 4 bits bring with method="soap".
+OF_SHAMPOO: dict[str, Any] = {
+    **DEFAULTS,
+    **METHODS["shampoo"],
+    "method": "shampoo",
+    "statistics_interval": 100,
+    "root_interval": 500,
+}
+LOW: dict[str, Any] = {"rectify_steps": (1, 1), "protect": True}
 
 
 def resolved(optimizer: Shampoo4, group: int = -1) -> dict[str, Any]:
@@ -111,8 +122,8 @@ def test_help_is_made_of_sentences_that_argparse_can_print(name: str) -> None:
 # -- pages -------------------------------------------------------------------------------------------------------------
 
 EVERYDAY = (
-    "lr", "weight_decay", "base", "preset", "method", "bits", "statistics_interval", "root_interval", "total_steps",
-    "refresh", "max_preconditioner_dim", "precondition",
+    "lr", "weight_decay", "base", "preset", "method", "bits", "statistics_interval", "refresh",
+    "max_preconditioner_dim", "precondition",
 )  # fmt: skip
 
 
@@ -181,23 +192,24 @@ def flags(options: dict[str, Any]) -> list[str]:
 def test_a_preset_is_its_settings_and_an_option_beside_it_wins(way: str, preset: str) -> None:
     """Also an option that is given the value it has by default."""
     settings = PRESETS[preset]
-    low = {"rectify_steps": (1, 1), "protect": True}
-    defaults = DEFAULTS if settings["method"] == "shampoo" else {**DEFAULTS, **METHODS["soap"], **low}
+    defaults = OF_SHAMPOO if settings["method"] == "shampoo" else {**DEFAULTS, **LOW}
     assert resolved(WAYS[way](preset=preset)) == {**defaults, **settings}
     for name in set(settings) - {"quantize", "method"}:  # which "implicit" roots need as they are
         for value in (CHANGED[name], DEFAULTS[name]):
             found = resolved(WAYS[way](preset=preset, **{name: value}))
-            if (preset, name) == ("soap-compact", "bits"):
-                defaults = {**DEFAULTS, **METHODS["soap"], **(low if value < 8 else {})}
-            assert found == {**defaults, **settings, name: value}
+            begun = DEFAULTS if (preset, name, value) == ("compact", "bits", 8) else defaults
+            assert found == {**begun, **settings, name: value}
 
 
 def test_a_group_s_preset_wins_over_the_call_s_options() -> None:
-    groups = [{"params": [matrix()], "preset": "compact", "bits": 3}, {"params": [matrix()], "split": "even"}]
+    own = [{"preset": "shampoo-compact", "bits": 3}, {"preset": "compact"}, {"split": "even"}]
+    groups = [{"params": [matrix()], **options} for options in own]
     optimizer = Shampoo4(groups, preset="paper", rectify_steps=(2, 2), quant_block_size=32)
-    call = {**DEFAULTS, **PRESETS["paper"], "rectify_steps": (2, 2), "quant_block_size": 32}
-    assert resolved(optimizer, 0) == {**call, **PRESETS["compact"], "bits": 3}
-    assert resolved(optimizer, 1) == {**call, "split": "even"}
+    call = {**OF_SHAMPOO, **PRESETS["paper"], "rectify_steps": (2, 2), "quant_block_size": 32}
+    assert resolved(optimizer, 0) == {**call, **PRESETS["shampoo-compact"], "bits": 3}
+    of_soap = {name: DEFAULTS[name] for name in (*METHODS["shampoo"], "statistics_interval", "root_interval")}
+    assert resolved(optimizer, 1) == {**call, **of_soap, **LOW, **PRESETS["compact"]}
+    assert resolved(optimizer, 2) == {**call, "split": "even"}
 
 
 def test_states_and_estimates_know_what_a_preset_means() -> None:
@@ -212,7 +224,7 @@ def test_states_and_estimates_know_what_a_preset_means() -> None:
 @pytest.mark.parametrize(
     ("preset", "message"),
     [
-        ("compcat", "preset must be one of 'paper', 'compact', 'soap-compact', got 'compcat'"),
+        ("compcat", "preset must be one of 'paper', 'compact', 'shampoo-compact', got 'compcat'"),
         ("auto", 'preset is "auto"'),
         (4, "got 4"),
     ],
@@ -235,7 +247,9 @@ def test_a_misspelt_preset_is_an_error() -> None:
 
 def test_the_settings_of_presets() -> None:
     assert Shampoo4.paper_settings() == PRESETS["paper"]
-    assert Shampoo4.compact_settings() == PRESETS["compact"]
+    for preset, settings in PRESETS.items():
+        assert settings.keys() <= DEFAULTS.keys() and "method" in settings, preset
+        assert resolved(Shampoo4([matrix()], **settings)) == resolved(Shampoo4([matrix()], preset=preset))
 
 
 # -- methods ---------------------------------------------------------------------------------------------------------
@@ -243,31 +257,48 @@ def test_the_settings_of_presets() -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_method_brings_its_defaults_and_an_option_beside_it_wins(way: str) -> None:
-    soap = {**DEFAULTS, **METHODS["soap"], "method": "soap"}
-    assert resolved(WAYS[way](method="soap")) == soap
-    assert resolved(WAYS[way](method="soap", total_steps=20_000) if way == "call" else WAYS[way](method="soap")) == soap
-    given = {"method": "soap", "bits": 4, "shampoo_beta": DEFAULTS["shampoo_beta"]}
-    assert resolved(WAYS[way](**given)) == {**soap, **given, "rectify_steps": (1, 1), "protect": True}
-    assert resolved(WAYS[way](method="shampoo")) == DEFAULTS
+    assert resolved(WAYS[way]()) == resolved(WAYS[way](method="soap")) == {**DEFAULTS, **METHODS["soap"]}
+    assert resolved(WAYS[way](total_steps=20_000) if way == "call" else WAYS[way]()) == DEFAULTS
+    given = {"bits": 4, "shampoo_beta": 0.95}
+    assert resolved(WAYS[way](**given)) == {**DEFAULTS, **given, **LOW}
+    assert resolved(WAYS[way](method="shampoo")) == OF_SHAMPOO
+    given = {"method": "shampoo", "bits": 8, "shampoo_beta": DEFAULTS["shampoo_beta"], "statistics_interval": 20}
+    assert resolved(WAYS[way](**given)) == {**OF_SHAMPOO, **given}
 
 
 def test_groups_of_several_methods() -> None:
     """A group with another method begins with that method's defaults, whatever the call gives for its own."""
     groups = [{"params": [matrix()], "method": "soap"}, {"params": [matrix()]}]
-    optimizer = Shampoo4(groups, root="implicit", root_interval=50, split="remainder")
-    assert resolved(optimizer, 0) == {**DEFAULTS, **METHODS["soap"], "method": "soap", "split": "remainder"}
+    own = {"root": "implicit", "root_interval": 50, "protect": True}
+    optimizer = Shampoo4(groups, method="shampoo", split="remainder", **own)
+    assert resolved(optimizer, 0) == {**DEFAULTS, "split": "remainder"}
+    assert resolved(optimizer, 1) == {**OF_SHAMPOO, "split": "remainder", **own, "statistics_interval": 50}
     groups = [{"params": [matrix()], "method": "shampoo", "bits": 3}, {"params": [matrix()]}]
-    optimizer = Shampoo4(groups, method="soap", soap_eps=1e-3)
-    assert resolved(optimizer, 0) == {**DEFAULTS, "bits": 3}
-    assert resolved(optimizer, 1)["soap_eps"] == 1e-3
+    optimizer = Shampoo4(groups, soap_eps=1e-3, bits=4)
+    assert resolved(optimizer, 0) == {**OF_SHAMPOO, "bits": 3}
+    assert resolved(optimizer, 1) == {**DEFAULTS, "soap_eps": 1e-3, "bits": 4, **LOW}
+    groups = [{"params": [matrix()], "preset": "compact"}, {"params": [matrix()], "preset": "paper"}]
+    optimizer = Shampoo4(groups, preset="shampoo-compact")
+    assert resolved(optimizer, 0) == {**DEFAULTS, "codebook": "normal", **LOW, **PRESETS["compact"]}
 
 
 def test_a_page_tells_the_defaults_of_a_method() -> None:
     page = (ROOT / "launch/hyperparameters.md").read_text()
-    table = page[page.index("| with soap |") :].partition("\n\n")[0]
+    table = page[page.index("| with shampoo |") :].partition("\n\n")[0]
     rows = {name: default.strip(" `") for name, default in re.findall(r"^\| `(\w+)` \| (.*?) \|", table, re.MULTILINE)}
-    changed = {name: value for name, value in METHODS["soap"].items() if value != DEFAULTS[name]}
+    changed = {name: value for name, value in OF_SHAMPOO.items() if value != DEFAULTS[name] and name != "method"}
     assert rows == {name: written(value) for name, value in changed.items()}
+
+
+def test_the_docstring_tells_the_defaults_of_shampoo() -> None:
+    doc = re.sub(r"\s+", " ", Shampoo4.__doc__ or "")
+    (listed,) = re.findall(r"Other defaults hold: (.+?)\. ", doc)
+    call = ast.parse(f"dict({listed.replace(' and ', ', ')})", mode="eval").body
+    assert isinstance(call, ast.Call) and not call.args
+    stated = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+    assert stated == {**METHODS["shampoo"], "statistics_interval": 100, "root_interval": 500}
+    assert resolved(Shampoo4([matrix()], method="shampoo")) == {**DEFAULTS, **stated, "method": "shampoo"}
+    assert all(stated[name] != DEFAULTS[name] for name in METHODS["shampoo"]) and METHODS["soap"] == {}
 
 
 def test_the_bits_of_a_group_decide_whether_its_bases_are_rectified() -> None:
@@ -289,11 +320,10 @@ def test_an_option_of_the_other_method_is_an_error(method: str) -> None:
 
 @pytest.mark.parametrize("name", CHANGED)
 def test_every_option_can_be_given_on_a_command_line(name: str) -> None:
-    method = {"method": "soap"} if name in UNUSED_BY["shampoo"] else {}
-    given = parsed(*flags({**method, name: CHANGED[name]}))
-    assert PreconditionerOptions(**given) == dataclasses.replace(
-        PreconditionerOptions(), **method, **{name: CHANGED[name]}
-    )
+    beside = {"method": "shampoo"} if name in UNUSED_BY["soap"] else {"bits": 4} if name == "protect" else {}
+    given = parsed(*flags({**beside, name: CHANGED[name]}))
+    expected = dataclasses.replace(PreconditionerOptions(), **beside, **{name: CHANGED[name]})
+    assert PreconditionerOptions(**given) == expected != PreconditionerOptions()
     assert parsed() == {}
 
 

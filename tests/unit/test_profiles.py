@@ -25,7 +25,7 @@ def labels_of(optimizer: Shampoo4, parameters: list[torch.nn.Parameter]) -> set[
 
 def test_a_profile_shows_the_parts_of_a_step() -> None:
     parameters = [torch.nn.Parameter(torch.randn(shape)) for shape in SHAPES.values()]
-    optimizer = Shampoo4(parameters, statistics_interval=2, root_interval=4, interval_warmup=False)
+    optimizer = Shampoo4(parameters, method="shampoo", statistics_interval=2, root_interval=4, interval_warmup=False)
     steps = [labels_of(optimizer, parameters) for _ in range(5)]
     assert steps[0] == {"base"}, "before the first statistics"
     assert steps[1] == {"gather", "statistics", "send_back", "base"}
@@ -38,7 +38,7 @@ def test_bytes_sent_are_counted_on_when_factors_are_placed_anew() -> None:
     assert alone.traffic_bytes() == 0
     with FakeRanks(RANK, 8, SHAPES) as ranks:
         parameters = ranks.parameters()
-        options = {"statistics_interval": 2, "root_interval": 2, "interval_warmup": False}
+        options = {"method": "shampoo", "statistics_interval": 2, "root_interval": 2, "interval_warmup": False}
         optimizer = Shampoo4(parameters.items(), **options)
         sent = []
         for step in range(6):

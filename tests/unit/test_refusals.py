@@ -13,7 +13,15 @@ from torch.optim import Optimizer
 
 from sharded_shampoo4 import Shampoo4, checkpoint, estimate_memory
 
-OPTIONS: dict[str, Any] = {"lr": 1e-3, "statistics_interval": 1, "root_interval": 2, "min_quant_numel": 0}
+OPTIONS: dict[str, Any] = {"lr": 1e-3, "statistics_interval": 1, "min_quant_numel": 0}
+
+
+@pytest.fixture(params=["shampoo", "soap"])
+def method(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both methods: with "soap" the base has no states of matrices."""
+    monkeypatch.setitem(OPTIONS, "method", request.param)
+    if request.param == "shampoo":
+        monkeypatch.setitem(OPTIONS, "root_interval", 2)
 
 
 class Mixed(nn.Module):
@@ -76,6 +84,7 @@ def test_what_is_not_preconditioned_trains_as_with_the_base(
     assert not torch.equal(plain.filter, Mixed().filter)
 
 
+@pytest.mark.usefixtures("method")
 def test_beside_what_is_preconditioned() -> None:
     model, plain = Mixed(), Mixed()
     optimizer = Shampoo4(model.groups(), base="adagrad", **OPTIONS)
@@ -95,6 +104,7 @@ def test_beside_what_is_preconditioned() -> None:
     assert optimizer.state_bytes()["base"] > 0 and set(optimizer.health()) == {"head.weight"}
 
 
+@pytest.mark.usefixtures("method")
 @pytest.mark.parametrize("portable", [False, True], ids=["state_dict", "checkpoint"])
 @pytest.mark.parametrize("base", ["adagrad", "sgd"])
 def test_states_go_on(tmp_path: Path, portable: bool, base: str) -> None:

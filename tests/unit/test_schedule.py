@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from typing import Any
 
 import pytest
 import torch
@@ -10,16 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sharded_shampoo4 import Shampoo4
-from sharded_shampoo4.options import PreconditionerOptions
+from sharded_shampoo4.options import METHODS, PreconditionerOptions
 from sharded_shampoo4.planning.blocks import Shard
 from sharded_shampoo4.planning.plan import Plan, PlannedMatrix
 from sharded_shampoo4.planning.schedule import stagger
 
 
+def of_shampoo(**options: Any) -> PreconditionerOptions:
+    return PreconditionerOptions(**{"method": "shampoo", **METHODS["shampoo"], **options})
+
+
 def options(every: int, root_every: int, size: int = 1024) -> PreconditionerOptions:
-    return PreconditionerOptions(
-        refresh="staggered", statistics_interval=every, root_interval=root_every, max_preconditioner_dim=size
-    )
+    intervals = {"statistics_interval": every, "root_interval": root_every}
+    return of_shampoo(refresh="staggered", max_preconditioner_dim=size, **intervals)
 
 
 @settings(max_examples=100, deadline=None)
@@ -81,7 +85,7 @@ def test_statistics_and_root_of_a_great_factor_are_in_different_steps() -> None:
 
 
 def test_together_and_staggered_groups() -> None:
-    together = PreconditionerOptions(statistics_interval=4, root_interval=8)
+    together = of_shampoo(statistics_interval=4, root_interval=8)
     first, second = stagger([((9, 9), together), ((9, 9), options(4, 8))])
     assert first == {} and len(second) == 1
 
@@ -91,6 +95,7 @@ def test_every_factor_is_refreshed_once_an_interval_and_directions_begin_with_th
     parameters = [torch.nn.Parameter(torch.zeros(12, 8)) for _ in range(3)]
     optimizer = Shampoo4(
         parameters,
+        method="shampoo",
         base="sgd",
         lr=0.0,
         refresh="staggered",
@@ -121,7 +126,8 @@ def test_every_factor_is_refreshed_once_an_interval_and_directions_begin_with_th
 def test_intervals_of_a_group_may_change() -> None:
     """The factors are kept, and due at new steps."""
     parameter = torch.nn.Parameter(torch.zeros(12, 8))
-    optimizer = Shampoo4([parameter], refresh="staggered", statistics_interval=2, root_interval=2)
+    intervals = {"statistics_interval": 2, "root_interval": 2}
+    optimizer = Shampoo4([parameter], method="shampoo", refresh="staggered", **intervals)
     for step in range(6):
         if step == 4:
             optimizer.param_groups[0].update(statistics_interval=7, root_interval=7)

@@ -20,7 +20,7 @@ OPTIONS = {
     "normal, bfloat16 scales": {"bits": 4, "codebook": "normal", "scale_dtype": "bfloat16"},
     "everything quantized, rectified": {"bits": 8, "min_quant_numel": 0, "rectify_steps": (1, 2)},
     "other constants": {"bits": 32, "soap_betas": (0.8, 0.99), "soap_eps": 1e-3, "shampoo_beta": 0.5},
-    "no Nesterov": {"bits": 32, "soap_nesterov": False},
+    "no momentum": {"bits": 32, "soap_betas": (0.0, 0.95)},
     "Newton-Schulz": {"bits": 32, "newton_schulz_steps": 5},
     "bfloat16 moments": {"momentum_dtype": "bfloat16", "second_moment_dtype": "bfloat16"},
     "factored": {"bits": 32, "second_moment_dtype": "factored"},

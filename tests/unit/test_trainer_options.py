@@ -11,7 +11,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from sharded_shampoo4.integrations.transformers import shampoo4
-from sharded_shampoo4.options import METHODS, PRESETS
+from sharded_shampoo4.options import DEFAULTS, METHODS, PRESETS
 
 ADAM = {"adam_beta1": 0.8, "adam_beta2": 0.95, "adam_epsilon": 1e-6}
 
@@ -50,7 +50,17 @@ def test_soap_in_the_trainer_s_optim_args(tmp_path: Path) -> None:
     factory, options = shampoo4(args)
     group = factory()(nn.Linear(8, 6), **options).param_groups[0]
     expected = {"method": "soap", "soap_betas": (0.9, 0.99), "bits": 4, "momentum_dtype": "int8", "betas": (0.8, 0.95)}
-    expected |= {"statistics_interval": METHODS["soap"]["statistics_interval"], "lr": 2e-3}
+    expected |= {"statistics_interval": DEFAULTS["statistics_interval"], "lr": 2e-3}
+    assert {name: group[name] for name in expected} == expected
+
+
+def test_shampoo_in_the_trainer_s_optim_args(tmp_path: Path) -> None:
+    args = arguments(tmp_path)
+    args.optim_args = "method=shampoo, statistics_interval=10, root_interval=50"
+    factory, options = shampoo4(args)
+    group = factory()(nn.Linear(8, 6), **options).param_groups[0]
+    expected = {**METHODS["shampoo"], "method": "shampoo", "statistics_interval": 10, "root_interval": 50}
+    expected |= {"betas": (0.8, 0.95), "lr": 2e-3}
     assert {name: group[name] for name in expected} == expected
 
 

@@ -16,6 +16,7 @@ from torch import nn
 from sharded_shampoo4 import Shampoo4, estimate_memory
 
 NAN = float("nan")
+SHAMPOO = {"method": "shampoo"}
 
 
 def matrix() -> nn.Parameter:
@@ -33,7 +34,7 @@ CONVERTED: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"betas": "[0.9, 0.99]"}, {"betas": (0.9, 0.99)}),
     ({"betas": "0.9,0.99"}, {"betas": (0.9, 0.99)}),
     ({"betas": [0.9, "0.99"]}, {"betas": (0.9, 0.99)}),
-    ({"amsgrad": "True"}, {"amsgrad": True}),
+    ({**SHAMPOO, "amsgrad": "True"}, {**SHAMPOO, "amsgrad": True}),
     ({"foreach": "false"}, {"foreach": False}),
     ({"foreach": "null"}, {"foreach": None}),
     ({"base": "SGD", "momentum": "0.9", "nesterov": "true"}, {"momentum": 0.9, "nesterov": True}),
@@ -41,7 +42,9 @@ CONVERTED: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"base": torch.optim.Rprop, "etas": "(0.4, 1.3)"}, {"etas": (0.4, 1.3)}),
     ({"bits": "8"}, {"bits": 8}),
     ({"bits": 3.0}, {"bits": 3}),
-    ({"statistics_interval": "10", "root_interval": "5e1"}, {"statistics_interval": 10, "root_interval": 50}),
+    ({"statistics_interval": "1e1", "soap_betas": "(0.5, .9)"}, {"statistics_interval": 10, "soap_betas": (0.5, 0.9)}),
+    ({**SHAMPOO, "root_interval": "5e1"}, {**SHAMPOO, "root_interval": 50}),
+    ({"method": "Shampoo"}, SHAMPOO),
     ({"statistics_interval": 10.0}, {"statistics_interval": 10}),
     ({"statistics_interval": numpy.int64(10)}, {"statistics_interval": 10}),
     ({"matrix_eps": "1e-5", "shampoo_beta": ".9"}, {"matrix_eps": 1e-5, "shampoo_beta": 0.9}),
@@ -84,13 +87,13 @@ def test_what_can_mean_one_thing_is_converted(written: dict[str, Any], meant: di
 
 def test_files_that_people_write() -> None:
     """PyYAML reads 1e-3, without a point, as a string; JSON has no tuples."""
-    by_yaml = yaml.safe_load("{lr: 1e-3, betas: '(0.9, 0.95)', statistics_interval: 1e1, root_interval: 5.0e+1}")
-    by_json = json.loads('{"lr": "1e-3", "betas": [0.9, 0.95], "statistics_interval": 10.0, "root_interval": "50"}')
+    by_yaml = yaml.safe_load("{lr: 1e-3, betas: '(0.9, 0.95)', statistics_interval: 1e1, max_failures: 5.0e+1}")
+    by_json = json.loads('{"lr": "1e-3", "betas": [0.9, 0.95], "statistics_interval": 10.0, "max_failures": "50"}')
     for options in (by_yaml, by_json):
         group = Shampoo4([matrix()], **options).param_groups[0]
         assert [group[name] for name in options] == [0.001, (0.9, 0.95), 10, 50]
         state = Shampoo4([matrix()], **options).state_dict()
-        assert json.loads(json.dumps(state["param_groups"]))[0]["root_interval"] == 50
+        assert json.loads(json.dumps(state["param_groups"]))[0]["max_failures"] == 50
 
 
 def test_a_learning_rate_that_is_a_tensor_stays_it() -> None:

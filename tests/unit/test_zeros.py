@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sharded_shampoo4 import Shampoo4, checkpoint, state_dict
 
-FAST = {"statistics_interval": 3, "root_interval": 6}
+FAST: dict[str, Any] = {"method": "shampoo", "statistics_interval": 3, "root_interval": 6}
 OPTIONS: dict[str, dict[str, Any]] = {
     "default": {},
     "8 bits": {"bits": 8},
@@ -23,9 +23,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "naive, float32 refreshes": {"quantize": "preconditioner", "refresh_dtype": "float32"},
     "dynamic tree": {"codebook": "dynamic_tree"},
     "normal": {"codebook": "normal"},
-    "compact": Shampoo4.compact_settings(),
-    "compact, 3 bits": {**Shampoo4.compact_settings(), "bits": 3},
-    "compact, 8 bits": {**Shampoo4.compact_settings(), "bits": 8},
+    "compact": {"preset": "shampoo-compact"},
+    "compact, 3 bits": {"preset": "shampoo-compact", "bits": 3},
+    "compact, 8 bits": {"preset": "shampoo-compact", "bits": 8},
     "implicit roots": {"root": "implicit"},
     "staggered": {"refresh": "staggered"},
     "blocks": {"max_preconditioner_dim": 100},

@@ -68,7 +68,7 @@ ARGUMENTS: dict[str, Any] = {
     "disable_tqdm": True,
     "use_cpu": True,
 }
-INTERVALS = {"statistics_interval": 2, "root_interval": 4}
+INTERVALS: dict[str, Any] = {"method": "shampoo", "statistics_interval": 2, "root_interval": 4}
 
 
 class Classifier(nn.Module):
