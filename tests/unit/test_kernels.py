@@ -39,7 +39,7 @@ BOUNDS = {
 OPERATORS = {(1, "default"): 523, (1, "compact"): 723, (8, "default"): 492, (8, "compact"): 572}
 
 # Of method="soap", by ranks: of an ordinary step and of one with refreshes.
-SOAP_BOUNDS = {1: (1_004, 2_244), 8: (448, 622)}
+SOAP_BOUNDS = {1: (1_004, 2_593), 8: (448, 668)}
 
 
 @pytest.fixture(params=BOUNDS, ids=lambda case: f"{case[0]} rank{'s' * (case[0] > 1)}, {case[1]}")
@@ -133,14 +133,16 @@ def test_staggered_steps_wait_at_the_end_of_an_interval_only() -> None:
 
 @pytest.mark.parametrize("world_size", slow_but_for([8], SOAP_BOUNDS))
 def test_steps_of_soap(world_size: int) -> None:
-    """An ordinary one waits for nothing and copies nothing, a refresh reads back one number for each order."""
+    """An ordinary one waits for nothing and copies nothing. A refresh reads back one number for each order of factors,
+    and one for each batch of them: whether QR must take what Cholesky factorizations cannot."""
     counted = count_soap_of_vit_b(world_size)
     for step, bound in zip((counted.ordinary, counted.refresh), SOAP_BOUNDS[world_size], strict=True):
         print(f"{world_size} ranks: {step.kernels} kernels, {step.operators} operators")
         assert bound / 2 < step.kernels <= bound, step.kernels_by.most_common(12)
         assert step.copies == 0
     assert counted.ordinary.synchronizations == 0, counted.ordinary.synchronizations_by
-    assert counted.refresh.synchronizations <= 5, counted.refresh.synchronizations_by
+    batches = counted.refresh.kernels_by["linalg_cholesky_ex"] / 3
+    assert counted.refresh.synchronizations <= 5 + batches, counted.refresh.synchronizations_by
     if world_size > 1:
         assert counted.ordinary.host_collectives == counted.refresh.host_collectives == {"allreduce_": 2}
         assert counted.ordinary.collectives == counted.refresh.collectives == {"alltoall_base_": 6}, "no norms"

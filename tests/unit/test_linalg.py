@@ -1,0 +1,85 @@
+"""Orthogonal factors by Cholesky factorizations, which accelerators use: like those of QR, or known to have failed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support.directions import Directions, replayed
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from sharded_shampoo4.numerics import linalg
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def like_a_refresh(order: int, angle: float) -> Tensor:
+    """A V of two matrices A with eigenvalues over six orders of magnitude, and V ``angle`` from the eigenvectors."""
+    exact = torch.linalg.qr(random(2, order, order).double())[0]
+    average = (exact * torch.logspace(0, -6, order, dtype=torch.float64)) @ exact.mT
+    near = torch.linalg.qr(exact + angle / order**0.5 * random(2, order, order, seed=1).double())[0]
+    return (average @ near + 1e-6 * near).float()
+
+
+@pytest.mark.parametrize("angle", [0.0, 1e-3, 3e-2])
+@pytest.mark.parametrize("order", [3, 64, 300])
+def test_factors_are_those_of_qr(order: int, angle: float) -> None:
+    matrices = like_a_refresh(order, angle)
+    found, failed = linalg.cholesky_qr(matrices)
+    exact, upper = torch.linalg.qr(matrices.double())
+    exact *= upper.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
+    assert not failed.any()
+    torch.testing.assert_close(found.mT @ found, torch.eye(order).expand(2, -1, -1), rtol=0, atol=1e-5)
+    # Small columns are sums of large numbers, in which float32 has errors of its own.
+    own = torch.linalg.qr(matrices)[0] * torch.linalg.qr(matrices)[1].diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
+    assert (found - exact).abs().max() <= 4 * (own - exact).abs().max() + 1e-5
+
+
+def test_coordinates_without_gradients_stay_exact() -> None:
+    matrices = torch.zeros(1, 40, 40)
+    matrices[:, :30, :30] = like_a_refresh(30, 1e-2)[:1]
+    matrices[:, 30:, 30:] = 1e-9 * torch.eye(10)
+    found, failed = linalg.cholesky_qr(matrices)
+    assert not failed.any()
+    assert torch.equal(found[:, 30:, 30:], torch.eye(10).unsqueeze(0))
+    assert not found[:, 30:, :30].any() and not found[:, :30, 30:].any()
+
+
+def test_what_is_not_orthogonal_is_told() -> None:
+    low_rank = random(32, 3) @ random(3, 32, seed=1)
+    matrices = torch.stack([low_rank, torch.zeros(32, 32), torch.full((32, 32), torch.nan), torch.eye(32)])
+    assert linalg.cholesky_qr(matrices)[1].tolist() == [True, True, True, False]
+
+
+def test_failed_matrices_take_qr(monkeypatch: pytest.MonkeyPatch) -> None:
+    matrices = torch.cat([like_a_refresh(32, 1e-2), (random(32, 3) @ random(3, 32, seed=1)).unsqueeze(0)])
+    expected = linalg.qr(matrices)
+    monkeypatch.setattr(linalg, "_suits_cholesky", lambda _: True)
+    found = linalg.qr(matrices)
+    assert torch.equal(found[2], expected[2]) and not torch.equal(found[:2], expected[:2])
+    torch.testing.assert_close(found.abs(), expected.abs(), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("options", [{}, {"preset": "compact"}, {"bits": 32}], ids=str)
+def test_directions_are_those_of_qr(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Signs of eigenvectors do not matter: moments turn with them. Codes may round otherwise."""
+    shapes = [(96, 80), (130, 64)]
+
+    def directions() -> Directions:
+        return Directions(shapes, method="soap", **options, statistics_interval=2)
+
+    first, second, cosines = directions(), directions(), []
+    for gradients in replayed(shapes, 12):
+        expected = first.step(gradients)
+        with monkeypatch.context() as patch:
+            patch.setattr(linalg, "_suits_cholesky", lambda _: True)
+            found = second.step(gradients)
+        for one, other in zip(found, expected, strict=True):
+            assert one is not None and other is not None
+            cosines.append(float(cosine_similarity(one.flatten(), other.flatten(), dim=0)))
+    print(options, min(cosines))
+    assert min(cosines) > (0.9 if options.get("preset") else 0.99)
