@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import multiprocessing
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,14 @@ def test_the_best_rate_is_better_than_its_neighbors_and_runs_are_made_once(
     monkeypatch.setattr(contest, "run", lambda *_: pytest.fail("a run was made again"))
     with ThreadPoolExecutor(1) as pool:
         assert contest.Contest(TINY, tmp_path, pool).results(name, [0, 1]) == (lr, results)
+
+
+@pytest.mark.slow
+def test_workers_are_processes(tmp_path: Path) -> None:
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        first, second = contest.Contest(TASKS["gpt"], tmp_path, pool).train("shampoo4", [1e-3], [0, 1], 2)
+    assert first["losses"] != second["losses"] and len(first["losses"]) == len(second["losses"]) == 2
+    assert len(list((tmp_path / "gpt").glob("shampoo4-0.001-seed*-2steps.json"))) == 2
 
 
 def test_a_run_that_diverges_is_the_worst(tmp_path: Path) -> None:
