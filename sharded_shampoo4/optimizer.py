@@ -81,8 +81,8 @@ class Shampoo4(SavedStates):
         weight_decay: Weight decay of the base optimizer. (default: 0.0)
         preset: Options to begin with: "compact", the smallest state, with eigenbases in 4 bits; the "paper"'s, with
             method="shampoo"; "shampoo-compact", the smallest state with that method. An option that is given beside it
-            wins. One of "paper", "compact", "shampoo-compact". A group's own preset wins over the options of the call,
-            but not over those that the group gives itself. (default: None)
+            wins. One of "paper", "compact", "shampoo-compact". A group's preset overrides the options of the call, and
+            other options of the group override its preset. (default: None)
         precondition: Precondition the parameters; False leaves them to the base optimizer alone. (default: True)
         method: The update rule. "soap" is Adam in the coordinates of the eigenbases; the base optimizer keeps nothing
             of a preconditioned parameter. "shampoo" multiplies gradients by inverse roots, as the paper of 4-bit

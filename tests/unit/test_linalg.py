@@ -55,6 +55,19 @@ def test_what_is_not_orthogonal_is_told() -> None:
     assert linalg.cholesky_qr(matrices)[1].tolist() == [True, True, True, False]
 
 
+def test_factors_are_checked_where_the_solver_reports_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuSOLVER may go on with numbers that are not finite."""
+    exact = torch.linalg.cholesky_ex
+
+    def silent(matrices: Tensor) -> tuple[Tensor, Tensor]:
+        factor, info = exact(matrices)
+        return factor, torch.zeros_like(info)
+
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", silent)
+    matrices = torch.stack([torch.zeros(32, 32), torch.full((32, 32), torch.nan), torch.eye(32)])
+    assert linalg.cholesky_qr(matrices)[1].tolist() == [True, True, False]
+
+
 def test_failed_matrices_take_qr(monkeypatch: pytest.MonkeyPatch) -> None:
     matrices = torch.cat([like_a_refresh(32, 1e-2), (random(32, 3) @ random(3, 32, seed=1)).unsqueeze(0)])
     expected = linalg.qr(matrices)

@@ -61,7 +61,7 @@ def matrix() -> nn.Parameter:
     return nn.Parameter(torch.ones(8, 6))
 
 
-# The options of method="shampoo", and those that 3 and 4 bits bring with method="soap".
+# Options whose default depends on the method or the bits.
 OF_SHAMPOO: dict[str, Any] = {
     **DEFAULTS,
     **METHODS["shampoo"],

@@ -43,24 +43,31 @@ def test_options_in_the_trainer_s_optim_args(tmp_path: Path) -> None:
     assert {name: group[name] for name in expected} == expected
 
 
-def test_soap_in_the_trainer_s_optim_args(tmp_path: Path) -> None:
-    """Adam's options are those of the base: matrices have betas of their own, and their method's defaults."""
-    args = arguments(tmp_path)
-    args.optim_args = "method=soap, soap_betas=(0.9, 0.99), bits=4, momentum_dtype=int8"
-    factory, options = shampoo4(args)
-    group = factory()(nn.Linear(8, 6), **options).param_groups[0]
-    expected = {"method": "soap", "soap_betas": (0.9, 0.99), "bits": 4, "momentum_dtype": "int8", "betas": (0.8, 0.95)}
-    expected |= {"statistics_interval": DEFAULTS["statistics_interval"], "lr": 2e-3}
-    assert {name: group[name] for name in expected} == expected
+METHODS_AND_DEFAULTS = {
+    "method=soap, soap_betas=(0.9, 0.99), bits=4, momentum_dtype=int8": {
+        "method": "soap",
+        "soap_betas": (0.9, 0.99),
+        "bits": 4,
+        "momentum_dtype": "int8",
+        "statistics_interval": DEFAULTS["statistics_interval"],
+    },
+    "method=shampoo, statistics_interval=10, root_interval=50": {
+        **METHODS["shampoo"],
+        "method": "shampoo",
+        "statistics_interval": 10,
+        "root_interval": 50,
+    },
+}
 
 
-def test_shampoo_in_the_trainer_s_optim_args(tmp_path: Path) -> None:
+@pytest.mark.parametrize("written", METHODS_AND_DEFAULTS)
+def test_a_method_in_the_trainer_s_optim_args(written: str, tmp_path: Path) -> None:
+    """It has its own defaults. Adam's options are those of the base."""
     args = arguments(tmp_path)
-    args.optim_args = "method=shampoo, statistics_interval=10, root_interval=50"
+    args.optim_args = written
     factory, options = shampoo4(args)
     group = factory()(nn.Linear(8, 6), **options).param_groups[0]
-    expected = {**METHODS["shampoo"], "method": "shampoo", "statistics_interval": 10, "root_interval": 50}
-    expected |= {"betas": (0.8, 0.95), "lr": 2e-3}
+    expected = {**METHODS_AND_DEFAULTS[written], "betas": (0.8, 0.95), "lr": 2e-3}
     assert {name: group[name] for name in expected} == expected
 
 
