@@ -60,7 +60,10 @@ class Distributor:
             devices, dtypes = [m.device for m in self.matrices], [m.dtype for m in self.matrices]
             rounded = [matrix.options.exchange_dtype == "bfloat16" for matrix in self.matrices]
             self.exchange = Exchange(self.plan, ranks, devices, dtypes, rounded)
-        try_out(ranks, self.matrices)
+        twins = self.plan.twins[ranks.rank]
+        if twins:
+            ranks.join_twins(twins, self.exchange.device)
+        try_out(ranks, self.matrices, twins)
         self.has_stepped = False  # whether the base optimizer has made a step with this one
         self._replicas_differ = ranks.size > 1  # as far as is known
         self._present: tuple[bool, ...] = ()  # which parameters had a gradient on any rank in the last step
@@ -223,7 +226,7 @@ def _digest(values: Tensor) -> int:
     return int(values.contiguous().view(integers).sum(dtype=torch.int64))
 
 
-def try_out(ranks: Ranks, matrices: Sequence[Matrix]) -> None:
+def try_out(ranks: Ranks, matrices: Sequence[Matrix], twins: Sequence[int] = ()) -> None:
     """Try what might otherwise fail late, once for each device: memory, solvers, connections to all ranks; collective.
 
     A rank that fails raises on every rank, now and not after hours.
@@ -245,6 +248,12 @@ def try_out(ranks: Ranks, matrices: Sequence[Matrix]) -> None:
             receive, send = torch.zeros(ranks.size, device=device), torch.zeros(ranks.size, device=device)
         if ranks.size > 1:
             work = ranks.start_all_to_all(receive, send, each, each)
+            with ranks.explaining():
+                work.wait()
+        if twins:
+            with ranks.together():
+                joined = torch.zeros(len(twins), device=device)
+            work = ranks.start_all_gather(joined, send[:1], twins)
             with ranks.explaining():
                 work.wait()
         ranks.tried.add(device)

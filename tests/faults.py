@@ -39,8 +39,8 @@ offset of a piece: planning/plan.py
 - column=piece.column - block.column)
 + column=0)
 
-pieces as one: planning/routes.py
-- step == side[start + 1].offset - side[start].offset
+pieces as one: planning/copies.py
+- step == second.offset - first.offset
 + True
 
 graft norm: grafting.py

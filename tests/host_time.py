@@ -1,12 +1,13 @@
 """How long the host is busy with an ordinary step: in Python and in PyTorch, without the kernels.
 
-    python tests/host_time.py                  # ViT-B in one process and on one of 8 ranks under FSDP2
-    python tests/host_time.py --profile 30     # and the functions that take longest
+    python tests/host_time.py                            # ViT-B in one process and on one of 8 ranks under FSDP2
+    python tests/host_time.py --model llama --ranks 64   # Llama-2-7B on one of 64
+    python tests/host_time.py --profile 30               # and the functions that take longest
 
-ViT-B's parameters with sides of 1/32 of their lengths, blocks and batches likewise: as many blocks, batches and pieces
-as there really are, but kernels that take next to no time. An ordinary step is one with inverse roots in which neither
-statistics nor roots are due. The base is AdamW with ``foreach``, whose own time is shown beside it. Times are processor
-time of this process in ms, the least of many steps; other programs on the machine still prolong it.
+The model's parameters with sides of 1/32 of their lengths, blocks and batches likewise: as many blocks, batches and
+pieces as there really are, but kernels that take next to no time. Batches are those of an accelerator. An ordinary step
+is one without a refresh. The base is AdamW with ``foreach``; AdamW's time for all parameters is shown beside it.
+Times are processor time of this process in ms, the least of many steps; other programs on the machine still prolong it.
 """
 
 from __future__ import annotations
@@ -20,17 +21,27 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from support.meta_steps import RANK, VIT_B, FakeRanks
+from support.meta_steps import LLAMA_7B, VIT_B, FakeRanks
 from torch import nn
 
 from sharded_shampoo4 import Shampoo4
-from sharded_shampoo4.planning import plan
+from sharded_shampoo4.comm.ranks import Ranks
+from sharded_shampoo4.planning import copies, plan
 
-SHRINK = 32  # of a side; 4-bit factors from the order that is 64 / SHRINK on
-OPTIONS: dict[str, Any] = {
-    "max_preconditioner_dim": 1024 // SHRINK, "quant_block_size": 64 // SHRINK, "min_quant_numel": 4,
-    "method": "shampoo", "scratch_mib": 1, "statistics_interval": 100, "root_interval": 100, "interval_warmup": False,
-}  # fmt: skip
+SHRINK = 32  # of a side; quantized factors from the order that is 64 / SHRINK on
+METHODS: dict[str, dict[str, Any]] = {
+    "soap": {"max_preconditioner_dim": 256 // SHRINK},
+    "shampoo": {"max_preconditioner_dim": 1024 // SHRINK, "root_interval": 100},
+}
+SCRATCH_MIB = 2048  # an accelerator's
+MODELS = {"vit": VIT_B, "llama": LLAMA_7B}
+
+
+class NoWork:
+    """Stands for a collective that has been started."""
+
+    def wait(self) -> None:
+        """Return at once."""
 
 
 def shrunk(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -56,15 +67,20 @@ def set_gradients(parameters: Mapping[str, nn.Parameter]) -> None:
         parameter.grad = torch.ones_like(parameter)
 
 
-def measure(parameters: Mapping[str, nn.Parameter], rounds: int, shown: int) -> dict[str, float]:
+def measure(parameters: Mapping[str, nn.Parameter], method: str, rounds: int, shown: int) -> dict[str, float]:
     """Times of this rank's steps, and Python function calls of one."""
     adamw = torch.optim.AdamW(parameters.values(), foreach=True)
-    optimizer = Shampoo4(parameters.items(), foreach=True, **OPTIONS)
+    optimizer = Shampoo4(
+        parameters.items(), foreach=True, method=method, quant_block_size=64 // SHRINK, min_quant_numel=4,
+        scratch_mib=1, statistics_interval=100, interval_warmup=False, **METHODS[method],
+    )  # fmt: skip
     found = {"AdamW": least(adamw.step, parameters, rounds)}
-    found["before roots"] = least(optimizer.step, parameters, 98)
-    least(optimizer.step, parameters, 2)  # the last with statistics and roots
+    least(optimizer.step, parameters, 100)  # the last with a refresh
     gc.disable()
     found["ordinary"] = least(optimizer.step, parameters, rounds)
+    optimizer.base.step = lambda *_: None  # type: ignore[method-assign]
+    found["without base"] = least(optimizer.step, parameters, rounds)
+    del optimizer.base.step
     set_gradients(parameters)
     with cProfile.Profile() as profile:
         optimizer.step()
@@ -78,23 +94,32 @@ def measure(parameters: Mapping[str, nn.Parameter], rounds: int, shown: int) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="vit", help="ViT-B or Llama-2-7B (vit)")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 8], help="numbers of ranks (1 8)")
+    parser.add_argument("--method", choices=METHODS, default="soap", help="Shampoo4's method (soap)")
     parser.add_argument("--rounds", type=int, default=60, help="steps of which the fastest counts (60, at most 90)")
     parser.add_argument("--profile", type=int, default=0, help="functions to show, longest first (0)")
     flags = parser.parse_args()
     torch.set_num_threads(1)
-    plan.BATCH_ELEMENTS_PER_MIB = plan.BATCH_ELEMENTS_PER_MIB * 256 // SHRINK**2  # of 1 MiB instead of 256
-    shapes = {name: shrunk(shape) for name, shape in VIT_B.items()}
-    alone = {name: nn.Parameter(torch.ones(shape)) for name, shape in shapes.items()}
-    show("1 rank", measure(alone, flags.rounds, flags.profile))
-    with FakeRanks(RANK, 8, shapes, "cpu") as ranks:
-        show("rank 3 of 8", measure(ranks.parameters(), flags.rounds, flags.profile))
+    plan.BATCH_ELEMENTS_PER_MIB = plan.BATCH_ELEMENTS_PER_MIB * SCRATCH_MIB // SHRINK**2  # for scratch_mib=1
+    copies.SHORTEST_ROW //= SHRINK
+    copies.LARGE_COPY //= SHRINK**2
+    Ranks.start_all_to_all = lambda *_: NoWork()  # type: ignore[method-assign,assignment,return-value]
+    shapes = {name: shrunk(shape) for name, shape in MODELS[flags.model].items()}
+    for size in flags.ranks:
+        if size == 1:
+            alone = {name: nn.Parameter(torch.ones(shape)) for name, shape in shapes.items()}
+            show("1 rank", measure(alone, flags.method, flags.rounds, flags.profile))
+            continue
+        with FakeRanks(size // 3 + 1, size, shapes, "cpu") as ranks:
+            show(f"one of {size} ranks", measure(ranks.parameters(), flags.method, flags.rounds, flags.profile))
 
 
 def show(who: str, found: Mapping[str, float]) -> None:
-    own = found["ordinary"] - found["AdamW"]
     print(
-        f"{who}: {found['ordinary']:.2f} ms, {own:.2f} of them not AdamW's; before the first roots "
-        f"{found['before roots']:.2f} ms; {found['calls']:.0f} calls of functions"
+        f"{who}: {found['ordinary']:.2f} ms, {found['without base']:.2f} of them without the base, "
+        f"{found['calls']:.0f} calls of functions; AdamW {found['AdamW']:.2f} ms",
+        flush=True,
     )
 
 

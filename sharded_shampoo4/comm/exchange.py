@@ -1,7 +1,9 @@
 """Carries a plan out: gradients to the owners of blocks, directions back, batch by batch.
 
-Both ways go through ``all_to_all_single``. While one batch is computed, the gradients of the next and the directions of
-the previous one are under way: memory in flight is that of two batches each way, whatever the size of the model.
+Both ways go through ``all_to_all_single``. Under DDP and HSDP directions go to the owner's replica only, and an
+``all_gather`` among the ranks with equal shards brings them to the others. While one batch is computed, the gradients
+of the next and the directions of the previous one are under way: memory in flight is that of two batches each way,
+whatever the size of the model.
 """
 
 from __future__ import annotations
@@ -15,8 +17,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..labels import label
+from ..planning.copies import Copies
 from ..planning.plan import Plan
-from ..planning.routes import Part, Routes, Slots, Way
+from ..planning.routes import Part, Routes, Way
 from .ranks import DeferredErrors, Ranks
 
 
@@ -67,6 +70,7 @@ class Exchange:
         self.plan = plan
         self.ranks = ranks
         self.devices = devices
+        self.device = devices[0] if devices else torch.device("cpu")  # of messages; without matrices there are none
         self.dtypes = dtypes
         self.rounded = rounded
         self.wire = wire_dtype(dtypes, rounded)
@@ -120,8 +124,11 @@ class Exchange:
             way = arrived.part.directions
             rounded = self._errors.attempt(self._round, arrived.part, directions)
             batch = [] if rounded is None else [rounded]
-            self._errors.attempt(_copy_here, way, batch, self._targets)
-            self._returning = self._post(way, batch)
+            if way.shared is None:
+                self._errors.attempt(way.here.run, batch, self._targets)
+                self._returning = self._post(way, batch)
+            else:
+                self._returning = self._share(way, batch)
 
     # -- gradients -----------------------------------------------------------------------------------------------------
 
@@ -139,7 +146,7 @@ class Exchange:
         matrix, block = self.plan.blocks[part.blocks[0]]
         shape = (len(part.blocks), block.rows, block.columns)
         gradients = torch.empty(shape, dtype=self.dtypes[matrix], device=self.devices[matrix])
-        _copy_here(part.gradients, shards, [gradients])
+        part.gradients.here.run(shards, [gradients])
         return gradients
 
     def _round(self, part: Part, batch: Tensor | None) -> Tensor | None:
@@ -149,24 +156,38 @@ class Exchange:
 
     # -- messages ------------------------------------------------------------------------------------------------------
 
-    def _post(self, way: Way, sources: Sequence[Tensor]) -> _Message:
+    def _post(self, way: Way, sources: Sequence[Tensor], receive: Tensor | None = None) -> _Message:
         """Start to send what goes from ``sources`` to other ranks, and to receive what they send."""
         if self.ranks.size == 1:
-            return _Message(way.incoming, None, self.ranks)
-        device = self.devices[0]
-        send = self._errors.attempt(self._pack, way.outgoing, sources)
+            return _Message(way.unpack, None, self.ranks)
+        send = self._errors.attempt(self._pack, way, sources)
         if send is None:
-            send = torch.zeros(way.outgoing.elements, dtype=self.wire, device=device)
-        receive = self._errors.buffer(lambda: torch.empty(way.incoming.elements, dtype=self.wire, device=device))
+            send = torch.zeros(sum(way.sent), dtype=self.wire, device=self.device)
+        if receive is None:
+            receive = self._buffer(sum(way.received))
         self.ranks.bytes_sent += send.numel() * send.element_size()
         work = self.ranks.start_all_to_all(receive, send, way.received, way.sent)
-        return _Message(way.incoming, work, self.ranks, receive, send)
+        return _Message(way.unpack, work, self.ranks, receive, send)
 
-    def _pack(self, slots: Slots, sources: Sequence[Tensor]) -> Tensor:
-        views = slots.views(sources)
-        packed = torch.empty(slots.elements, dtype=self.wire, device=views[0].device if views else self.devices[0])
-        _copy(slots.cut(packed), views)
-        return packed.to(self.devices[0])
+    def _share(self, way: Way, batch: Sequence[Tensor]) -> _Message:
+        """Bring directions to this replica, and start to share what this rank has of them with its twins."""
+        assert way.shared is not None
+        twins = self.plan.twins[self.ranks.rank]
+        own, joined = self._buffer(way.shared), self._buffer(way.shared * len(twins))
+        self._errors.attempt(way.here.run, batch, [own])
+        if len(twins) < self.ranks.size:
+            self._post(way, batch, own[: sum(way.received)]).wait()
+        self.ranks.bytes_sent += own.numel() * own.element_size() * (len(twins) - 1)
+        return _Message(way.unpack, self.ranks.start_all_gather(joined, own, twins), self.ranks, joined, own)
+
+    def _buffer(self, elements: int) -> Tensor:
+        return self._errors.buffer(lambda: torch.empty(elements, dtype=self.wire, device=self.device))
+
+    def _pack(self, way: Way, sources: Sequence[Tensor]) -> Tensor:
+        device = sources[0].device if sources else self.device
+        packed = torch.empty(sum(way.sent), dtype=self.wire, device=device)
+        way.pack.run(sources, [packed])
+        return packed.to(self.device)
 
     def _finish(self, message: _Message) -> None:
         """Wait for directions, and write them to their targets."""
@@ -175,17 +196,17 @@ class Exchange:
 
 
 class _Message:
-    """Elements that arrive from all other ranks, for the places in ``slots``; without ``work``, nothing does."""
+    """Elements that arrive from other ranks, and where they go; without ``work``, none do."""
 
     def __init__(
         self,
-        slots: Slots,
+        copies: Copies,
         work: dist.Work | None,
         ranks: Ranks,
         received: Tensor | None = None,
         sent: Tensor | None = None,
     ) -> None:
-        self._slots = slots
+        self._copies = copies
         self._work = work
         self._ranks = ranks
         self._received = received
@@ -198,17 +219,5 @@ class _Message:
 
     def write(self, targets: Sequence[Tensor]) -> None:
         """Put what has arrived into its places in ``targets``."""
-        if self._received is not None and self._slots:
-            views = self._slots.views(targets)
-            _copy(views, self._slots.cut(self._received.to(views[0].device)))
-
-
-def _copy_here(way: Way, sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
-    """Copy the pieces that stay on this rank."""
-    before, after = way.here
-    _copy(after.views(targets), before.views(sources))
-
-
-def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
-    if targets:
-        torch._foreach_copy_(targets, sources)
+        if self._received is not None and self._copies:
+            self._copies.run([self._received.to(targets[0].device)], targets)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 _HOST_GROUPS: weakref.WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = weakref.WeakKeyDictionary()
 _COUNTS_OF_OUR_GROUPS = 1_000_000  # more groups of the same ranks than a program makes
-_MADE: weakref.WeakKeyDictionary[dist.ProcessGroup, int] = weakref.WeakKeyDictionary()  # host groups beside a group
+_MADE: weakref.WeakKeyDictionary[dist.ProcessGroup, int] = weakref.WeakKeyDictionary()  # groups made beside a group
 
 
 def host_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
@@ -39,9 +39,19 @@ def is_alive(group: dist.ProcessGroup) -> bool:
 
 def new_host_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
     """A gloo group of the same ranks, which waits for a rank that has died as long as ``group`` does; collective."""
-    number, ranks, timeout = _MADE.get(group, 0), dist.get_process_group_ranks(group), _timeout(group)
+    return new_group(group, dist.get_process_group_ranks(group), "gloo")
+
+
+def new_group(group: dist.ProcessGroup, members: Sequence[int], backend: str) -> dist.ProcessGroup:
+    """A group of some ranks of ``group``, which are the ``members``, by their ranks among all processes; collective.
+
+    All ranks of ``group`` call it together, each with the members of its own new group.
+    """
+    number, timeout = _MADE.get(group, 0), _timeout(group)
     with _same_name(group, number, timeout):
-        made: dist.ProcessGroup = dist.new_group(ranks, timeout=timeout, backend="gloo", use_local_synchronization=True)
+        made: dist.ProcessGroup = dist.new_group(
+            list(members), timeout=timeout, backend=backend, use_local_synchronization=True
+        )
     _MADE[group] = number + 1
     return made
 

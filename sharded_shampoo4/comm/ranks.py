@@ -59,6 +59,7 @@ class Ranks:
         self.size = dist.get_world_size(group) if group is not None else 1
         self.rank = dist.get_rank(group) if group is not None else 0
         self.tried: set[torch.device] = set()
+        self._twins: dict[tuple[tuple[int, ...], str], dist.ProcessGroup] = {}  # by their ranks and backend
         self.host_group: dist.ProcessGroup | None = None
         self._number = 0  # counts the optimizers on a group: the same on every rank
         if group is not None:
@@ -187,6 +188,29 @@ class Ranks:
                 receive, send, sizes, sent, group=self.on(send.device), async_op=True
             )
             return work
+
+    def join_twins(self, twins: Sequence[int], device: torch.device) -> None:
+        """Make the group for :meth:`start_all_gather` among ``twins``, if it is not there yet; collective."""
+        key = tuple(twins), self._backend(device)
+        if self.group is None or not 0 < len(twins) < self.size or key in self._twins:
+            return
+        with self.explaining():
+            members = [dist.get_global_rank(self.group, rank) for rank in twins]
+            self._twins[key] = groups.new_group(self.group, members, key[1])
+
+    def start_all_gather(self, joined: Tensor, own: Tensor, twins: Sequence[int]) -> dist.Work:
+        """Start to put what each of the ranks ``twins`` has as ``own`` one after another into ``joined``."""
+        whole = len(twins) == self.size
+        group = self.on(own.device) if whole else self._twins[tuple(twins), self._backend(own.device)]
+        with self.explaining():
+            work: dist.Work = dist.all_gather_into_tensor(joined, own, group=group, async_op=True)
+            return work
+
+    def _backend(self, device: torch.device) -> str:
+        """The backend of :meth:`on`."""
+        if self.group is None or device.type == "cpu":
+            return "gloo"
+        return groups.serves(self.group, device) or "gloo"
 
     # -- on the host ---------------------------------------------------------------------------------------------------
 

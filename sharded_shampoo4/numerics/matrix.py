@@ -80,8 +80,8 @@ class Matrix:
     def intervals(self) -> Intervals:
         """Those in force at this step; no roots with method="soap"."""
         options = self.options
-        found = intervals_at(self.step, options.statistics_interval, options.root_interval, options.interval_warmup)
-        return found._replace(root=0) if self.is_soap else found
+        root = 0 if self.is_soap else options.root_interval
+        return intervals_at(self.step, options.statistics_interval, root, options.interval_warmup)
 
     def like(self, other: Matrix) -> bool:
         """Whether the same factors serve both, at the same steps."""

@@ -39,7 +39,7 @@ class PlannedMatrix:
     scratch_mib: int = 256
     phases: Phases = field(default_factory=dict)
 
-    @property
+    @cached_property
     def replicas(self) -> int:
         """How many complete copies there are."""
         return len({shard.replica for shard in self.shards if shard.start < shard.stop})
@@ -126,6 +126,37 @@ class Plan:
     def owner_of(self) -> dict[Owned, int]:
         return dict(zip(self.blocks, self.owners, strict=True))
 
+    @cached_property
+    def twins(self) -> list[list[int]]:
+        """For each rank, the ranks with the same shards, one in each replica; empty unless all ranks have such twins.
+
+        They may get the directions of all replicas from one another.
+        """
+        alike: dict[Hashable, list[int]] = defaultdict(list)
+        for rank in self._everyone:
+            alike[tuple(matrix.shards[rank][:2] for matrix in self.matrices)].append(rank)
+        replicas = {rank: {matrix.shards[rank].replica for matrix in self.matrices} for rank in self._everyone}
+        found = set().union(*replicas.values())
+        have_twins = len(found) > 1 and all(
+            len(twins) == len(found)
+            and all(len(replicas[rank]) == 1 for rank in twins)
+            and set().union(*(replicas[rank] for rank in twins)) == found
+            for twins in alike.values()
+        )
+        by_rank = {rank: twins for twins in alike.values() for rank in twins}
+        return [by_rank[rank] if have_twins else [] for rank in self._everyone]
+
+    def mates(self, rank: int) -> list[int]:
+        """The ranks of a rank's replica, itself among them."""
+        return [other for other in self._everyone if self._replica(other) == self._replica(rank)]
+
+    def _replica(self, rank: int) -> int:
+        return self.matrices[0].shards[rank].replica
+
+    @property
+    def _everyone(self) -> range:
+        return range(self.world_size)
+
     def _assign_owners(self, others: Work) -> tuple[list[int], Work]:
         """Longest processing time first: an owner for each block, and the work that this adds.
 
@@ -164,8 +195,11 @@ class Plan:
         batches = []
         for members in alike.values():
             rows, columns = members[0].block.rows, members[0].block.columns
-            most = BATCH_ELEMENTS_PER_MIB * self.matrices[members[0].matrix].scratch_mib
-            size = max(1, most // (rows * rows + columns * columns + 2 * rows * columns))
+            matrix = self.matrices[members[0].matrix]
+            most = BATCH_ELEMENTS_PER_MIB * matrix.scratch_mib
+            # A rank computes its own batch, and receives the directions of as many batches as there are replicas.
+            needed = max(rows * rows + columns * columns + 2 * rows * columns, matrix.replicas * rows * columns)
+            size = max(1, most // needed)
             batches += [members[start : start + size] for start in range(0, len(members), size)]
         return batches
 
@@ -192,16 +226,36 @@ class Plan:
         return [self.work[rank, None] for rank in range(self.world_size)]
 
     def elements_sent(self) -> list[int]:
-        """Elements that every rank sends in a step in which all blocks take part: gradients, and directions back."""
-        sent = [0] * self.world_size
+        """Elements that every rank sends in a step in which all blocks take part: gradients, and directions back.
+
+        Ranks with equal shards share directions: what each has is sent once for each of the others, filled up to the
+        longest.
+        """
+        sent, shared = [0] * self.world_size, self.elements_shared()
         for (index, block), owner in zip(self.blocks, self.owners, strict=True):
             shards = self.matrices[index].shards
             for holder, count in self._holders[index].elements(block).items():
                 if holder != owner:
-                    sent[owner] += count
-                    if shards[holder].replica == shards[owner].replica:
-                        sent[holder] += count
+                    is_mate = shards[holder].replica == shards[owner].replica
+                    sent[owner] += count * (is_mate or not self.twins[owner])
+                    sent[holder] += count * is_mate
+        for counts in shared:
+            for rank, count in enumerate(counts):
+                sent[rank] += count * (len(self.twins[rank]) - 1)
         return sent
+
+    def elements_shared(self) -> list[list[int]]:
+        """For each round, the elements of directions that each rank gives to all of its twins."""
+        rounds = []
+        for number in range(self.rounds if self.twins[0] else 0):
+            held = [0] * self.world_size
+            for owner, batches in enumerate(self.batches):
+                for index, block in batches[number] if number < len(batches) else []:
+                    shards = self.matrices[index].shards
+                    for holder, count in self._holders[index].elements(block).items():
+                        held[holder] += count * (shards[holder].replica == shards[owner].replica)
+            rounds.append([max(held[twin] for twin in self.twins[rank]) for rank in self._everyone])
+        return rounds
 
 
 def _work(block: Block) -> int:

@@ -1,54 +1,16 @@
-"""What a rank copies, sends and receives in each round of a plan, as strided views that are worked out once.
+"""What a rank copies, sends and receives in each round of a plan, worked out once.
 
-A piece is a rectangle of a block, and lies in a shard of its matrix as well as in a batch of blocks. Pieces that follow
-one another in both, such as the blocks of a matrix that is cut by rows, are copied as one.
+A piece is a rectangle of a block. It stands in a shard of its matrix, in a batch of blocks, and in a message, where
+pieces follow one another. ``copies.py`` brings pieces from one of these places to another.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
-from torch import Tensor
-
+from .copies import Copies, Piece
 from .plan import Incoming, Outgoing, Owned, Plan
-
-
-class Slot(NamedTuple):
-    """Where elements stand in one of several tensors: arguments of ``as_strided``, from the tensor's start on."""
-
-    tensor: int
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-    offset: int
-
-
-class Slots:
-    """Where the parts of a message stand, in the order of the message."""
-
-    def __init__(self, slots: Sequence[Slot]) -> None:
-        self._slots = tuple(slots)
-        self._counts = [math.prod(slot.size) for slot in slots]
-        self._sizes = [None if len(slot.size) == 1 else slot.size for slot in slots]
-        self.elements = sum(self._counts)
-
-    def __bool__(self) -> bool:
-        return bool(self._slots)
-
-    def views(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The parts, as views of the contiguous ``tensors``."""
-        found = []
-        for index, size, stride, offset in self._slots:
-            tensor = tensors[index]
-            found.append(tensor.as_strided(size, stride, tensor.storage_offset() + offset))
-        return found
-
-    def cut(self, message: Tensor) -> list[Tensor]:
-        """The parts of a vector that holds them one after another."""
-        parts = message.split(self._counts)
-        return [part if size is None else part.view(size) for part, size in zip(parts, self._sizes, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -58,16 +20,19 @@ class Way:
     Attributes:
         sent: elements for each rank, this one left out.
         received: elements from each rank, this one left out.
-        outgoing: where they stand before, rank by rank.
-        incoming: where they are to stand, rank by rank.
-        here: where pieces stand that stay on this rank, and where they are to stand.
+        pack: from where pieces stand to the message for other ranks.
+        unpack: from the message of other ranks to where pieces are to stand; of ``shared``, if there is one.
+        here: pieces that stay on this rank; to their place in what is ``shared``, if there is that.
+        shared: elements that each of the ranks with equal shards gives to all of them: what it has received, what
+            stays here, and zeros up to the longest. None: a rank gets everything in its own message.
     """
 
     sent: list[int]
     received: list[int]
-    outgoing: Slots
-    incoming: Slots
-    here: tuple[Slots, Slots]
+    pack: Copies
+    unpack: Copies
+    here: Copies
+    shared: int | None = None
 
 
 @dataclass(frozen=True)
@@ -118,100 +83,101 @@ class Routes:
         chosen = [position for position, owned in enumerate(mine) if active[owned.matrix]]
         place = {position: index for index, position in enumerate(chosen)}
 
-        def in_shards(wanted: Callable[[Outgoing], bool]) -> list[list[_Piece]]:
+        def in_shards(wanted: Callable[[Outgoing], bool]) -> list[list[Piece]]:
             return [[self._in_shard(piece) for piece in pieces if wanted(piece)] for pieces in whole.to_owner]
 
-        def in_batch(wanted: Callable[[Incoming], bool]) -> list[list[_Piece]]:
+        def in_batch(wanted: Callable[[Incoming], bool]) -> list[list[Piece]]:
             return [
                 [_in_batch(piece, place[piece.position], mine) for piece in pieces if wanted(piece)]
                 for pieces in whole.from_holder
             ]
 
+        shares = bool(self._plan.twins[self._rank])
+        back = in_batch(
+            lambda piece: (
+                piece.position in place
+                and directed[mine[piece.position].matrix]
+                and (piece.gives_gradient or not shares)
+            )
+        )
+        gradients = self._way(
+            in_shards(lambda piece: active[piece.matrix] and piece.gives_gradient),
+            in_batch(lambda piece: piece.position in place and piece.gives_gradient),
+        )
+        returned = in_shards(lambda piece: directed[piece.matrix])
         return Part(
             number,
             chosen,
             tuple(self._numbers[mine[position]] for position in chosen),
-            self._way(
-                in_shards(lambda piece: active[piece.matrix] and piece.gives_gradient),
-                in_batch(lambda piece: piece.position in place and piece.gives_gradient),
-            ),
-            self._way(
-                in_batch(lambda piece: piece.position in place and directed[mine[piece.position].matrix]),
-                in_shards(lambda piece: directed[piece.matrix]),
-            ),
+            gradients,
+            self._shared_way(back, returned) if shares else self._way(back, returned),
         )
 
-    def _way(self, before: list[list[_Piece]], after: list[list[_Piece]]) -> Way:
+    def _way(self, before: list[list[Piece]], after: list[list[Piece]]) -> Way:
         """The way of pieces, listed for each other rank, from where they stand ``before`` to where ``after``."""
-        here = _slots(before[self._rank], after[self._rank])
+        here = Copies(before[self._rank], after[self._rank])
         before[self._rank], after[self._rank] = [], []
+        leaving, coming = _joined(before), _joined(after)
         return Way(
             [_elements(pieces) for pieces in before],
             [_elements(pieces) for pieces in after],
-            _slots([piece for pieces in before for piece in pieces])[0],
-            _slots([piece for pieces in after for piece in pieces])[0],
-            (here[0], here[1]),
+            Copies(leaving, _in_message(leaving)),
+            Copies(_in_message(coming), coming),
+            here,
         )
 
-    def _in_shard(self, outgoing: Outgoing) -> _Piece:
+    def _shared_way(self, before: list[list[Piece]], after: list[list[Piece]]) -> Way:
+        """The way of directions where ranks with equal shards share what each has from the owners of its replica.
+
+        ``before`` has the pieces for this replica, ``after`` those from the owners of all replicas.
+        """
+        twins = self._plan.twins[self._rank]
+        parts = []
+        for twin in twins:  # what it receives, in order of the ranks, then what it has itself
+            mates = [rank for rank in self._plan.mates(twin) if rank != twin]
+            parts.append([*_joined([after[rank] for rank in mates]), *after[twin]])
+        longest = max(map(_elements, parts))
+        coming = [_in_message(part, index * longest) for index, part in enumerate(parts)]
+        mates = self._plan.mates(self._rank)
+        received = [_elements(pieces) if rank in mates else 0 for rank, pieces in enumerate(after)]
+        received[self._rank] = 0
+        staying = before[self._rank]
+        here = Copies(staying, _in_message(staying, sum(received)))
+        before[self._rank] = []
+        leaving = _joined(before)
+        return Way(
+            [_elements(pieces) for pieces in before],
+            received,
+            Copies(leaving, _in_message(leaving)),
+            Copies(_joined(coming), _joined(parts)),
+            here,
+            longest,
+        )
+
+    def _in_shard(self, outgoing: Outgoing) -> Piece:
         matrix, piece = self._plan.matrices[outgoing.matrix], outgoing.piece
         width, start = matrix.shape[1], matrix.shards[self._rank].start
-        return _Piece(outgoing.matrix, piece.rows, piece.columns, width, piece.row * width + piece.column - start)
+        return Piece(outgoing.matrix, piece.rows, piece.columns, width, piece.row * width + piece.column - start)
 
 
-class _Piece(NamedTuple):
-    """A rectangle in one of several tensors, whose rows are ``width`` elements apart, the first at ``offset``."""
-
-    tensor: int
-    rows: int
-    columns: int
-    width: int
-    offset: int
-
-
-def _in_batch(incoming: Incoming, place: int, mine: Sequence[Owned]) -> _Piece:
+def _in_batch(incoming: Incoming, place: int, mine: Sequence[Owned]) -> Piece:
     block, piece = mine[incoming.position].block, incoming.piece
     offset = (place * block.rows + piece.row) * block.columns + piece.column
-    return _Piece(0, piece.rows, piece.columns, block.columns, offset)
+    return Piece(0, piece.rows, piece.columns, block.columns, offset)
 
 
-def _slots(*sides: list[_Piece]) -> list[Slots]:
-    """The places of the same pieces on one or two sides; on all sides they are of the same sizes."""
-    found: list[list[Slot]] = [[] for _ in sides]
-    start, count = 0, len(sides[0])
-    for stop in range(1, count + 1):
-        if stop < count and all(_continues(side, start, stop) for side in sides):
-            continue
-        runs = [side[start:stop] for side in sides]
-        flat = all(map(_is_dense, runs))
-        for slots, run in zip(found, runs, strict=True):
-            slots.append(_slot(run, flat))
-        start = stop
-    return [Slots(slots) for slots in found]
+def _in_message(pieces: Sequence[Piece], start: int = 0) -> list[Piece]:
+    """Where pieces stand one after another in a vector, from ``start`` on."""
+    found = []
+    for piece in pieces:
+        found.append(Piece(0, piece.rows, piece.columns, piece.columns, start))
+        start += piece.rows * piece.columns
+    return found
 
 
-def _continues(side: list[_Piece], start: int, index: int) -> bool:
-    """Whether the piece at ``index`` lies behind those from ``start`` on as they lie behind one another."""
-    step = side[index].offset - side[index - 1].offset
-    return side[index][:4] == side[start][:4] and step > 0 and step == side[start + 1].offset - side[start].offset
+def _joined(lists: Sequence[Sequence[Piece]]) -> list[Piece]:
+    return [piece for pieces in lists for piece in pieces]
 
 
-def _step(run: list[_Piece]) -> int:
-    return run[1].offset - run[0].offset if len(run) > 1 else 0
-
-
-def _is_dense(run: list[_Piece]) -> bool:
-    first = run[0]
-    rows_touch = first.rows == 1 or first.columns == first.width
-    return rows_touch and (len(run) == 1 or _step(run) == first.rows * first.columns)
-
-
-def _slot(run: list[_Piece], flat: bool) -> Slot:
-    tensor, rows, columns, width, offset = run[0]
-    if flat:
-        return Slot(tensor, (len(run) * rows * columns,), (1,), offset)
-    return Slot(tensor, (len(run), rows, columns), (_step(run), width, 1), offset)
-
-
-def _elements(pieces: list[_Piece]) -> int:
+def _elements(pieces: Sequence[Piece]) -> int:
     return sum(piece.rows * piece.columns for piece in pieces)

@@ -33,7 +33,7 @@ class Intervals(NamedTuple):
 
 @functools.lru_cache(maxsize=4096)
 def intervals_at(step: int, statistics: int, root: int, warmup: bool) -> Intervals:
-    """The intervals in force at a ``step``, of those that were asked for.
+    """The intervals in force at a ``step``, of those that were asked for; with ``root`` 0 there are no roots.
 
     With ``warmup`` they begin at 5 steps and double until they are what was asked for: statistics as long as four
     intervals have not passed, roots after 5, 10, 20, 40 steps and so on. So the first statistics are of step 5 and the

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Sequence
+from unittest import mock
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from sharded_shampoo4.planning import copies
 from sharded_shampoo4.planning.blocks import Block, Shard, cut_blocks, interval_pieces
 from sharded_shampoo4.planning.plan import Plan, PlannedMatrix
 from sharded_shampoo4.planning.routes import Routes, Way
@@ -49,14 +51,32 @@ def plans(draw: st.DrawFn) -> Plan:
     return Plan(matrices, replicas * ranks)
 
 
+@st.composite
+def plans_with_twins(draw: st.DrawFn) -> Plan:
+    """As under HSDP, or under DDP: the shards of all replicas are the same."""
+    replicas, ranks = draw(st.integers(2, 3)), draw(st.integers(1, 3))
+    matrices = []
+    for index in range(draw(st.integers(1, 4))):
+        shape = (draw(st.integers(1, 12)), draw(st.integers(1, 12)))
+        rows = -(-shape[0] // ranks)
+        edges = [min(shape[0], rank * rows) * shape[1] for rank in range(ranks + 1)]
+        shards = [Shard(*pair, replica) for replica in range(replicas) for pair in itertools.pairwise(edges)]
+        blocks = cut_blocks(shape, draw(st.integers(1, 12)), draw(st.sampled_from(["even", "remainder"])))
+        matrices.append(PlannedMatrix(f"matrix {index}", shape, tuple(blocks), tuple(shards)))
+    return Plan(matrices, replicas * ranks)
+
+
 @settings(max_examples=150, deadline=None)
-@given(plans())
+@given(st.one_of(plans(), plans_with_twins()))
 def test_every_element_travels_once_there_and_back(plan: Plan) -> None:
     arrived = [torch.zeros(matrix.shape, dtype=torch.int) for matrix in plan.matrices]
     returned = [
         [torch.zeros(matrix.shape, dtype=torch.int) for matrix in plan.matrices] for _ in range(plan.world_size)
     ]
     sent = [0] * plan.world_size
+    for shared in plan.elements_shared():
+        for rank, count in enumerate(shared):
+            sent[rank] += count * (len(plan.twins[rank]) - 1)
     for number in range(plan.rounds):
         rounds = [plan.round(rank, number) for rank in range(plan.world_size)]
         for owner in range(plan.world_size):
@@ -75,7 +95,7 @@ def test_every_element_travels_once_there_and_back(plan: Plan) -> None:
                         arrived[matrix][mine.piece.slices] += 1
                     if holder != owner:
                         sent[holder] += count * mine.gives_gradient
-                        sent[owner] += count
+                        sent[owner] += count * (mine.gives_gradient or not plan.twins[owner])
     assert all((counts == 1).all() for counts in arrived)
     for rank in range(plan.world_size):
         for matrix, counts in zip(plan.matrices, returned[rank], strict=True):
@@ -87,26 +107,43 @@ def test_every_element_travels_once_there_and_back(plan: Plan) -> None:
     assert owned == sorted(plan.blocks)
 
 
-def carry(ways: Sequence[Way], sources: Sequence[Sequence[Tensor]], targets: Sequence[Sequence[Tensor]]) -> None:
+def carry(
+    plan: Plan, ways: Sequence[Way], sources: Sequence[Sequence[Tensor]], targets: Sequence[Sequence[Tensor]]
+) -> None:
     """Do for all ranks what an exchange does for each."""
     sent = []
     for way, tensors in zip(ways, sources, strict=True):
-        vectors = [view.flatten() for view in way.outgoing.views(tensors)]
-        sent.append(torch.cat([torch.empty(0, dtype=torch.int64), *vectors]).split(way.sent))
+        message = torch.empty(sum(way.sent), dtype=torch.int64)
+        way.pack.run(tensors, [message])
+        sent.append(message.split(way.sent))
+    received = [torch.cat([message[rank] for message in sent]) for rank in range(len(ways))]
+    shared = {}
     for rank, (way, tensors) in enumerate(zip(ways, targets, strict=True)):
-        received = [message[rank] for message in sent]
-        assert [len(part) for part in received] == way.received
-        pairs = zip(way.incoming.views(tensors), way.incoming.cut(torch.cat(received)), strict=True)
-        before, after = way.here
-        for view, values in [*pairs, *zip(after.views(tensors), before.views(sources[rank]), strict=True)]:
-            assert view.shape == values.shape
-            view.copy_(values)
+        assert [len(message[rank]) for message in sent] == way.received
+        if way.shared is None:
+            way.here.run(sources[rank], tensors)
+            way.unpack.run([received[rank]], tensors)
+        else:
+            shared[rank] = torch.cat([received[rank], torch.full((way.shared - len(received[rank]),), -2)])
+            way.here.run(sources[rank], [shared[rank]])
+    for rank in shared:
+        joined = torch.cat([shared[twin] for twin in plan.twins[rank]])
+        ways[rank].unpack.run([joined], targets[rank])
 
 
+@pytest.mark.parametrize("by_rows", [False, True], ids=["as views", "by rows"])
 @settings(max_examples=150, deadline=None)
-@given(plans(), st.data())
-def test_routes_bring_chosen_gradients_to_the_owners_and_directions_back(plan: Plan, data: st.DataObject) -> None:
+@given(plan=st.one_of(plans(), plans_with_twins()), data=st.data())
+def test_routes_bring_chosen_gradients_to_the_owners_and_directions_back(
+    plan: Plan, data: st.DataObject, by_rows: bool
+) -> None:
     """Gradients count their elements, directions are gradients plus 1000; what stays away is -1."""
+    few = -1 if by_rows else 10**9
+    with mock.patch.multiple(copies, SHORTEST_ROW=1, FEW_COPIES=few):
+        check_routes(plan, data)
+
+
+def check_routes(plan: Plan, data: st.DataObject) -> None:
     flags = st.lists(st.booleans(), min_size=len(plan.matrices), max_size=len(plan.matrices))
     active = data.draw(flags)
     directed = [a and d for a, d in zip(active, data.draw(flags), strict=True)]
@@ -121,26 +158,28 @@ def test_routes_bring_chosen_gradients_to_the_owners_and_directions_back(plan: P
             [torch.full((len(members), members[0].block.rows, members[0].block.columns), -1)] if members else []
             for members in blocks
         ]
-        carry([part.gradients for part in parts], padded, batches)
+        carry(plan, [part.gradients for part in parts], padded, batches)
         for part, rank, members, batch in zip(parts, everyone, blocks, batches, strict=True):
             assert members == [plan.batches[rank][part.number][position] for position in part.chosen]
             for values, (index, block) in zip(batch[0] if batch else [], members, strict=True):
                 assert active[index] and torch.equal(values, numbers[index][block.slices])
-        carry([part.directions for part in parts], [[batch + 1000 for batch in some] for some in batches], written)
+        returned = [[batch + 1000 for batch in some] for some in batches]
+        carry(plan, [part.directions for part in parts], returned, written)
     for shards, directions in zip(held, written, strict=True):
         for shard, values, comes_back in zip(shards, directions, directed, strict=True):
             assert torch.equal(values, shard + 1000 if comes_back else torch.full_like(shard, -1))
 
 
 def test_blocks_that_lie_alike_are_copied_as_one() -> None:
-    """A matrix that is cut by rows, in one process: all of its blocks in a batch are one piece."""
-    whole = (Shard(0, 12 * 4),)
-    tall = PlannedMatrix("tall", (12, 4), tuple(cut_blocks((12, 4), 4, "even")), whole)
-    wide = PlannedMatrix("wide", (4, 12), tuple(cut_blocks((4, 12), 4, "even")), whole)
-    (part,) = Routes(Plan([tall, wide], 1), 0).parts([True, True], [True, True])
-    tensors = [torch.zeros(12, 4), torch.zeros(4, 12)]
-    shapes = [tuple(view.shape) for view in part.gradients.here[0].views(tensors)]
-    assert shapes == [(48,), (3, 4, 4)]
+    """Matrices that are cut by rows, by columns and by both, in one process: each is copied as one view."""
+    shapes = [(12, 4), (4, 12), (12, 12)]
+    matrices = [
+        PlannedMatrix(str(shape), shape, tuple(cut_blocks(shape, 4, "even")), (Shard(0, shape[0] * shape[1]),))
+        for shape in shapes
+    ]
+    (part,) = Routes(Plan(matrices, 1), 0).parts([True] * 3, [True] * 3)
+    assert len(part.blocks) == 3 + 3 + 9
+    assert len(part.gradients.here) == len(part.directions.here) == 3
 
 
 def sharded_rows(name: str, shape: tuple[int, int], world_size: int, limit: int = 1024) -> PlannedMatrix:
