@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 import weakref
 from collections.abc import Iterator, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 _HOST_GROUPS: weakref.WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = weakref.WeakKeyDictionary()
 _COUNTS_OF_OUR_GROUPS = 1_000_000  # more groups of the same ranks than a program makes
@@ -48,12 +50,47 @@ def new_group(group: dist.ProcessGroup, members: Sequence[int], backend: str) ->
     All ranks of ``group`` call it together, each with the members of its own new group.
     """
     number, timeout = _MADE.get(group, 0), _timeout(group)
-    with _same_name(group, number, timeout):
+    with _same_name(group, number, timeout), _connecting_when_needed():
         made: dist.ProcessGroup = dist.new_group(
             list(members), timeout=timeout, backend=backend, use_local_synchronization=True
         )
     _MADE[group] = number + 1
     return made
+
+
+@contextlib.contextmanager
+def _connecting_when_needed() -> Iterator[None]:
+    """Let gloo connect two ranks when one has something to tell the other, not all ranks with all when it begins.
+
+    A thousand ranks would otherwise need a thousand connections each.
+    """
+    name = "TORCH_GLOO_LAZY_INIT"
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[name]
+
+
+def maximum(values: Tensor, group: dist.ProcessGroup) -> None:
+    """Make ``values``, on the host, the largest of all ranks, element by element; collective.
+
+    In each of log2(ranks) rounds a rank tells another one what it knows, twice as far away as in the round before:
+    10 messages one after another for 1,024 ranks, where gloo's ``all_reduce`` has 2,046.
+    """
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    distance = 1
+    while distance < size:
+        told = values.clone()
+        sending = dist.isend(values, group=group, group_dst=(rank + distance) % size)
+        dist.recv(told, group=group, group_src=(rank - distance) % size)
+        if sending is not None:
+            sending.wait()
+        torch.maximum(values, told, out=values)
+        distance *= 2
 
 
 def serves(group: dist.ProcessGroup, device: torch.device) -> str:

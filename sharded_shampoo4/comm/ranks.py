@@ -109,8 +109,7 @@ class Ranks:
             return tuple(self._agree(0, flags)[1][: len(flags)])
         self._agree(len(flags))
         joined = torch.tensor(flags, dtype=torch.uint8, device="cpu")
-        with self.explaining():
-            dist.all_reduce(joined, dist.ReduceOp.MAX, group=self.host_group)
+        self._maximum(joined)
         return tuple(bool(flag) for flag in joined.tolist())
 
     @contextlib.contextmanager
@@ -219,12 +218,16 @@ class Ranks:
         code = zlib.crc32(f"{self._number} {self.calling}".encode())
         given = [*map(int, flags), *[0] * (_FLAGS - len(flags))]
         record = torch.tensor([code, -code, length, *given], dtype=torch.int64, device="cpu")
-        with self.explaining():
-            dist.all_reduce(record, dist.ReduceOp.MAX, group=self.host_group)
+        self._maximum(record)
         largest, smallest, longest, *found = record.tolist()
         if largest + smallest:
             self._refuse_different_calls()
         return longest, [bool(flag) for flag in found]
+
+    def _maximum(self, values: Tensor) -> None:
+        assert self.host_group is not None
+        with self.explaining():
+            groups.maximum(values, self.host_group)
 
     def _refuse_different_calls(self) -> None:
         calls: list[Any] = [None] * self.size
