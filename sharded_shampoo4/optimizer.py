@@ -64,8 +64,8 @@ class Shampoo4(SavedStates):
     the gradient's norm, which the base optimizer takes for the gradient. Statistics are absorbed if ``t %
     statistics_interval == 0``, then inverse roots are recomputed if ``t % root_interval == 0``. Before the first root
     the direction is the gradient. Both intervals begin short, unless ``interval_warmup=False``: the first root is that
-    of step 10. Other defaults hold: bits=4, scale_dtype="float32", shampoo_beta=0.95, rectify_steps=(1, 4),
-    refresh_dtype="float64", max_preconditioner_dim=1024, root_interval=500 and statistics_interval=100.
+    of step 10. Other defaults hold: bits=4, scale_dtype="float32", shampoo_beta=0.95, rectify_steps=(1, 2),
+    max_preconditioner_dim=1024, root_interval=500 and statistics_interval=100.
 
     Parameters without a matrix view are the base optimizer's: AdamW trains them as ``torch.optim.AdamW`` does.
 
@@ -121,8 +121,9 @@ class Shampoo4(SavedStates):
         refresh_dtype: Arithmetic of statistics updates and inverse roots. One of "float64", "float32". (default:
             "float32")
         max_preconditioner_dim: Most rows or columns of a block. (default: 256)
-        split: Cut a long side into parts of about equal size, or with "remainder" into full parts and a rest. One of
-            "even", "remainder". (default: "even")
+        split: Cut a long side into parts of about equal size, in multiples of 64 where there is room; with "even" of
+            sizes that differ by at most 1; with "remainder" into full parts and a rest. One of "aligned", "even",
+            "remainder". (default: "aligned")
         grafting: Whose gradient norm a direction takes: the parameter's, the block's, or none. One of "parameter",
             "block", "none". (default: "parameter")
         soap_betas: With method="soap": decay of momentum and second moment, each in [0, 1), per step. (default: (0.9,
@@ -188,7 +189,7 @@ class Shampoo4(SavedStates):
         refresh_iterations: RefreshIterations = 1,
         refresh_dtype: RefreshDtype = "float32",
         max_preconditioner_dim: int = 256,
-        split: Split = "even",
+        split: Split = "aligned",
         grafting: GraftingScope = "parameter",
         soap_betas: tuple[float, float] = (0.9, 0.95),
         soap_eps: float = 1e-8,

@@ -26,7 +26,7 @@ RefreshIterations = Literal[1, 2]
 Root = Literal["stored", "implicit"]
 ScaleDtype = Literal["float32", "bfloat16"]
 LowDtype = Literal["float32", "bfloat16"]
-Split = Literal["even", "remainder"]
+Split = Literal["aligned", "even", "remainder"]
 GraftingScope = Literal["parameter", "block", "none"]
 Method = Literal["shampoo", "soap"]
 MomentDtype = Literal["float32", "bfloat16", "int8"]
@@ -110,7 +110,9 @@ class PreconditionerOptions:
     refresh_dtype: RefreshDtype = _option("float32", "Arithmetic of statistics updates and inverse roots.")
     max_preconditioner_dim: int = _option(256, "Most rows or columns of a block.", lowest=1)
     split: Split = _option(
-        "even", 'Cut a long side into parts of about equal size, or with "remainder" into full parts and a rest.'
+        "aligned",
+        "Cut a long side into parts of about equal size, in multiples of 64 where there is room; with "
+        '"even" of sizes that differ by at most 1; with "remainder" into full parts and a rest.',
     )
     grafting: GraftingScope = _option(
         "parameter",
@@ -367,13 +369,12 @@ METHODS: dict[str, dict[str, Any]] = {
         "bits": 4,
         "scale_dtype": "float32",
         "shampoo_beta": 0.95,
-        "rectify_steps": (1, 4),
-        "refresh_dtype": "float64",
+        "rectify_steps": (1, 2),
         "max_preconditioner_dim": 1024,
     },
     "soap": {},
 }
-_BEFORE |= METHODS["shampoo"]
+_BEFORE |= {**METHODS["shampoo"], "rectify_steps": (1, 4), "refresh_dtype": "float64", "split": "even"}
 
 
 def apply_preset(given: Mapping[str, Any], method: str = DEFAULTS["method"]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ The vector is a header, how far the preconditioner has come, and then block by b
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from .comm.ranks import Ranks
 from .numerics.matrix import Matrix
 from .numerics.preconditioner import fresh_block
 from .options import PreconditionerOptions
-from .planning.blocks import Block
+from .planning.blocks import Block, count_parts
 from .planning.plan import Owned
 
 if TYPE_CHECKING:
@@ -197,7 +197,7 @@ def check_same_bytes(old: Matrix, new: Matrix) -> None:
 
 
 def _check_options(stored: PreconditionerOptions, matrix: Matrix) -> None:
-    difference = shaping_difference(stored, matrix.options)
+    difference = shaping_difference(stored, matrix.options, [matrix.shape])
     if difference:
         raise ValueError(f"the stored preconditioner of {matrix.name} has {difference}")
 
@@ -211,8 +211,22 @@ def refuse_former_levels(version: int, stored: PreconditionerOptions, what: str)
         )
 
 
-def shaping_difference(stored: PreconditionerOptions, wanted: PreconditionerOptions) -> str:
-    """Name the options whose different values make stored bytes unreadable, in words; empty if there are none."""
+def shaping_difference(
+    stored: PreconditionerOptions, wanted: PreconditionerOptions, shapes: Iterable[tuple[int, int]]
+) -> str:
+    """Name the options whose different values make stored bytes unreadable, in words; empty if there are none.
+
+    ``shapes`` are those of the matrices: options that cut all of them alike make no difference.
+    """
     old, new = stored.shaping_bytes(), wanted.shaping_bytes()
     names = [name for name in {**old, **new} if name in old and name in new and old[name] != new[name]]
-    return ", ".join(f"{name}={old[name]!r} where this optimizer has {name}={new[name]!r}" for name in names)
+    sides = {side for shape in shapes for side in shape}
+    if all(_cut(side, stored) == _cut(side, wanted) for side in sides):
+        names = [name for name in names if name not in ("split", "max_preconditioner_dim")]
+    found = ", ".join(f"{name}={old[name]!r} where this optimizer has {name}={new[name]!r}" for name in names)
+    earlier = names == ["split"] and (old["split"], new["split"]) == ("even", "aligned")
+    return f"{found}, the later default: make it with split='even'" if earlier else found
+
+
+def _cut(side: int, options: PreconditionerOptions) -> list[tuple[int, int]]:
+    return count_parts(side, options.max_preconditioner_dim, options.split)

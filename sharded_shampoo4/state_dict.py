@@ -265,6 +265,7 @@ def check_loadable(
     sizes = [len(group["params"]) for group in groups]
     if saved_sizes != sizes:
         raise ValueError(f"the state_dict has param groups of {saved_sizes} parameters, this optimizer of {sizes}")
+    remaining = iter(shapes)
     for index, (saved, group) in enumerate(zip(saved_groups, groups, strict=True)):
         version = saved.get(VERSION_KEY)
         if version is None:
@@ -275,7 +276,8 @@ def check_loadable(
             )
         stored = PreconditionerOptions.of_group(saved)
         refuse_former_levels(version, stored, f"param group {index} of the state_dict")
-        difference = shaping_difference(stored, PreconditionerOptions.of_group(group))
+        views = [matrix_shape(next(remaining)[1]) for _ in group["params"]]
+        difference = shaping_difference(stored, PreconditionerOptions.of_group(group), filter(None, views))
         if difference:
             raise ValueError(f"param group {index} of the state_dict has {difference}")
 

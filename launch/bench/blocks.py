@@ -22,7 +22,7 @@ def blocks_of(shapes: Iterable[Sequence[int]], limit: int = BLOCK) -> Blocks:
     """
     blocks: Blocks = Counter()
     for matrix in filter(None, map(matrix_shape, shapes)):
-        blocks.update(itertools.product(*(split_dimension(side, limit, "even") for side in matrix)))
+        blocks.update(itertools.product(*(split_dimension(side, limit, "aligned") for side in matrix)))
     return blocks
 
 

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 _CACHE_LINE = 64  # bytes; torch aligns fresh CPU memory to it
+# Of cholesky_qr: these sufficed for matrices of rank 1 and order 1024.
+_SHIFTED_ROUNDS, _ROUNDS = 5, 2
 _ORTHOGONAL = 1e-3  # the largest element of Q^T Q - I of an orthogonal factor
 _SOLVERS = ("cusolver", "hipsolver", "rocsolver", "magma", "lapack", "mkl", "linalg.")
 _NOT_ABOUT_NUMBERS = ("alloc", "memory", "initialized", "not implemented", "not compiled")
@@ -35,42 +37,35 @@ def matmul(left: Tensor, right: Tensor) -> Tensor:
 
 
 def qr(matrices: Tensor) -> Tensor:
-    """The orthogonal factors of (B, n, n) matrices, up to the signs of columns; NaN where LAPACK fails.
+    """The orthogonal factors of (B, n, n) matrices, up to the signs of columns; NaN where that fails.
 
-    On accelerators QR launches thousands of small kernels, so matrices in float32 take :func:`cholesky_qr`; the whole
-    batch takes QR if one of them fails.
+    On accelerators LAPACK's algorithm launches thousands of small kernels, so matrices in float32 take
+    :func:`cholesky_qr` there.
     """
-    if not _suits_cholesky(matrices):
-        return _householder(matrices)
-    found, failed = cholesky_qr(matrices)
-    if failed.any():
-        found = torch.where(failed.view(-1, 1, 1), _householder(matrices), found)
-    return found
+    return cholesky_qr(matrices) if _suits_cholesky(matrices) else _householder(matrices)
 
 
-def cholesky_qr(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """The orthogonal factors of (B, n, n) matrices with nearly orthogonal columns, as those of an orthogonal iteration.
+def cholesky_qr(matrices: Tensor) -> Tensor:
+    """The orthogonal factors of (B, n, n) matrices by products, Cholesky factorizations and triangular solves.
 
-    Three rounds of Q <- Q R^-1 with Q^T Q = R^T R, from columns of length 1, the first one with a shift (Fukaya et al.,
-    SIAM J. Sci. Comput. 42, 2020). In float32 two columns may have an angle of about 1e-3 between them.
+    From columns of length 1, rounds of Q <- Q R^-1 with Q^T Q + shift I = R^T R (Fukaya et al., SIAM J. Sci. Comput. 42,
+    2020). The shift is above what float32 rounds in Q^T Q, so that the factorization succeeds; each such round makes
+    small singular values about 1 / sqrt(shift) times as large. Without a shift the last rounds make Q orthogonal. Where
+    columns depend on one another, rounding decides the remaining directions, as in LAPACK's algorithm.
 
-    Returns:
-        the factors, whose R has a positive diagonal, and which of them are not orthogonal (B,). Of matrices of zeros
-        the factors are zeros, which counts as well.
+    Nothing is read back from the device. Where a factor is not orthogonal, as of a column of zeros, all of it is NaN.
     """
     order, precision = matrices.shape[-1], torch.finfo(matrices.dtype)
     identity = torch.eye(order, dtype=matrices.dtype, device=matrices.device)
-    norms = torch.linalg.vector_norm(matrices, dim=1, keepdim=True)
-    found = matrices / norms.clamp_min(precision.tiny)
-    gram = matmul(found.mT, found) + 10 * order * precision.eps * identity
-    infos = []
-    for _ in range(3):
-        factor, info = torch.linalg.cholesky_ex(gram)
+    shift = 10 * order**0.5 * precision.eps * identity
+    found = matrices / torch.linalg.vector_norm(matrices, dim=1, keepdim=True).clamp_min(precision.tiny)
+    gram = matmul(found.mT, found)
+    for number in range(_SHIFTED_ROUNDS + _ROUNDS):
+        factor, _ = torch.linalg.cholesky_ex(gram + shift if number < _SHIFTED_ROUNDS else gram)
         found = torch.linalg.solve_triangular(factor.mT, found, upper=True, left=False)
         gram = matmul(found.mT, found)
-        infos.append(info)
     orthogonal = (gram - identity).abs().amax((1, 2)) < _ORTHOGONAL  # false where a number is NaN
-    return found, torch.stack(infos).any(0) | ~orthogonal
+    return torch.where(orthogonal.view(-1, 1, 1), found, torch.nan)
 
 
 def _suits_cholesky(matrices: Tensor) -> bool:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+_ALIGNED = (64, 32, 16, 8)  # elements: tiles of matrix products, on GPUs and in the caches of CPUs
 _LONGEST_KERNEL = 11  # of convolutions in one dimension, as far as they are usual
 
 
@@ -74,9 +75,12 @@ def is_stack(shape: Sequence[int]) -> bool:
 def split_dimension(size: int, limit: int, split: str) -> list[int]:
     """Cut ``size`` into parts of at most ``limit``.
 
-    ``"even"``: as few parts as possible, whose sizes differ by at most 1, the larger first. ``"remainder"``: parts of
-    ``limit`` and what remains, as in the paper.
+    ``"aligned"``: as few parts as possible, in multiples of 64 but for the last; of 32, 16 or 8, if the last part would
+    be shorter than three quarters of the first. ``"even"``: as few parts, whose sizes differ by at most 1.
+    ``"remainder"``: parts of ``limit`` and what remains, as in the paper. The largest parts come first.
 
+    >>> split_dimension(1600, 1024, "aligned"), split_dimension(1600, 1024, "even")
+    ([832, 768], [800, 800])
     >>> split_dimension(1536, 1200, "even"), split_dimension(1536, 1200, "remainder")
     ([768, 768], [1200, 336])
     """
@@ -86,16 +90,31 @@ def split_dimension(size: int, limit: int, split: str) -> list[int]:
 def count_parts(size: int, limit: int, split: str) -> list[tuple[int, int]]:
     """The sizes of the parts of :func:`split_dimension`, and how many parts there are of each.
 
-    >>> count_parts(2500, 1024, "even"), count_parts(2500, 1024, "remainder")
-    ([(834, 1), (833, 2)], [(1024, 2), (452, 1)])
+    >>> count_parts(2500, 1024, "aligned"), count_parts(2500, 1024, "even"), count_parts(2500, 1024, "remainder")
+    ([(896, 1), (832, 1), (772, 1)], [(834, 1), (833, 2)], [(1024, 2), (452, 1)])
     """
-    if split == "even":
-        parts = -(-size // limit)
-        small, larger_parts = divmod(size, parts)
-        counts = [(small + 1, larger_parts), (small, parts - larger_parts)]
-    else:
+    parts = -(-size // limit)
+    if split == "remainder":
         counts = [(limit, size // limit), (size % limit, 1)]
+    elif split == "even" or parts == 1:
+        counts = _in_units(size, parts, 1)
+    else:
+        found = (_in_units(size, parts, unit) for unit in _ALIGNED)
+        even = _in_units(size, parts, 1)
+        counts = next((c for c in found if c[0][0] <= limit and 4 * c[-1][0] >= 3 * c[0][0]), even)
     return [(part, count) for part, count in counts if part and count]
+
+
+def _in_units(size: int, parts: int, unit: int) -> list[tuple[int, int]]:
+    """About equal parts of whole units, but for the last, which is shorter by what the last unit lacks."""
+    units = -(-size // unit)
+    lacking = units * unit - size
+    small, larger = divmod(units, parts)
+    counts = [((small + 1) * unit, larger), (small * unit, parts - larger - 1), (small * unit - lacking, 1)]
+    counts = [(part, count) for part, count in counts if count]
+    if len(counts) > 1 and counts[-1][0] == counts[-2][0]:
+        counts[-2:] = [(counts[-1][0], counts[-2][1] + 1)]
+    return counts
 
 
 def cut_blocks(matrix: tuple[int, int], limit: int, split: str) -> list[Block]:

@@ -167,7 +167,7 @@ MISMATCHES: dict[str, tuple[dict[str, Any], str]] = {
     "code book": ({"codebook": "dynamic_tree"}, r"codebook='linear2' where .* codebook='dynamic_tree'"),
     "scales": ({"quant_block_size": 32}, r"quant_block_size=64 where .* quant_block_size=32"),
     "block size": ({"max_preconditioner_dim": 40}, r"max_preconditioner_dim=30 where .* max_preconditioner_dim=40"),
-    "split": ({"split": "remainder"}, r"split='even' where .* split='remainder'"),
+    "split": ({"split": "remainder"}, r"split='aligned' where .* split='remainder'"),
     "what is quantized": ({"quantize": "preconditioner"}, r"quantize='eigenbasis' where .* quantize='preconditioner'"),
     "threshold": ({"min_quant_numel": 600}, r"min_quant_numel=0 where .* min_quant_numel=600"),
     "roots": ({"root": "implicit"}, r"root='stored' where .* root='implicit'"),

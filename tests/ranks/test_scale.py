@@ -234,6 +234,6 @@ def test_every_owner_has_an_even_share_of_the_work() -> None:
             rows, rest = shape[0], matrix[0] * matrix[1] // shape[0]
             edges = [min(rows, -(-rows // 4) * rank) * rest for rank in range(5)]
             shards = tuple(Shard(*edges[rank : rank + 2]) for rank in range(4))
-            planned.append(PlannedMatrix(name, matrix, tuple(cut_blocks(matrix, 1024, "even")), shards))
+            planned.append(PlannedMatrix(name, matrix, tuple(cut_blocks(matrix, 1024, "aligned")), shards))
     loads = Plan(planned, 4).loads()
     assert max(loads) <= 1.10 * sum(loads) / 4

@@ -28,6 +28,7 @@ from support.training import FIRST, THEN, Training
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 DIGESTS, CHECKPOINT, STATE_DICT = GOLDEN / "digests.json", GOLDEN / "checkpoint", GOLDEN / "state_dict.pt"
+EARLIER: dict[str, Any] = {"split": "even", "refresh_dtype": "float64", "rectify_steps": (1, 4)}  # its defaults
 Digests = dict[str, Any]
 
 
@@ -228,11 +229,11 @@ def continue_files(rank: int, ran: tuple[str, ...]) -> dict[str, dict[str, str]]
     prepare(ran)
     found = {}
     for host in ran:
-        training = Training(host, seed=1, kind="vit")
+        training = Training(host, seed=1, kind="vit", **EARLIER)
         training.load(CHECKPOINT)
         found[f"checkpoint, {host}"] = _go_on(training)
         if host in ("none", "ddp"):
-            training = Training(host, seed=1, kind="vit")
+            training = Training(host, seed=1, kind="vit", split="even")
             saved = torch.load(STATE_DICT, weights_only=True)
             getattr(training.model, "module", training.model).load_state_dict(saved["model"])
             training.optimizer.load_state_dict(saved["optimizer"])

@@ -114,10 +114,21 @@ def root_by_eigh(matrix: Tensor, matrix_eps: float) -> Tensor:
 
 
 def chunks(size: int, largest: int, split: str) -> list[tuple[int, int]]:
-    """Intervals that cut `size`: "remainder" takes `largest` while it fits (the paper), "even" nearly equal ones."""
+    """Intervals that cut `size`: "remainder" takes `largest` while it fits (the paper), "even" nearly equal ones.
+
+    "aligned" hands out units of 64 elements, or of 32, 16, 8 or 1 where the first interval would be too long or the
+    last, which ends where `size` does, shorter than three quarters of it.
+    """
     count = math.ceil(size / largest)
     if split == "remainder":
         lengths = [min(largest, size - k * largest) for k in range(count)]
+    elif split == "aligned" and count > 1:
+        for unit in (64, 32, 16, 8, 1):
+            units = [len(range(k, math.ceil(size / unit), count)) for k in range(count)]  # dealt like cards
+            lengths = [unit * number for number in units]
+            lengths[-1] -= sum(lengths) - size
+            if unit == 1 or (max(lengths) <= largest and min(lengths) >= 0.75 * max(lengths)):
+                break
     else:
         lengths = [size // count + (1 if k < size % count else 0) for k in range(count)]
     ends = np.cumsum(lengths).tolist()
@@ -252,11 +263,11 @@ class Reference:
         matrix_eps: float = 1e-6,
         statistics_interval: int = 100,
         root_interval: int = 500,
-        rectify_steps: tuple[int, int] = (1, 4),
+        rectify_steps: tuple[int, int] = (1, 2),
         refresh_iterations: int = 1,
-        refresh_dtype: Literal["float64", "float32"] = "float64",
+        refresh_dtype: Literal["float64", "float32"] = "float32",
         max_preconditioner_dim: int = 1024,
-        split: Literal["even", "remainder"] = "even",
+        split: Literal["aligned", "even", "remainder"] = "aligned",
         grafting: Literal["parameter", "block", "none"] = "parameter",
         phases: Mapping[tuple[int, int, int, str], tuple[int, int]] | None = None,
     ) -> None:

@@ -125,8 +125,8 @@ class SoapReference:
         self.blocks: dict[tuple[int, int, int], tuple[Basis, Basis, Moment, Moment, tuple[int, int]]] = {}
         for index, shape in enumerate(self.shapes):
             matrix = Reference.matrix_shape(shape)
-            rows = chunks(matrix[0], max_preconditioner_dim, "even") if matrix else []
-            columns = chunks(matrix[1], max_preconditioner_dim, "even") if matrix else []
+            rows = chunks(matrix[0], max_preconditioner_dim, "aligned") if matrix else []
+            columns = chunks(matrix[1], max_preconditioner_dim, "aligned") if matrix else []
             for r0, r1 in rows:
                 for c0, c1 in columns:
                     sides = [

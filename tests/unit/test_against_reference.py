@@ -46,7 +46,9 @@ CASES = [
 
 @pytest.mark.parametrize(("name", "steps"), CASES)
 def test_directions_and_codes(name: str, steps: int) -> None:
-    options = {"statistics_interval": 2, "root_interval": 4, "max_preconditioner_dim": 100, **OPTIONS[name]}
+    # In float64: in float32 what stands in the null spaces of statistics is rounding, and its codes differ.
+    options = {"statistics_interval": 2, "root_interval": 4, "max_preconditioner_dim": 100, "refresh_dtype": "float64"}
+    options |= OPTIONS[name]
     fast = Directions(SHAPES, **options)
     staggered = options.pop("refresh", "together") == "staggered"
     options.pop("method", None)

@@ -44,7 +44,7 @@ IMPOSSIBLE: list[tuple[dict[str, Any], str]] = [
     ({"rectify_steps": (1, -4)}, "rectify_steps must be an integer of at least 0, got -4"),
     ({"refresh_dtype": "float16"}, "refresh_dtype must be one of 'float64', 'float32', got 'float16'"),
     ({"max_preconditioner_dim": 0}, "max_preconditioner_dim"),
-    ({"split": "odd"}, "split must be one of 'even', 'remainder'"),
+    ({"split": "odd"}, "split must be one of 'aligned', 'even', 'remainder'"),
     ({"grafting": None}, "grafting must be one of"),
     ({"max_failures": 0}, "max_failures"),
     ({"precondition": "yes"}, "precondition must be True or False, got 'yes'"),
@@ -136,11 +136,26 @@ SHAPING_CASES = [
 ]
 
 
+def test_options_that_cut_a_matrix_alike_make_no_difference() -> None:
+    """A state_dict of an earlier version, whose default was split="even", loads where no block is another one."""
+    parameter = matrix(96, 48)
+    saved = stepped(parameter, split="even", max_preconditioner_dim=48).state_dict()
+    optimizer = Shampoo4([("layer.weight", parameter)], max_preconditioner_dim=48)
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["split"] == "even"
+    optimizer.step()
+    other = Shampoo4([("layer.weight", matrix(70, 48))], max_preconditioner_dim=48)
+    saved = stepped(matrix(70, 48), split="even", max_preconditioner_dim=48).state_dict()
+    with pytest.raises(ValueError, match="split='even' where .* split='aligned', the later default: make it with"):
+        other.load_state_dict(saved)
+
+
 @pytest.mark.parametrize(("method", "name", "value"), SHAPING_CASES)
 def test_options_that_shape_bytes_must_match(method: str, name: str, value: object) -> None:
     """In a checkpoint, and when a group's option is changed after the first step."""
-    saved = stepped(matrix(70, 65), method=method).state_dict()
-    other = Shampoo4([matrix(70, 65)], **{"method": method, name: value})
+    cut = {"max_preconditioner_dim": 60} if name == "split" else {}  # which cuts 70 rows otherwise
+    saved = stepped(matrix(70, 65), method=method, **cut).state_dict()
+    other = Shampoo4([matrix(70, 65)], **{"method": method, name: value, **cut})
     before = copy.deepcopy(other.state_dict())
     with pytest.raises(ValueError, match=f"{name}=.* where this optimizer has {name}={value!r}"):
         other.load_state_dict(saved)
@@ -148,7 +163,7 @@ def test_options_that_shape_bytes_must_match(method: str, name: str, value: obje
 
     if name != "precondition":
         parameter = matrix(70, 65)
-        optimizer = stepped(parameter, method=method)
+        optimizer = stepped(parameter, method=method, **cut)
         optimizer.param_groups[0][name] = value
         with pytest.raises(ValueError, match=f"preconditioner of layer.weight has {name}="):
             optimizer.step()

@@ -30,16 +30,16 @@ from sharded_shampoo4 import Shampoo4, estimate_memory
 
 # The most kernels of a step: what was counted, and 5 % more. A change that needs fewer should lower them.
 BOUNDS = {
-    (1, "default"): {"ordinary": 253, "statistics": 1_417, "roots": 3_141},
-    (1, "compact"): {"ordinary": 410, "statistics": 2_948, "roots": 3_314},
-    (8, "default"): {"ordinary": 183, "statistics": 278, "roots": 676},
-    (8, "compact"): {"ordinary": 246, "statistics": 533, "roots": 742},
+    (1, "default"): {"ordinary": 253, "statistics": 1_986, "roots": 3_483},
+    (1, "compact"): {"ordinary": 410, "statistics": 3_517, "roots": 3_883},
+    (8, "default"): {"ordinary": 183, "statistics": 372, "roots": 732},
+    (8, "compact"): {"ordinary": 246, "statistics": 627, "roots": 836},
 }
 # Likewise of operators in an ordinary step, views and allocations among them: each takes the host about a microsecond.
 OPERATORS = {(1, "default"): 523, (1, "compact"): 723, (8, "default"): 381, (8, "compact"): 460}
 
 # Of method="soap", by ranks: of an ordinary step and of one with refreshes.
-SOAP_BOUNDS = {1: (471, 2_060), 8: (100, 321)}
+SOAP_BOUNDS = {1: (473, 2_266), 8: (98, 346)}
 
 
 AGREEMENTS = {"send": 2 * 3, "recv_": 2 * 3}  # of a step on one of 8 ranks: two, with log2(8) messages each
@@ -128,7 +128,7 @@ def test_staggered_steps_wait_at_the_end_of_an_interval_only() -> None:
     count_step(optimizer, parameters.values(), answer=1)
     steps = {step: count_step(optimizer, parameters.values()) for step in range(2, 25)}
     waiting = {step for step, counts in steps.items() if counts.synchronizations}
-    refreshing = {step for step, counts in steps.items() if "linalg_qr" in counts.kernels_by}
+    refreshing = {step for step, counts in steps.items() if "linalg_cholesky_ex" in counts.kernels_by}
     assert waiting == set(range(4, 25, 4))
     assert len(refreshing - waiting) > len(waiting)
     assert not any(counts.copies for step, counts in steps.items() if step > 16)
@@ -136,16 +136,15 @@ def test_staggered_steps_wait_at_the_end_of_an_interval_only() -> None:
 
 @pytest.mark.parametrize("world_size", slow_but_for([8], SOAP_BOUNDS))
 def test_steps_of_soap(world_size: int) -> None:
-    """An ordinary one waits for nothing and copies nothing. A refresh reads back one number for each order of factors,
-    and one for each batch of them: whether QR must take what Cholesky factorizations cannot."""
+    """An ordinary one waits for nothing and copies nothing. A refresh reads back one number for each order of factors."""
     counted = count_soap_of_vit_b(world_size)
     for step, bound in zip((counted.ordinary, counted.refresh), SOAP_BOUNDS[world_size], strict=True):
         print(f"{world_size} ranks: {step.kernels} kernels, {step.operators} operators")
         assert bound / 2 < step.kernels <= bound, step.kernels_by.most_common(12)
         assert step.copies == 0
     assert counted.ordinary.synchronizations == 0, counted.ordinary.synchronizations_by
-    batches = counted.refresh.kernels_by["linalg_cholesky_ex"] / 3
-    assert counted.refresh.synchronizations <= 5 + batches, counted.refresh.synchronizations_by
+    assert counted.refresh.synchronizations <= 5, counted.refresh.synchronizations_by
+    assert counted.refresh.kernels_by["linalg_cholesky_ex"] > 0 == counted.refresh.kernels_by["linalg_qr"]
     if world_size > 1:
         assert counted.ordinary.host_collectives == counted.refresh.host_collectives == AGREEMENTS
         assert counted.ordinary.collectives == counted.refresh.collectives == {"alltoall_base_": 6}, "no norms"

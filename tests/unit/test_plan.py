@@ -46,7 +46,7 @@ def plans(draw: st.DrawFn) -> Plan:
         for replica in range(replicas):
             cuts = sorted(draw(st.lists(st.integers(0, size), min_size=ranks - 1, max_size=ranks - 1)))
             shards += [Shard(*edges, replica) for edges in zip([0, *cuts], [*cuts, size], strict=True)]
-        blocks = cut_blocks(shape, draw(st.integers(1, 12)), draw(st.sampled_from(["even", "remainder"])))
+        blocks = cut_blocks(shape, draw(st.integers(1, 12)), draw(st.sampled_from(["aligned", "even", "remainder"])))
         matrices.append(PlannedMatrix(f"matrix {index}", shape, tuple(blocks), tuple(shards)))
     return Plan(matrices, replicas * ranks)
 
@@ -61,7 +61,7 @@ def plans_with_twins(draw: st.DrawFn) -> Plan:
         rows = -(-shape[0] // ranks)
         edges = [min(shape[0], rank * rows) * shape[1] for rank in range(ranks + 1)]
         shards = [Shard(*pair, replica) for replica in range(replicas) for pair in itertools.pairwise(edges)]
-        blocks = cut_blocks(shape, draw(st.integers(1, 12)), draw(st.sampled_from(["even", "remainder"])))
+        blocks = cut_blocks(shape, draw(st.integers(1, 12)), draw(st.sampled_from(["aligned", "even", "remainder"])))
         matrices.append(PlannedMatrix(f"matrix {index}", shape, tuple(blocks), tuple(shards)))
     return Plan(matrices, replicas * ranks)
 
