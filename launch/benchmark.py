@@ -4,6 +4,7 @@
     python launch/benchmark.py modes --num_hidden_layers 6      the larger model
     torchrun --nproc_per_node 2 launch/benchmark.py ranks       processes: step times, bytes sent, exchange's share
     python launch/benchmark.py growth                           step times and states as parameters or blocks grow
+    python launch/benchmark.py scale                            plans for up to 1,024 ranks, computed in one process
 
 Each writes a table and a JSON file to --output_dir; modes and growth also draw a picture. launch/RESULTS.md explains
 the columns and lists the settings of each optimizer.
@@ -16,6 +17,10 @@ ranks: each optimizer trains its own copy of the same model. The time of a step 
 of its parts come from torch's profiler, in one more interval of steps. On accelerators these are times of the host.
 
 growth: stacks of matrices like a ViT's, random gradients, a refresh in every other step.
+
+scale: nothing is trained. The plan of all ranks is made of the shapes of a model, as every rank makes it in its first
+step. What a rank does with it is computed for the rank with the most matrix work; the last column tells which it is.
+Llama-2-7B under DDP on 1,024 ranks takes longer than all others, more than a quarter of an hour.
 """
 
 from __future__ import annotations
@@ -33,9 +38,11 @@ from bench.growth import compare_sizes
 from bench.modes import compare_modes
 from bench.optimizers import CHOICES, HEADS, OURS
 from bench.ranks import compare_ranks
+from bench.scale import HOSTS, MODELS, compare_worlds
+from memory.models import SIZES
 from rich.console import Console
 
-COMMANDS = {"modes": compare_modes, "ranks": compare_ranks, "growth": compare_sizes}
+COMMANDS = {"modes": compare_modes, "ranks": compare_ranks, "growth": compare_sizes, "scale": compare_worlds}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -51,9 +58,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
     def command(name: str, about: str) -> argparse.ArgumentParser:
         made = commands.add_parser(name, help=about, description=about)
-        made.add_argument("--threads", type=int, default=1, help="of torch's CPU operations (1)")
-        made.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="what computes (cpu)")
         made.add_argument("--output_dir", type=Path, default=Path(f"runs/{name}"), help=f"for files (runs/{name})")
+        made.set_defaults(threads=1, device="cpu")
+        if name != "scale":
+            made.add_argument("--threads", type=int, help="of torch's CPU operations (1)")
+            made.add_argument("--device", choices=("cpu", "cuda"), help="what computes (cpu)")
         return made
 
     modes = command("modes", "Shampoo4's modes and other optimizers in one process.")
@@ -78,8 +87,30 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     growth.add_argument("--block_sizes", type=int, nargs="+", default=[1024], help="max_preconditioner_dim (1024)")
     growth.add_argument("--steps", type=int, default=6, help="timed steps, each second one a refresh (6)")
 
+    scale = command("scale", "What Shampoo4 would do in worlds of many ranks, computed from its plans.")
+    scale.add_argument(
+        "--models", nargs="+", choices=tuple(SIZES), default=list(MODELS), metavar="NAME",
+        help=f"of {', '.join(SIZES)} ({' '.join(MODELS)})",
+    )  # fmt: skip
+    ranks_of = [1, 8, 64, 1024]
+    scale.add_argument("--world_sizes", type=int, nargs="+", default=ranks_of, help="numbers of ranks (1 8 64 1024)")
+    scale.add_argument("--hosts", nargs="+", choices=HOSTS, default=list(HOSTS), help="what wraps the model (all)")
+    scale.add_argument("--node_size", type=int, default=8, help="ranks among which hsdp shards (8)")
+    scale.add_argument("--method", choices=("soap", "shampoo"), default="soap", help="of the optimizer (soap)")
+    scale.add_argument("--trace_memory", action="store_true", help="write the peak of planning's memory, slowly")
+
     flags = parser.parse_args(arguments)
-    for name in ("num_hidden_layers", "steps", "interval", "threads", "parameters", "block_sizes"):
+    counts = (
+        "num_hidden_layers",
+        "steps",
+        "interval",
+        "threads",
+        "parameters",
+        "block_sizes",
+        "world_sizes",
+        "node_size",
+    )
+    for name in counts:
         values = getattr(flags, name, 1)
         if min(values if isinstance(values, list) else [values]) < 1:
             parser.error(f"--{name} must be at least 1, got {values}")

@@ -7,7 +7,7 @@ Sources of the sizes that ``vit.model.PRESETS`` does not have:
 * ViT-22B/14: Dehghani et al., "Scaling Vision Transformers to 22 Billion Parameters" (arXiv 2302.05442), table 1. That
   model has no biases in its query, key and value projections and in its norms, but norms of queries and keys; here it
   is the plain ViT of these dimensions, which differs by less than 0.1 % of the parameters;
-* Llama-3.2-1B and Llama-3.1-8B: the ``config.json`` of the published models.
+* Llama-2-7B, Llama-3.2-1B and Llama-3.1-8B: the ``config.json`` of the published models.
 
 All image models have 1000 classes and 224 x 224 images, except the small ones of the presets.
 """
@@ -37,9 +37,9 @@ def _vit(hidden: int, layers: int, heads: int, mlp: int) -> dict[str, Any]:
     return {**sizes, "image_size": 224, "patch_size": 14}
 
 
-def _llama(hidden: int, layers: int, mlp: int, tied: bool) -> dict[str, Any]:
+def _llama(hidden: int, layers: int, mlp: int, tied: bool, key_heads: int = 8, words: int = 128_256) -> dict[str, Any]:
     sizes = {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": 32, "intermediate_size": mlp}
-    return {**sizes, "num_key_value_heads": 8, "vocab_size": 128_256, "tie_word_embeddings": tied}
+    return {**sizes, "num_key_value_heads": key_heads, "vocab_size": words, "tie_word_embeddings": tied}
 
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -49,6 +49,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "vit-enormous": _vit(1792, 56, 16, 15360),
     "vit-22b": _vit(6144, 48, 48, 24576),
     "llama-1b": _llama(2048, 16, 8192, tied=True),
+    "llama-7b": _llama(4096, 32, 11008, tied=False, key_heads=32, words=32_000),
     "llama-8b": _llama(4096, 32, 14336, tied=False),
 }
 
@@ -63,6 +64,7 @@ TITLES = {
     "vit-22b": "ViT-22B/14",
     "swin-tiny": "Swin-T",
     "llama-1b": "Llama-3.2-1B",
+    "llama-7b": "Llama-2-7B",
     "llama-8b": "Llama-3.1-8B",
 }
 

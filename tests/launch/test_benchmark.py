@@ -165,6 +165,7 @@ def test_what_compiles_slowly_is_eager_on_a_cpu() -> None:
         (["ranks", "--only", "shampoo4", "muon"], "invalid choice: 'muon'"),
         (["growth", "--parameters", "1e6", "0"], "--parameters must be at least 1"),
         (["growth", "--steps", "1"], "--steps must be at least 2, got 1"),
+        (["scale", "--world_sizes", "8", "0"], "--world_sizes must be at least 1"),
     ],
 )
 def test_wrong_flags(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 import memory_report  # found through launching
 from bench.blocks import blocks_of
 from bench.measure import state_bytes
+from bench.scale import MODELS
 from memory import models, rules
 from memory.rules import Layout
 
@@ -36,6 +37,7 @@ PUBLISHED = {  # parameters: exact where the same model is published, else as ma
     "vit-22b": (21.743e9, 1e-3),
     "swin-tiny": (28_288_354, 0),
     "llama-1b": (1_235_814_400, 0),
+    "llama-7b": (6_738_415_616, 0),
     "llama-8b": (8_030_261_248, 0),
 }
 SPREAD = (
@@ -61,7 +63,7 @@ def test_parameters_are_the_published_ones(name: str) -> None:
 
 
 def test_every_reported_model_has_a_published_count() -> None:
-    assert {*memory_report.REPORTED, *models.VITS} == set(PUBLISHED)
+    assert {*memory_report.REPORTED, *models.VITS, *MODELS} == set(PUBLISHED)
 
 
 # -- rules, against real optimizers and by hand ------------------------------------------------------------------------
