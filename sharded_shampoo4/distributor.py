@@ -19,7 +19,8 @@ from .held import HeldParameter
 from .numerics.matrix import Due, Matrix
 from .numerics.preconditioner import Preconditioner, fresh_block
 from .placement import local_tensor
-from .planning.plan import Owned, Plan, Work
+from .planning.loads import Work
+from .planning.plan import Owned, Plan
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ class Distributor:
             devices, dtypes = [m.device for m in self.matrices], [m.dtype for m in self.matrices]
             rounded = [matrix.options.exchange_dtype == "bfloat16" for matrix in self.matrices]
             self.exchange = Exchange(self.plan, ranks, devices, dtypes, rounded)
-        twins = self.plan.twins[ranks.rank]
+        twins = self.plan.twins.of(ranks.rank)
         if twins:
             ranks.join_twins(twins, self.exchange.device)
         try_out(ranks, self.matrices, twins)

@@ -26,7 +26,7 @@ from .members import Members
 from .numerics.matrix import Matrix
 from .numerics.preconditioner import worse
 from .placement import process_group
-from .planning.plan import Work
+from .planning.loads import Work
 from .planning.schedule import Phases
 from .report import shorten, warn
 from .state_dict import Loaded, Marks

@@ -23,7 +23,7 @@ from sharded_shampoo4.numerics.matrix import Matrix
 from sharded_shampoo4.options import PreconditionerOptions, apply_preset
 from sharded_shampoo4.planning.blocks import matrix_shape
 from sharded_shampoo4.planning.plan import Plan, PlannedMatrix
-from sharded_shampoo4.planning.routes import Part, Routes, Slots
+from sharded_shampoo4.planning.routes import Part, Routes, Way
 
 from .measure import Row
 
@@ -62,7 +62,7 @@ def worlds(world_sizes: Iterable[int], hosts: Iterable[str], node_size: int) -> 
 def simulate(shapes: Shapes, layout: Layout, options: PreconditionerOptions, trace_memory: bool = False) -> Row:
     """Make the plan of a world. Return figures of an ordinary step, in which every parameter has a gradient.
 
-    Views, copies, messages and the time for routes are those of one rank: the one with the most matrix work, and of
+    Messages, pieces and the time for routes are those of one rank: the one with the most matrix work, and of
     several such ranks the one nearest to the middle.
 
     Args:
@@ -89,7 +89,13 @@ def simulate(shapes: Shapes, layout: Layout, options: PreconditionerOptions, tra
     element = wire_dtype([DTYPE], [options.exchange_dtype == "bfloat16"]).itemsize
     sent = [element * count for count in plan.elements_sent()]
     grafted = any(matrix.grafting == "parameter" for matrix in world.matrices)
-    collectives = {"all_to_all": 2 * len(parts), "all_reduce": int(grafted), "on_host": AGREEMENTS}
+    ways = [way for part in parts for way in (part.gradients, part.directions)]
+    collectives = {
+        "all_to_all": len(ways) if len(plan.mates(rank)) > 1 else 0,
+        "all_gather": sum(way.shared is not None for way in ways),
+        "all_reduce": int(grafted),
+        "on_host": AGREEMENTS,
+    }
     return {
         "host": layout.host,
         "replicas": layout.replicas,
@@ -103,7 +109,7 @@ def simulate(shapes: Shapes, layout: Layout, options: PreconditionerOptions, tra
         "rounds": len(parts),
         "collectives": collectives if size > 1 else dict.fromkeys(collectives, 0),
         "sent_bytes": {"mean": statistics.mean(sent), "most": max(sent)},
-        **_messages(parts, element),
+        **_messages(plan, parts, rank, element),
         "state_bytes": max(world.state_bytes(plan)),
     }
 
@@ -134,41 +140,37 @@ class _World:
         return kept
 
 
-def _messages(parts: Sequence[Part], element: int) -> Row:
-    """Count what one rank does for its messages, of elements of so many bytes, and measure the largest."""
+def _messages(plan: Plan, parts: Sequence[Part], rank: int, element: int) -> Row:
+    """Measure the largest messages of a rank, of elements of so many bytes, and count its copies in and out of them."""
     ways = [way for part in parts for way in (part.gradients, part.directions)]
-    moved = sum(_count(way.outgoing) + _count(way.incoming) for way in ways)  # into messages and out of them
-    stayed = sum(_count(way.here[0]) for way in ways)
+
+    def received(way: Way) -> int:
+        return sum(way.received) if way.shared is None else way.shared * len(plan.twins.of(rank))
+
     return {
         "largest_message_bytes": {
-            "sent": element * max(way.outgoing.elements for way in ways),
-            "received": element * max(way.incoming.elements for way in ways),
+            "sent": element * max(way.shared or sum(way.sent) for way in ways),
+            "received": element * max(map(received, ways)),
         },
         "most_receivers": max(sum(map(bool, way.sent)) for way in ways),
-        "views": moved + 2 * stayed,  # by as_strided, which messages do not need
-        "copies": moved + stayed,
+        "pieces": sum(len(copies) for way in ways for copies in (way.pack, way.unpack, way.here)),
     }
-
-
-def _count(slots: Slots) -> int:
-    """Count the pieces of a message."""
-    return len(slots.cut(torch.empty(slots.elements, device="meta")))
 
 
 def world_table(rows: Sequence[Row], caption: str) -> Table:
     """Make the table of a model, a line for each world."""
     table = number_table(caption, "host", (
         "ranks", "plan\ns", "routes\ns", "busiest\n/ mean", "rounds", "calls,\n+ host", "MB sent\nmean", "\nmost",
-        "message\nMB out", "\nMB in", "to\nranks", "views", "copies", "state\nMB", "rank",
+        "message\nMB out", "\nMB in", "to\nranks", "pieces", "state\nMB", "rank",
     ))  # fmt: skip
     for row in rows:
         copies = f" {row['replicas']}x{row['ranks'] // row['replicas']}" if row["replicas"] else ""
         seconds = (f"{row[name]:.2f}" for name in ("plan_seconds", "routes_seconds"))
-        all_to_all, all_reduce, on_host = row["collectives"].values()
+        all_to_all, all_gather, all_reduce, on_host = row["collectives"].values()
         sizes = (f"{size / 1e6:.1f}" for size in (*row["sent_bytes"].values(), *row["largest_message_bytes"].values()))
         table.add_row(
             row["host"] + copies, str(row["ranks"]), *seconds, f"{row['balance']:.3f}", str(row["rounds"]),
-            f"{all_to_all + all_reduce} + {on_host}", *sizes, str(row["most_receivers"]), str(row["views"]),
-            str(row["copies"]), f"{row['state_bytes'] / 1e6:.1f}", str(row["rank"]),
+            f"{all_to_all + all_gather + all_reduce} + {on_host}", *sizes, str(row["most_receivers"]),
+            str(row["pieces"]), f"{row['state_bytes'] / 1e6:.1f}", str(row["rank"]),
         )  # fmt: skip
     return table

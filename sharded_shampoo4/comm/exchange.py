@@ -158,7 +158,7 @@ class Exchange:
 
     def _post(self, way: Way, sources: Sequence[Tensor], receive: Tensor | None = None) -> _Message:
         """Start to send what goes from ``sources`` to other ranks, and to receive what they send."""
-        if self.ranks.size == 1:
+        if len(self.plan.mates(self.ranks.rank)) == 1:  # nothing travels, on whatever rank
             return _Message(way.unpack, None, self.ranks)
         send = self._errors.attempt(self._pack, way, sources)
         if send is None:
@@ -172,11 +172,10 @@ class Exchange:
     def _share(self, way: Way, batch: Sequence[Tensor]) -> _Message:
         """Bring directions to this replica, and start to share what this rank has of them with its twins."""
         assert way.shared is not None
-        twins = self.plan.twins[self.ranks.rank]
+        twins = self.plan.twins.of(self.ranks.rank)
         own, joined = self._buffer(way.shared), self._buffer(way.shared * len(twins))
         self._errors.attempt(way.here.run, batch, [own])
-        if len(twins) < self.ranks.size:
-            self._post(way, batch, own[: sum(way.received)]).wait()
+        self._post(way, batch, own[: sum(way.received)]).wait()
         self.ranks.bytes_sent += own.numel() * own.element_size() * (len(twins) - 1)
         return _Message(way.unpack, self.ranks.start_all_gather(joined, own, twins), self.ranks, joined, own)
 

@@ -48,10 +48,10 @@ def qr(matrices: Tensor) -> Tensor:
 def cholesky_qr(matrices: Tensor) -> Tensor:
     """The orthogonal factors of (B, n, n) matrices by products, Cholesky factorizations and triangular solves.
 
-    From columns of length 1, rounds of Q <- Q R^-1 with Q^T Q + shift I = R^T R (Fukaya et al., SIAM J. Sci. Comput. 42,
-    2020). The shift is above what float32 rounds in Q^T Q, so that the factorization succeeds; each such round makes
-    small singular values about 1 / sqrt(shift) times as large. Without a shift the last rounds make Q orthogonal. Where
-    columns depend on one another, rounding decides the remaining directions, as in LAPACK's algorithm.
+    From columns of length 1, rounds of Q <- Q R^-1 with Q^T Q + shift I = R^T R (Fukaya et al., SIAM J. Sci. Comput.
+    42, 2020). The shift is above what float32 rounds in Q^T Q, so that the factorization succeeds; each such round
+    makes small singular values about 1 / sqrt(shift) times as large. Without a shift the last rounds make Q orthogonal.
+    Where columns depend on one another, rounding decides the remaining directions, as in LAPACK's algorithm.
 
     Nothing is read back from the device. Where a factor is not orthogonal, as of a column of zeros, all of it is NaN.
     """

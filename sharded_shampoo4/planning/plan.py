@@ -15,13 +15,13 @@ from functools import cached_property
 from typing import NamedTuple
 
 from .blocks import Block, Shard, interval_pieces
+from .loads import Loads, Work
 from .schedule import Phases
+from .twins import Twins
 
 # Elements of a batch's gradients, directions and dequantised roots together, for each MiB of scratch memory: a quarter
 # of it. The rest is for what dequantising takes, and for the pieces of two more batches that are under way.
 BATCH_ELEMENTS_PER_MIB = 2**16
-
-_SLACK = 1.05  # an owner may be chosen for the rows that it holds while its load stays below this much of the mean
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,10 @@ class Outgoing(NamedTuple):
 
 
 class Incoming(NamedTuple):
-    """A piece of the block at ``position`` in this rank's batch, in coordinates of the block, held by another rank."""
+    """A piece of the block at ``position`` in this rank's batch, in coordinates of the block, held by another rank.
+
+    Where ranks have twins, only those of this rank's replica are listed.
+    """
 
     position: int
     piece: Block
@@ -97,10 +100,6 @@ class Round:
     from_holder: list[list[Incoming]]
 
 
-# The matrix work of every (rank, None), and what of it is refreshed at a phase, of (rank, phase.statistics).
-Work = Counter[tuple[int, int | None]]
-
-
 class Plan:
     """Owners, batches and routes for ``matrices``, which have a shard on each of ``world_size`` ranks.
 
@@ -113,9 +112,10 @@ class Plan:
         for matrix in matrices:
             matrix.check()
         self.blocks = [Owned(index, block) for index, matrix in enumerate(matrices) for block in matrix.blocks]
-        self._holders = [_Holders(matrix) for matrix in matrices]
+        self.twins = Twins([matrix.shards for matrix in matrices], world_size)
+        self._holders = [_Holders(matrix, bool(self.twins)) for matrix in matrices]
         self.owners, self.work = self._assign_owners(others or Counter())
-        self.batches = [self._batches_of(rank) for rank in range(self.world_size)]
+        self.batches = self._batches()
 
     @property
     def rounds(self) -> int:
@@ -126,82 +126,57 @@ class Plan:
     def owner_of(self) -> dict[Owned, int]:
         return dict(zip(self.blocks, self.owners, strict=True))
 
-    @cached_property
-    def twins(self) -> list[list[int]]:
-        """For each rank, the ranks with the same shards, one in each replica; empty unless all ranks have such twins.
+    def mates(self, rank: int) -> Sequence[int]:
+        """The ranks that exchange gradients and directions with a rank, itself among them: those of its replica.
 
-        They may get the directions of all replicas from one another.
+        All ranks, unless they have twins.
         """
-        alike: dict[Hashable, list[int]] = defaultdict(list)
-        for rank in self._everyone:
-            alike[tuple(matrix.shards[rank][:2] for matrix in self.matrices)].append(rank)
-        replicas = {rank: {matrix.shards[rank].replica for matrix in self.matrices} for rank in self._everyone}
-        found = set().union(*replicas.values())
-        have_twins = len(found) > 1 and all(
-            len(twins) == len(found)
-            and all(len(replicas[rank]) == 1 for rank in twins)
-            and set().union(*(replicas[rank] for rank in twins)) == found
-            for twins in alike.values()
-        )
-        by_rank = {rank: twins for twins in alike.values() for rank in twins}
-        return [by_rank[rank] if have_twins else [] for rank in self._everyone]
-
-    def mates(self, rank: int) -> list[int]:
-        """The ranks of a rank's replica, itself among them."""
-        return [other for other in self._everyone if self._replica(other) == self._replica(rank)]
-
-    def _replica(self, rank: int) -> int:
-        return self.matrices[0].shards[rank].replica
-
-    @property
-    def _everyone(self) -> range:
-        return range(self.world_size)
+        return self.twins.mates(rank) if self.twins else range(self.world_size)
 
     def _assign_owners(self, others: Work) -> tuple[list[int], Work]:
-        """Longest processing time first: an owner for each block, and the work that this adds.
+        """An owner for each block, and the work that this adds; the most work first.
 
         As long as loads are even, ranks are preferred that refresh little at the phases of the block, then those that
         hold much of it.
         """
-        work = Counter(others)
         costs = [_work(block) for _, block in self.blocks]
-        everything = sum(costs) + sum(cost for (_, phase), cost in others.items() if phase is None)
-        limit = _SLACK * everything / self.world_size
+        loads = Loads(others, self.world_size, sum(costs), self.twins)
         owners = [0] * len(self.blocks)
-        everyone = range(self.world_size)
         for index in sorted(range(len(costs)), key=lambda i: -costs[i]):  # stable: by parameter, row, column
             matrix, block = self.blocks[index]
-            held = self._holders[matrix].elements(block)
-            phases = self.matrices[matrix].phases.get(block, ())
-            near = [rank for rank in (everyone if phases else held) if work[rank, None] + costs[index] <= limit]
-            busy = {rank: sum(work[rank, phase.statistics] for phase in phases) for rank in near}
-            if near:
-                owner = min(near, key=lambda rank: (busy[rank], -held.get(rank, 0), work[rank, None], rank))
-            else:
-                owner = min(everyone, key=lambda rank: (work[rank, None], -held.get(rank, 0), rank))
-            owners[index] = owner
-            work[owner, None] += costs[index]
+            held, phases = self._holders[matrix].elements(block), self.matrices[matrix].phases.get(block, ())
+            owners[index] = owner = loads.least(costs[index], held, [phase.statistics for phase in phases])
+            loads.add(owner, None, costs[index])
             for order, phase in zip((block.rows, block.columns), phases, strict=False):
-                work[owner, phase.statistics] += order**3
-        return owners, work - others
+                loads.add(owner, phase.statistics, order**3)
+        return owners, loads.work - others
 
-    def _batches_of(self, rank: int) -> list[list[Owned]]:
-        """The blocks of one owner, equal kinds and shapes together, in batches of bounded size."""
-        alike: dict[Hashable, list[Owned]] = {}
+    def _batches(self) -> list[list[list[Owned]]]:
+        """The blocks of each owner, equal kinds and shapes together, in batches of bounded size.
+
+        What there is most of comes first, on all ranks, so that their batches of a round are alike.
+        """
+        alike: list[dict[Hashable, list[Owned]]] = [{} for _ in range(self.world_size)]
+        elements: Counter[Hashable] = Counter()
+        key: Hashable
         for owned, owner in zip(self.blocks, self.owners, strict=True):
-            if owner == rank:
-                key = (self.matrices[owned.matrix].kind, owned.block.rows, owned.block.columns)
-                alike.setdefault(key, []).append(owned)
-        batches = []
-        for members in alike.values():
-            rows, columns = members[0].block.rows, members[0].block.columns
-            matrix = self.matrices[members[0].matrix]
-            most = BATCH_ELEMENTS_PER_MIB * matrix.scratch_mib
-            # A rank computes its own batch, and receives the directions of as many batches as there are replicas.
-            needed = max(rows * rows + columns * columns + 2 * rows * columns, matrix.replicas * rows * columns)
-            size = max(1, most // needed)
-            batches += [members[start : start + size] for start in range(0, len(members), size)]
+            rows, columns = owned.block.rows, owned.block.columns
+            key = (self.matrices[owned.matrix].kind, rows, columns)
+            alike[owner].setdefault(key, []).append(owned)
+            elements[key] += rows * columns
+        batches: list[list[list[Owned]]] = [[] for _ in alike]
+        for key, _ in elements.most_common():
+            for rank, of_rank in enumerate(alike):
+                members = of_rank.get(key, [])
+                size = self._batch_size(members[0]) if members else 1
+                batches[rank] += [members[start : start + size] for start in range(0, len(members), size)]
         return batches
+
+    def _batch_size(self, owned: Owned) -> int:
+        matrix, (_, _, rows, columns) = self.matrices[owned.matrix], owned.block
+        # A rank computes its own batch, and receives the directions of as many batches as there are replicas.
+        needed = max(rows * rows + columns * columns + 2 * rows * columns, matrix.replicas * rows * columns)
+        return max(1, BATCH_ELEMENTS_PER_MIB * matrix.scratch_mib // needed)
 
     def round(self, rank: int, number: int) -> Round:
         """What ``rank`` exchanges for everyone's batch ``number``."""
@@ -214,8 +189,8 @@ class Plan:
                 if owner == rank:
                     for holder, piece in self._holders[index].pieces(block):
                         inside = piece._replace(row=piece.row - block.row, column=piece.column - block.column)
-                        gives = shards[holder].replica == replica
-                        from_holder[holder].append(Incoming(position, inside, gives))
+                        near = self.twins.near(holder, owner)
+                        from_holder[near].append(Incoming(position, inside, shards[near].replica == replica))
                 shard = shards[rank]
                 for piece in interval_pieces(block, self.matrices[index].shape[1], shard.start, shard.stop):
                     to_owner[owner].append(Outgoing(index, piece, shard.replica == replica))
@@ -231,30 +206,30 @@ class Plan:
         Ranks with equal shards share directions: what each has is sent once for each of the others, filled up to the
         longest.
         """
-        sent, shared = [0] * self.world_size, self.elements_shared()
+        sent = [0] * self.world_size
         for (index, block), owner in zip(self.blocks, self.owners, strict=True):
             shards = self.matrices[index].shards
             for holder, count in self._holders[index].elements(block).items():
-                if holder != owner:
-                    is_mate = shards[holder].replica == shards[owner].replica
-                    sent[owner] += count * (is_mate or not self.twins[owner])
-                    sent[holder] += count * is_mate
-        for counts in shared:
+                near = self.twins.near(holder, owner)
+                if near != owner:
+                    sent[owner] += count
+                    sent[near] += count * (shards[near].replica == shards[owner].replica)
+        for counts in self.elements_shared():
             for rank, count in enumerate(counts):
-                sent[rank] += count * (len(self.twins[rank]) - 1)
+                sent[rank] += count * (len(self.twins.of(rank)) - 1)
         return sent
 
     def elements_shared(self) -> list[list[int]]:
-        """For each round, the elements of directions that each rank gives to all of its twins."""
+        """For each round, the elements of directions that each rank gives to all of its twins; empty without twins."""
         rounds = []
-        for number in range(self.rounds if self.twins[0] else 0):
+        for number in range(self.rounds if self.twins else 0):
             held = [0] * self.world_size
             for owner, batches in enumerate(self.batches):
                 for index, block in batches[number] if number < len(batches) else []:
-                    shards = self.matrices[index].shards
                     for holder, count in self._holders[index].elements(block).items():
-                        held[holder] += count * (shards[holder].replica == shards[owner].replica)
-            rounds.append([max(held[twin] for twin in self.twins[rank]) for rank in self._everyone])
+                        held[self.twins.near(holder, owner)] += count
+            longest = {twins[0]: max(held[twin] for twin in twins) for twins in self.twins.groups}
+            rounds.append([longest[self.twins.of(rank)[0]] for rank in range(self.world_size)])
         return rounds
 
 
@@ -264,16 +239,16 @@ def _work(block: Block) -> int:
 
 
 class _Holders:
-    """Who holds which part of a matrix's blocks."""
+    """Who holds which part of a matrix's blocks; where ranks have twins, those of the first replica."""
 
-    def __init__(self, matrix: PlannedMatrix) -> None:
+    def __init__(self, matrix: PlannedMatrix, have_twins: bool) -> None:
         self.width = matrix.shape[1]
         self._replicas: list[tuple[list[int], list[tuple[Shard, int]]]] = []  # starts, and shards with their ranks
         grouped: dict[int, list[tuple[Shard, int]]] = defaultdict(list)
         for rank, shard in enumerate(matrix.shards):
             if shard.start < shard.stop:
                 grouped[shard.replica].append((shard, rank))
-        for entries in grouped.values():
+        for _, entries in sorted(grouped.items())[: 1 if have_twins else None]:
             entries.sort()
             self._replicas.append(([shard.start for shard, _ in entries], entries))
 

@@ -92,14 +92,7 @@ class Routes:
                 for pieces in whole.from_holder
             ]
 
-        shares = bool(self._plan.twins[self._rank])
-        back = in_batch(
-            lambda piece: (
-                piece.position in place
-                and directed[mine[piece.position].matrix]
-                and (piece.gives_gradient or not shares)
-            )
-        )
+        back = in_batch(lambda piece: piece.position in place and directed[mine[piece.position].matrix])
         gradients = self._way(
             in_shards(lambda piece: active[piece.matrix] and piece.gives_gradient),
             in_batch(lambda piece: piece.position in place and piece.gives_gradient),
@@ -110,7 +103,7 @@ class Routes:
             chosen,
             tuple(self._numbers[mine[position]] for position in chosen),
             gradients,
-            self._shared_way(back, returned) if shares else self._way(back, returned),
+            self._shared_way(back, returned) if self._plan.twins else self._way(back, returned),
         )
 
     def _way(self, before: list[list[Piece]], after: list[list[Piece]]) -> Way:
@@ -131,16 +124,16 @@ class Routes:
 
         ``before`` has the pieces for this replica, ``after`` those from the owners of all replicas.
         """
-        twins = self._plan.twins[self._rank]
+        twins = self._plan.twins
         parts = []
-        for twin in twins:  # what it receives, in order of the ranks, then what it has itself
-            mates = [rank for rank in self._plan.mates(twin) if rank != twin]
+        for twin in twins.of(self._rank):  # what it receives, in order of the ranks, then what it has itself
+            mates = [rank for rank in twins.mates(twin) if rank != twin]
             parts.append([*_joined([after[rank] for rank in mates]), *after[twin]])
         longest = max(map(_elements, parts))
         coming = [_in_message(part, index * longest) for index, part in enumerate(parts)]
-        mates = self._plan.mates(self._rank)
-        received = [_elements(pieces) if rank in mates else 0 for rank, pieces in enumerate(after)]
-        received[self._rank] = 0
+        received = [0] * len(after)
+        for rank in twins.mates(self._rank):
+            received[rank] = 0 if rank == self._rank else _elements(after[rank])
         staying = before[self._rank]
         here = Copies(staying, _in_message(staying, sum(received)))
         before[self._rank] = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ import torch
 from support.launching import LAUNCH
 from support.meta_steps import FakeRanks, count_step
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 # isort: split
 import benchmark  # found through launching
@@ -23,24 +22,12 @@ from memory.rules import Layout
 from sharded_shampoo4 import Shampoo4, estimate_memory
 from sharded_shampoo4.comm.ranks import Ranks
 from sharded_shampoo4.options import PreconditionerOptions, apply_preset
+from sharded_shampoo4.planning.copies import Copies
 
 assert Path(benchmark.__file__).parent == LAUNCH
 
 MODEL = "vit-digits"
 FIRST_STEPS = {"soap": (1, {}), "shampoo": (2, {"statistics_interval": 2, "root_interval": 2})}  # before ordinary ones
-
-
-class CountCopies(TorchFunctionMode):
-    """Counts the views and copies that an optimizer asks for by the calls that messages are made of."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.views = self.copies = 0
-
-    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.views += func is Tensor.as_strided
-        self.copies += len(args[0]) if func is torch._foreach_copy_ else 0
-        return func(*args, **(kwargs or {}))
 
 
 def test_a_run_writes_a_table_and_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -57,13 +44,16 @@ def test_a_run_writes_a_table_and_figures(tmp_path: Path, capsys: pytest.Capture
     alone = rows.pop(("none", 1))
     assert alone["sent_bytes"] == {"mean": 0, "most": 0} and not any(alone["collectives"].values())
     for ranks in (2, 4):  # every direction goes from its owner to all others
-        assert rows["ddp", ranks]["sent_bytes"]["mean"] == 4 * elements * (ranks - 1) / ranks
-        assert rows["ddp", ranks]["most_receivers"] == ranks - 1
+        found = rows["ddp", ranks]["sent_bytes"]["mean"] / (4 * elements * (ranks - 1) / ranks)
+        assert 1 <= found < 1.5, "filled up to the longest of a round; there are few"
+        assert rows["ddp", ranks]["most_receivers"] == 0
     for (host, ranks), row in rows.items():
         estimate = estimate_memory(shapes, ranks, host=host, replicas=row["replicas"])
         assert row["sent_bytes"]["most"] == max(estimate.traffic) > 0
         assert row["state_bytes"] == max(estimate.total)
-        assert row["collectives"] == {"all_to_all": 2 * row["rounds"], "all_reduce": 0, "on_host": 2}
+        each_way = 0 if host == "ddp" else row["rounds"]
+        shared = 0 if host == "fsdp2" else row["rounds"]
+        assert row["collectives"] == {"all_to_all": 2 * each_way, "all_gather": shared, "all_reduce": 0, "on_host": 2}
         assert 1 <= row["balance"] <= ranks and 0 <= row["rank"] < ranks
         assert row["planning_bytes"] > 0 < row["plan_seconds"]
 
@@ -82,6 +72,13 @@ def test_a_step_of_the_rank_is_as_computed(method: str, monkeypatch: pytest.Monk
         return start(self, receive, send, sizes, sent)
 
     monkeypatch.setattr(Ranks, "start_all_to_all", noted)
+    run, pieces = Copies.run, []
+
+    def counted(self: Copies, sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
+        pieces.append(len(self))
+        run(self, sources, targets)
+
+    monkeypatch.setattr(Copies, "run", counted)
     with FakeRanks(row["rank"], ranks, {name: tuple(shape) for name, shape in shapes.items()}) as fake:
         parameters = fake.parameters()
         optimizer = Shampoo4(parameters.items(), foreach=True, method=method, **intervals)
@@ -89,16 +86,17 @@ def test_a_step_of_the_rank_is_as_computed(method: str, monkeypatch: pytest.Monk
         for _ in range(first - 1):
             count_step(optimizer, parameters.values())
         messages.clear()
-        with CountCopies() as counted:
-            counts = count_step(optimizer, parameters.values())
+        pieces.clear()
+        counts = count_step(optimizer, parameters.values())
 
     assert row["collectives"] == {
         "all_to_all": counts.collectives["alltoall_base_"],
+        "all_gather": 0,
         "all_reduce": counts.collectives["allreduce_"],
-        "on_host": counts.host_collectives["allreduce_"],
+        "on_host": counts.host_collectives["send"] // 2,  # log2(3) messages each
     }
     assert counts.collectives.total() == row["collectives"]["all_to_all"] + (method == "shampoo")
-    assert (row["views"], row["copies"]) == (counted.views, counted.copies) and counted.copies > 0
+    assert row["pieces"] == sum(pieces) > 0
     sent, received, receivers = (max(values) for values in zip(*messages, strict=True))
     assert row["largest_message_bytes"] == {"sent": sent, "received": received}
     assert row["most_receivers"] == receivers
