@@ -30,6 +30,8 @@ _CAUSES = (
     "throw_on_early_termination=True); otherwise a loader with drop_last=True); ranks that do not call step(), "
     "state_dict() and checkpoint functions equally often; or a model that only some ranks train: "
 ) + OWN_MODELS
+# Its name from torch 2.13 on, and before.
+_all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _FLAGS = 8  # that travel in one collective
 
 _made: weakref.WeakKeyDictionary[dist.ProcessGroup, int] = weakref.WeakKeyDictionary()  # Ranks on each host group
@@ -171,7 +173,7 @@ class Ranks:
         padded[: len(data)] = data
         joined = torch.empty(longest * self.size, dtype=torch.uint8, device=data.device)
         with self.explaining():
-            dist.all_gather_into_tensor(joined, padded, group=self.on(data.device))
+            _all_gather(joined, padded, group=self.on(data.device))
         return [part[:size] for part, size in zip(joined.split(longest), sizes, strict=True)]
 
     def sum(self, values: Tensor) -> None:
@@ -202,7 +204,7 @@ class Ranks:
         whole = len(twins) == self.size
         group = self.on(own.device) if whole else self._twins[tuple(twins), self._backend(own.device)]
         with self.explaining():
-            work: dist.Work = dist.all_gather_into_tensor(joined, own, group=group, async_op=True)
+            work: dist.Work = _all_gather(joined, own, group=group, async_op=True)
             return work
 
     def _backend(self, device: torch.device) -> str:

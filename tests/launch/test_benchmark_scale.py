@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from support.launching import LAUNCH
 from support.meta_steps import FakeRanks, count_step
 from torch import Tensor
