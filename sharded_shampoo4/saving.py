@@ -86,7 +86,8 @@ class SavedStates(SteppingTogether):
         """
         if self._session.spread and not self._members.partitioned:
             self._session.begin("consolidate_state_dict()")
-            self._consolidated = {parameter: data.cpu() for parameter, data in all_factors(self._session).items()}
+            packed = all_factors(self._session, on_host=True)
+            self._consolidated = {parameter: data.cpu() for parameter, data in packed.items()}
 
     @own_arithmetic()
     def _packed(self, everywhere: bool = False) -> dict[Tensor, Tensor]:

@@ -131,8 +131,11 @@ def packed_factors(session: Session, everywhere: bool) -> dict[Tensor, Tensor]:
     return all_factors(session)
 
 
-def all_factors(session: Session) -> dict[Tensor, Tensor]:
-    """Return every preconditioner there is, as bytes; on several ranks collective, and sharded where parameters are."""
+def all_factors(session: Session, on_host: bool = False) -> dict[Tensor, Tensor]:
+    """Return every preconditioner there is, as bytes; on several ranks collective, and sharded where parameters are.
+
+    ``on_host`` brings one after another to the host, so that a device holds those of one parameter at a time.
+    """
     packed: dict[Tensor, Tensor] = {}
     errors = DeferredErrors(session.ranks) if session.ranks is not None else None
     for distributor in session.all():
@@ -140,7 +143,7 @@ def all_factors(session: Session) -> dict[Tensor, Tensor]:
         for index, parameter in enumerate(distributor.parameters):
             part = errors.attempt(shard_vector, pack(distributor, index), parameter)
             if part is not None:
-                packed[parameter] = part
+                packed[parameter] = part.cpu() if on_host else part
     if errors is not None:
         errors.raise_together()
     return {**packed, **{parameter: entry.data for parameter, entry in session.loaded.items()}}

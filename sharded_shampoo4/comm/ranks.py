@@ -163,18 +163,20 @@ class Ranks:
         )
 
     def gather_bytes(self, data: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-        """``data``, uint8 vectors of ``sizes`` bytes, of every rank."""
+        """``data``, uint8 vectors of ``sizes`` bytes, of every rank, without filling up the shorter ones."""
         if self.group is None:
             return [data]
-        longest = max(sizes)
-        if not longest:
-            return [data] * self.size
-        padded = torch.zeros(longest, dtype=torch.uint8, device=data.device)
-        padded[: len(data)] = data
-        joined = torch.empty(longest * self.size, dtype=torch.uint8, device=data.device)
+        with self.together():
+            parts = list(torch.empty(sum(sizes), dtype=torch.uint8, device=data.device).split(list(sizes)))
+            parts[self.rank].copy_(data)
         with self.explaining():
-            _all_gather(joined, padded, group=self.on(data.device))
-        return [part[:size] for part, size in zip(joined.split(longest), sizes, strict=True)]
+            group, works = self.on(data.device), []
+            for owner, part in enumerate(parts):
+                if len(part):
+                    works.append(dist.broadcast(part, group_src=owner, group=group, async_op=True))
+            for work in works:
+                work.wait()
+        return parts
 
     def sum(self, values: Tensor) -> None:
         """Add up ``values`` over the ranks, in place."""
