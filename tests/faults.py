@@ -32,8 +32,8 @@ Bjorck constant: numerics/eigenbasis.py
 + 1.5 * basis - 0.499 *
 
 owner choice: planning/plan.py
-- owners[index] = owner
-+ owners[index] = owner = 0
+- owners[index] = owner = loads
++ owners[index] = owner = 0 * loads
 
 offset of a piece: planning/plan.py
 - column=piece.column - block.column)
@@ -42,6 +42,18 @@ offset of a piece: planning/plan.py
 pieces as one: planning/copies.py
 - step == second.offset - first.offset
 + True
+
+rows of pieces: planning/copies.py
+- (piece.width // length) + across
++ (piece.width // length + 1) + across
+
+what twins share: planning/routes.py
+- _in_message(part, index * longest)
++ _in_message(part, 0 * longest)
+
+agreement: comm/groups.py
+- distance *= 2
++ distance *= 4
 
 graft norm: grafting.py
 - (directions + 1e-12)

@@ -22,6 +22,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from sharded_shampoo4 import Shampoo4, checkpoint
+from sharded_shampoo4.comm.ranks import Ranks
 from sharded_shampoo4.integrations import fsdp
 
 OPTIONS = SMALL_BLOCKS
@@ -376,3 +377,23 @@ def test_the_option_belongs_to_the_optimizer() -> None:
     parameter.grad = torch.ones(8, 8)
     optimizer.step()
     assert copy.deepcopy(optimizer)._process_group == "alone"
+
+
+# -- agreements --------------------------------------------------------------------------------------------------------
+
+
+def agreed(rank: int) -> dict[str, Any]:
+    """What all ranks hear if one of them says it, each in turn, and bytes of every rank."""
+    ranks = Ranks(dist.group.WORLD)
+    flags = [ranks.any([rank == one, False]) for one in range(ranks.size)]
+    many = [ranks.any([rank == one and place == 9 for place in range(12)]) for one in range(ranks.size)]
+    gathered = ranks.gather_bytes(torch.full((rank,), rank, dtype=torch.uint8), list(range(ranks.size)))
+    return {"flags": flags, "many": many, "gathered": [part.tolist() for part in gathered]}
+
+
+def test_every_rank_hears_what_one_says() -> None:
+    """Five ranks: as many as are no power of two."""
+    for found in hosts.run_ranks(5, agreed):
+        assert found["flags"] == [(True, False)] * 5
+        assert found["many"] == [tuple(place == 9 for place in range(12))] * 5
+        assert found["gathered"] == [[rank] * rank for rank in range(5)]
