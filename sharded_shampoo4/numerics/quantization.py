@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import math
 import sys
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -251,23 +250,4 @@ def dequantize(codes: Tensor, scales: Tensor, length: int, *, codebook: str, bit
     if whole:
         values[..., : whole * block].unflatten(-1, (whole, block)).mul_(scales[..., :whole, None])
     values[..., whole * block :].mul_(scales[..., whole:])
-    return values
-
-
-def dequantize_compiled(codes: Tensor, scales: Tensor, length: int, *, codebook: str, bits: int, block: int) -> Tensor:
-    """:func:`dequantize` as one kernel that torch.compile makes of the plain formula; the same values."""
-    levels = _tables(codebook, bits, block, codes.device).levels
-    values: Tensor = _compiled()(codes, scales, levels, length, bits, block)
-    return values
-
-
-@functools.cache
-def _compiled() -> Callable[..., Tensor]:
-    return torch.compile(_by_value)
-
-
-def _by_value(codes: Tensor, scales: Tensor, levels: Tensor, length: int, bits: int, block: int) -> Tensor:
-    # Not scales[..., arange(length) // block]: inductor 2.13 takes wrong ones for rows shorter than a block.
-    of_values = scales.to(torch.float32).repeat_interleave(block, -1)[..., :length]
-    values: Tensor = levels[unpack(codes, bits, length).int()] * of_values
     return values
