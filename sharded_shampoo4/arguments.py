@@ -12,7 +12,7 @@ def _field(name: str, kind: Any, help: str, default: Any) -> tuple[str, Any, Any
     # HfArgumentParser's formatter appends "(default: None)" to a help that does not mention %(default).
     metadata: dict[str, Any] = {"help": f"{help} (default: {default})%(default).0s"}
     if kind is bool:
-        metadata |= {"nargs": "?", "const": True}  # --compile as well as --compile true
+        metadata |= {"nargs": "?", "const": True}  # --protect as well as --protect true
     if get_origin(kind) is tuple:
         whole = get_args(kind)[0] is int
         kind, metadata["metavar"] = (list[int], "STEPS") if whole else (list[float], "DECAY")

@@ -144,7 +144,6 @@ class Shampoo4(SavedStates):
             "bfloat16". (default: "float32")
         scratch_mib: Memory in MiB that a step may take for dequantized matrices and messages; a single block may need
             more. 0 stands for 256 on a CPU and 2048 on an accelerator, which needs larger batches. (default: 0)
-        compile: Fuse quantization and dequantization by torch.compile. (default: False)
         process_group: Ranks that hold these parameters between them. None finds them from the parameters: all ranks, or
             those of an FSDP2 mesh. A ``torch.distributed`` group is for DDP on some of the ranks, a pipeline stage, or
             one of several models; ``"alone"`` for a process that trains its parameters by itself, without any
@@ -200,7 +199,6 @@ class Shampoo4(SavedStates):
         matmul_dtype: LowDtype = "float32",
         exchange_dtype: LowDtype = "float32",
         scratch_mib: int = 0,
-        compile: bool = False,
         process_group: dist.ProcessGroup | Literal["alone"] | None = None,
         **base_options: Any,
     ) -> None:

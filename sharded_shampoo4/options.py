@@ -156,7 +156,6 @@ class PreconditionerOptions:
         "stands for 256 on a CPU and 2048 on an accelerator, which needs larger batches.",
         lowest=0,
     )
-    compile: bool = _option(False, "Fuse quantization and dequantization by torch.compile.")
 
     def __post_init__(self) -> None:
         for option in fields(self):

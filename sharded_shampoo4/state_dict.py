@@ -28,6 +28,7 @@ PIECES_KEY = "preconditioner_pieces"  # in state_dict(), where flat tensors have
 
 Loaded = PackedState | PackedPieces  # of parameters that no distributor has (yet)
 _NOT_OPTIONS = ("params", "param_names")
+_FORMER_OPTIONS = {"compile"}  # which earlier versions wrote into parameter groups
 
 
 class _Mark:
@@ -206,7 +207,7 @@ def read(
         ValueError: it does not fit; with the option and both values, or the parameter's name.
     """
     members = session.members
-    state_dict = dict(state_dict)
+    state_dict = _without_former_options(state_dict, groups)
     pieces = state_dict.pop(PIECES_KEY, None)
     if (pieces is not None) != members.partitioned:
         whole, parts = "a state_dict with whole parameters", "one rank's part of a state_dict under ZeRO 1, 2 or 3"
@@ -227,6 +228,12 @@ def read(
             loaded[parameter] = PackedState(option, data.detach().clone())
     versioned = [{**group, VERSION_KEY: FORMAT_VERSION} for group in plain["param_groups"]]
     return {**plain, "param_groups": versioned}, loaded
+
+
+def _without_former_options(state_dict: dict[str, Any], groups: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    former = _FORMER_OPTIONS - groups[0].keys()
+    known = [{key: group[key] for key in group if key not in former} for group in state_dict["param_groups"]]
+    return {**state_dict, "param_groups": known}
 
 
 def _read_pieces(stored: Mapping[int, Mapping[str, Any]], session: Session) -> dict[Tensor, Loaded]:

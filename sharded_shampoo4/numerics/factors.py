@@ -103,7 +103,6 @@ class FactorPool(Pool):
         super().__init__(factor_layout(order, options), count, Coding.of(options), device)
         self.order = order
         self.options = options
-        self.compiled = options.compile
         self.refresh_dtype: torch.dtype = getattr(torch, options.refresh_dtype)
         # A basis that is stored in float32 is orthogonal.
         self._rectify_steps = (0, 0) if "basis" in self.tensors else options.rectify_steps

@@ -58,7 +58,6 @@ class Pool:
         self.count = count
         self.device = device
         self.coding = coding
-        self.compiled = False  # whether rows are decoded by a compiled kernel
         self.tensors = {
             name: torch.zeros((count, *shape), dtype=dtype, device=device) for name, (shape, dtype) in layout.items()
         }
@@ -90,10 +89,9 @@ class Pool:
         """
         if name in self.tensors:
             return self.stored(name, where)
-        dequantize = quantization.dequantize_compiled if self.compiled else quantization.dequantize
         codes, scales = self.stored(f"{name}.codes", where), self.stored(f"{name}.scales", where)
         codebook, bits, block, _ = coding or self.coding
-        matrices = dequantize(codes, scales, columns, codebook=codebook, bits=bits, block=block)
+        matrices = quantization.dequantize(codes, scales, columns, codebook=codebook, bits=bits, block=block)
         if f"{name}.diagonal" in self.tensors:
             matrices.diagonal(dim1=-2, dim2=-1).copy_(self.stored(f"{name}.diagonal", where))
         return matrices

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import math
 import sys
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -20,6 +19,7 @@ from torch.nn.functional import pad
 # Dequantizing looks up whole words, not single codes: bytes, or for 3 bits half of three bytes; on a CPU, whose cache
 # keeps a table of 1 MiB, two bytes where that can be.
 _WORD_BITS = {3: 12, 4: 8, 8: 8}
+_TWICE = {torch.uint8: torch.int16, torch.int16: torch.int32, torch.int32: torch.int64}  # two such numbers as one
 _TYPES = {1: torch.float32, 2: torch.int64, 4: torch.complex128}  # as large as so many float32 values
 
 
@@ -72,7 +72,7 @@ def normal(bits: int, block: int) -> Tensor:
             moment[end] += sign * 0.5 / block
         levels = moment / mass
         levels[zero] = 0.0
-    return (levels * 2**12).round().to(torch.float32) / 2**12  # no platform's last digits
+    return (levels * _GRID).round().to(torch.float32) / _GRID  # no platform's last digits
 
 
 def _good_start(weight: Tensor, largest: Tensor, count: int) -> Tensor:
@@ -91,14 +91,26 @@ def levels_of(codebook: str, bits: int, block: int) -> Tensor:
 CODE_BOOKS = {"linear2": linear2, "dynamic_tree": dynamic_tree}
 # Shares of a block's largest magnitude that are tried as its scale with the code book "normal".
 _SHARES = (0.88, 0.96, 1.04)
+# The levels of "normal" are multiples of 1 / _GRID, so that twice as fine a grid has all middles between two.
+_GRID = 2**12
 
 
 class _Tables(NamedTuple):
-    levels: Tensor  # (2**bits,) float32
     thresholds: Tensor  # (2**bits - 1,) float32; a value equal to thresholds[i] still belongs to level i
     words: Tensor  # one entry per word, holding that word's float32 levels
     pairs: Tensor | None  # the same for two bytes
-    edges: Tensor | None  # of "linear2" on a CPU: the thresholds between two numbers that nothing is beyond
+    cells: _Cells | None  # on a CPU, unless the thresholds are too close
+    levels: Tensor  # float64, for each place: see _places
+    codes: Tensor | None  # uint8, for each place; None where places are codes
+    shares: Tensor  # _SHARES, float32
+
+
+class _Cells(NamedTuple):
+    """[-1, 1] cut into ``number`` cells, each with at most one threshold in it."""
+
+    number: int
+    below: Tensor  # (number + 1,) uint8: the thresholds in the cells before this one
+    inside: Tensor  # (number + 1,) float32: the threshold in this cell, or infinity
 
 
 @functools.lru_cache(maxsize=32)
@@ -113,10 +125,35 @@ def _tables(codebook: str, bits: int, block: int, device: torch.device) -> _Tabl
     words = _table_of_words(levels, bits, _WORD_BITS[bits]).to(device)
     in_pairs = device.type == "cpu" and bits != 3 and sys.byteorder == "little"
     pairs = _table_of_words(levels, bits, 16) if in_pairs else None
-    beyond = torch.tensor([torch.nan], dtype=torch.float32, device="cpu")
-    searched = codebook != "linear2" or device.type != "cpu"  # accelerators search as fast, in one kernel
-    edges = None if searched else torch.cat([beyond, thresholds, beyond])
-    return _Tables(levels.to(device), thresholds.to(device), words, pairs, edges)
+    cells = _cut(thresholds) if device.type == "cpu" else None  # accelerators search as fast, in one kernel
+    levels, codes = levels.double(), None
+    if codebook == "normal" and device.type == "cpu":
+        grid = torch.linspace(-1.0, 1.0, 4 * _GRID + 1, dtype=torch.float64, device="cpu")
+        places = torch.bucketize(grid, middles)
+        levels, codes = levels[places], places.to(torch.uint8)
+    shares = torch.tensor(_SHARES, dtype=torch.float32, device="cpu").to(device)
+    return _Tables(thresholds.to(device), words, pairs, cells, levels.to(device), codes, shares)
+
+
+def _cut(thresholds: Tensor) -> _Cells | None:
+    """The fewest cells that part the thresholds; None if that takes more than a cache holds."""
+    for number in (2**power for power in range(6, 17)):
+        cells = _cell(thresholds, number)
+        if (cells.diff() > 0).all():
+            all_cells = torch.arange(number + 1, dtype=torch.int32, device="cpu")
+            inside = torch.full((number + 1,), torch.inf, dtype=torch.float32, device="cpu")
+            inside[cells.long()] = thresholds
+            return _Cells(number, torch.bucketize(all_cells, cells).to(torch.uint8), inside)
+    return None
+
+
+def _cell(ratios: Tensor, number: int) -> Tensor:
+    """The cells, int32 from 0 to ``number``, of numbers in [-1, 1]: the first one and the last are half as wide.
+
+    Numbers beyond are in the first or the last cell, those that are not finite in any. It rises with the number.
+    """
+    cells: Tensor = (ratios * (number / 2)).add_(number / 2 + 0.5).to(torch.int32)
+    return cells.clamp_(0, number)
 
 
 def _table_of_words(levels: Tensor, bits: int, word_bits: int) -> Tensor:
@@ -139,16 +176,27 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     """Pack codes (..., n) below ``2**bits`` into uint8 (..., packed_width(n, bits)), the first code in the low bits."""
     length = codes.shape[-1]
     if bits == 8:
-        return codes.to(torch.uint8)
+        return codes.to(torch.uint8).contiguous()
+    together = 2 if bits == 4 else 8
+    if length % together:
+        codes = pad(codes, (0, -length % together))
     if bits == 4:
-        low, high = pad(codes, (0, length % 2)).unflatten(-1, (-1, 2)).unbind(-1)
-        pairs: Tensor = low | high << 4
-        return pairs.to(torch.uint8)
-    eight = pad(codes, (0, -length % 8)).unflatten(-1, (-1, 8)).long()
-    word = (eight << torch.arange(0, 24, 3, device=codes.device)).sum(-1)
-    three_bytes = torch.stack([word & 255, word >> 8 & 255, word >> 16], dim=-1).to(torch.uint8)
+        return _joined(codes, 4).to(torch.uint8)
+    words = _joined(_joined(_joined(codes.to(torch.uint8), 3) & 63, 6) & 4095, 12)
+    three_bytes = torch.stack([words, words >> 8, words >> 16], dim=-1).to(torch.uint8)
     packed: Tensor = three_bytes.flatten(-2)[..., : packed_width(length, bits)]
     return packed
+
+
+def _joined(codes: Tensor, bits: int) -> Tensor:
+    """Pairs of neighbors below ``2**bits`` as one number, the first lower; bits above those of both are anything."""
+    even = codes.is_contiguous() and codes.storage_offset() % 2 == 0
+    if sys.byteorder == "little" and codes.dtype in _TWICE and even:
+        pairs = codes.flatten().view(_TWICE[codes.dtype]).view(*codes.shape[:-1], codes.shape[-1] // 2)
+        return (pairs >> 8 * codes.element_size() - bits).bitwise_or_(pairs)
+    first, second = codes.int().unflatten(-1, (-1, 2)).unbind(-1)
+    joined: Tensor = first | second << bits
+    return joined
 
 
 def unpack(packed: Tensor, bits: int, length: int) -> Tensor:
@@ -166,6 +214,10 @@ def _words(packed: Tensor, bits: int) -> Tensor:
     return torch.stack([first | (second & 15) << 8, second >> 4 | third << 4], dim=-1).flatten(-2)
 
 
+# How many elements a CPU takes at once for each thread. Larger temporary tensors take new memory each time.
+_AT_ONCE = 2**18
+
+
 def quantize(
     values: Tensor, *, codebook: str, bits: int, block: int, scale_dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
@@ -176,61 +228,79 @@ def quantize(
     some. A value takes the nearest level of the code book; midway between two, the smaller level. A block of zeros has
     scale 0 and comes back as zeros.
     """
+    most = _AT_ONCE * torch.get_num_threads()
+    if values.device.type != "cpu" or values.numel() <= most or values.ndim == 1:
+        return _quantize(values, codebook, bits, block, scale_dtype)
+    parts = values.flatten(0, -2).split(max(1, most // values.shape[-1]))
+    done = [_quantize(part, codebook, bits, block, scale_dtype) for part in parts]
+    codes, scales = (torch.cat(pieces).unflatten(0, values.shape[:-1]) for pieces in zip(*done, strict=True))
+    return codes, scales
+
+
+def _quantize(values: Tensor, codebook: str, bits: int, block: int, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     length = values.shape[-1]
     tables = _tables(codebook, bits, block, values.device)
-    blocks = pad(values.to(torch.float32), (0, -length % block)).contiguous().unflatten(-1, (-1, block))
-    largest = blocks.abs().amax(-1)
+    values = values.to(torch.float32)
+    if length % block:
+        values = pad(values, (0, -length % block))
+    blocks = values.contiguous().unflatten(-1, (-1, block))
+    scales = blocks.abs().amax(-1)
     if codebook == "normal":
-        there = pad(torch.ones(length, dtype=torch.float32, device=values.device), (0, -length % block)).view(-1, block)
-        scales, codes = _least_squares(blocks, largest, there, tables, scale_dtype)
+        scales, codes = _least_squares(blocks, scales, tables, scale_dtype)
     else:
-        scales = largest.to(scale_dtype)
-        codes = _nearest(blocks, scales, tables)
+        scales = scales.to(scale_dtype)
+        codes = _nearest(blocks / _divisors(scales).unsqueeze(-1), tables)
     return pack(codes.flatten(-2)[..., :length], bits), scales
 
 
-def _nearest(blocks: Tensor, scales: Tensor, tables: _Tables) -> Tensor:
-    scales = scales.to(torch.float32).unsqueeze(-1)
-    ratios = blocks / torch.where(scales > 0, scales, 1.0)
-    if tables.edges is None:
+def _divisors(scales: Tensor) -> Tensor:
+    """The scales in float32, and 1 where a block has only zeros."""
+    scales = scales.to(torch.float32)
+    return torch.where(scales > 0, scales, 1.0)
+
+
+def _nearest(ratios: Tensor, tables: _Tables) -> Tensor:
+    """The codes of the nearest levels, int32 or uint8; midway between two, of the smaller level."""
+    if tables.codes is not None:
+        return tables.codes.index_select(0, _places(ratios, tables)).view(ratios.shape)
+    if tables.cells is None:
         return torch.bucketize(ratios, tables.thresholds, out_int32=True)
-    return _nearest_square(ratios, tables.edges)
+    number, below, inside = tables.cells
+    cells = _cell(ratios, number).flatten()
+    above = inside.index_select(0, cells).lt_(ratios.flatten())  # as numbers, several times as fast as booleans
+    codes = below.index_select(0, cells).add_(above.to(torch.int8).view(torch.uint8))
+    return codes.view(ratios.shape)
 
 
-def _nearest_square(ratios: Tensor, edges: Tensor) -> Tensor:
-    """Find the levels of "linear2" as torch.bucketize does, several times as fast.
+def _places(ratios: Tensor, tables: _Tables) -> Tensor:
+    """Where ``tables`` have what belongs to a value: by its code, or by the next larger multiple of 1 / (2 _GRID)."""
+    if tables.codes is None:
+        return torch.bucketize(ratios, tables.thresholds, out_int32=True).flatten()
+    places = (ratios * (2.0 * _GRID)).ceil_().add_(2.0 * _GRID).to(torch.int32)
+    return places.clamp_(0, 4 * _GRID).flatten()
 
-    A square root gives the level or one of its two neighbors.
+
+def _least_squares(blocks: Tensor, largest: Tensor, tables: _Tables, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Scales and codes with the least squared error: of each share of ``largest`` the codes, and their best scale.
+
+    With the levels l and the scale s, the error is the sum of x x, less s (2 sum(x l) - s sum(l l)): what is gained.
+    Sums are taken in float64: the same whatever their order. Zeros that fill up a block have the level 0.
     """
-    top = len(edges) - 2
-    near = ratios.abs().sqrt_().copysign_(ratios).add_(1.0).mul_(top / 2).round_()
-    codes = near.nan_to_num_(0.0).clamp_(0, top).to(torch.int32).flatten()
-    values = ratios.flatten()
-    above = values > edges.index_select(0, codes + 1)
-    below = values <= edges.index_select(0, codes)
-    return codes.add_(above.view(torch.int8)).sub_(below.view(torch.int8)).view(ratios.shape)
+    divisors, exact = _divisors(largest), blocks.double()
+    sums = [_sums(blocks / (share * divisors).unsqueeze(-1), exact, tables) for share in _SHARES]
+    products, squares = (torch.stack(each) for each in zip(*sums, strict=True))
+    scales = torch.where(largest > 0, (products / squares).to(torch.float32), largest).to(scale_dtype)
+    wide = scales.double()
+    best = (wide * (2 * products - wide * squares)).max(0, keepdim=True).indices
+    divisors *= tables.shares.index_select(0, best.flatten()).view(largest.shape)
+    return scales.gather(0, best).squeeze(0), _nearest(blocks / divisors.unsqueeze(-1), tables)
 
 
-def _least_squares(
-    blocks: Tensor, largest: Tensor, there: Tensor, tables: _Tables, scale_dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Scales and codes with the least squared error: for each share of ``largest`` its codes, and their best scale.
-
-    ``there`` is 0 where a block has been filled up.
-    """
-    best_error = torch.full_like(largest, torch.inf, dtype=torch.float64)
-    best_scales, best_codes = largest.to(scale_dtype), torch.zeros_like(blocks, dtype=torch.int32)
-    for share in _SHARES:
-        codes = _nearest(blocks, share * largest, tables)
-        levels = (tables.levels[codes] * there).double()  # sums in float64: the same whatever their order
-        fitted = (blocks * levels).sum(-1) / levels.square().sum(-1)
-        scales = torch.where(largest > 0, fitted.to(torch.float32), largest).to(scale_dtype)
-        error = (blocks - levels * scales.double().unsqueeze(-1)).square().sum(-1)
-        better = error < best_error
-        best_error = torch.where(better, error, best_error)
-        best_scales = torch.where(better, scales, best_scales)
-        best_codes = torch.where(better.unsqueeze(-1), codes, best_codes)
-    return best_scales, best_codes
+def _sums(ratios: Tensor, values: Tensor, tables: _Tables) -> tuple[Tensor, Tensor]:
+    """sum(x l) and sum(l l) of each block: float64 values, and the levels that are nearest to the ratios."""
+    levels = tables.levels.index_select(0, _places(ratios, tables)).view(ratios.shape)
+    squares = torch.linalg.vector_norm(levels, dim=-1).square()
+    return levels.mul_(values).sum(-1), squares
 
 
 def dequantize(codes: Tensor, scales: Tensor, length: int, *, codebook: str, bits: int, block: int) -> Tensor:
@@ -251,23 +321,4 @@ def dequantize(codes: Tensor, scales: Tensor, length: int, *, codebook: str, bit
     if whole:
         values[..., : whole * block].unflatten(-1, (whole, block)).mul_(scales[..., :whole, None])
     values[..., whole * block :].mul_(scales[..., whole:])
-    return values
-
-
-def dequantize_compiled(codes: Tensor, scales: Tensor, length: int, *, codebook: str, bits: int, block: int) -> Tensor:
-    """:func:`dequantize` as one kernel that torch.compile makes of the plain formula; the same values."""
-    levels = _tables(codebook, bits, block, codes.device).levels
-    values: Tensor = _compiled()(codes, scales, levels, length, bits, block)
-    return values
-
-
-@functools.cache
-def _compiled() -> Callable[..., Tensor]:
-    return torch.compile(_by_value)
-
-
-def _by_value(codes: Tensor, scales: Tensor, levels: Tensor, length: int, bits: int, block: int) -> Tensor:
-    # Not scales[..., arange(length) // block]: inductor 2.13 takes wrong ones for rows shorter than a block.
-    of_values = scales.to(torch.float32).repeat_interleave(block, -1)[..., :length]
-    values: Tensor = levels[unpack(codes, bits, length).int()] * of_values
     return values

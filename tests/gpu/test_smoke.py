@@ -1,4 +1,4 @@
-"""Every rule and every form of storage trains a small vision transformer on the GPU, eager and compiled."""
+"""Every rule and every form of storage trains a small vision transformer on the GPU."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from support import worlds
-from support.marks import needs_compiler
 from torch import Tensor, nn
 
 from sharded_shampoo4 import Shampoo4
@@ -50,11 +49,6 @@ CHOICES: dict[str, dict[str, Any]] = {
     "soap, Newton-Schulz": {"method": "soap", "newton_schulz_steps": 5},
     "soap, staggered": {"method": "soap", "refresh": "staggered"},
 }
-# Compiled too: each of these has its own code for dequantization.
-COMPILED = (
-    "shampoo", "shampoo, compact", "3 bits", "8 bits", "naive, 3 bits", "dynamic tree", "blocks of 48",
-    "implicit roots", "products in bfloat16",
-)  # fmt: skip
 # Options beside those of CHOICES, which are of method="shampoo" unless they say otherwise.
 SHAMPOO = {"method": "shampoo", "statistics_interval": 2, "root_interval": 4}
 SOAP = {"statistics_interval": 2, "interval_warmup": False}
@@ -134,10 +128,3 @@ def saved(optimizer: Shampoo4) -> dict[str, Any]:
 @pytest.mark.parametrize("name", CHOICES)
 def test_training(name: str, dtype: torch.dtype, device: torch.device) -> None:
     check(device, dtype, **CHOICES[name])
-
-
-@needs_compiler
-@pytest.mark.parametrize("name", COMPILED)
-def test_training_compiled(name: str, device: torch.device) -> None:
-    torch._dynamo.reset()  # or it stops compiling, after so many kinds of storage
-    check(device, torch.float32, compile=True, **CHOICES[name])

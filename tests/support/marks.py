@@ -1,14 +1,11 @@
-"""What the quick tier leaves out, and what a machine must have."""
+"""What the quick tier leaves out."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Container, Iterable
 from typing import Any
 
 import pytest
-
-needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 
 
 def slow_but_for(quick: Container[Any], values: Iterable[Any]) -> list[Any]:

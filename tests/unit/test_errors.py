@@ -150,6 +150,18 @@ def test_options_that_cut_a_matrix_alike_make_no_difference() -> None:
         other.load_state_dict(saved)
 
 
+def test_an_option_that_is_no_longer_there_is_left_out() -> None:
+    parameter = matrix(96, 48)
+    saved = stepped(parameter).state_dict()
+    saved["param_groups"][0]["compile"] = True
+    optimizer = Shampoo4([("layer.weight", parameter)])
+    optimizer.load_state_dict(saved)
+    assert "compile" not in optimizer.param_groups[0] and saved["param_groups"][0]["compile"]
+    optimizer.step()
+    with pytest.raises(TypeError, match="compile"):
+        Shampoo4([parameter], compile=True)
+
+
 @pytest.mark.parametrize(("method", "name", "value"), SHAPING_CASES)
 def test_options_that_shape_bytes_must_match(method: str, name: str, value: object) -> None:
     """In a checkpoint, and when a group's option is changed after the first step."""

@@ -53,7 +53,6 @@ CHANGED: dict[str, Any] = {  # another value for every option
     "matmul_dtype": "bfloat16",
     "exchange_dtype": "bfloat16",
     "scratch_mib": 64,
-    "compile": True,
 }
 
 
@@ -328,7 +327,7 @@ def test_every_option_can_be_given_on_a_command_line(name: str) -> None:
 
 
 def test_a_flag_without_a_value_is_true() -> None:
-    assert parsed("--compile", "--interval_warmup", "false") == {"compile": True, "interval_warmup": False}
+    assert parsed("--protect", "--interval_warmup", "false") == {"protect": True, "interval_warmup": False}
 
 
 def test_help_names_every_option_s_default_once(capsys: pytest.CaptureFixture[str]) -> None:

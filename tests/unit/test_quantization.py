@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -189,15 +190,72 @@ def test_errors_of_the_inverse_root_have_the_order_of_the_results(bits: int) -> 
     assert root_error(bits=bits, **compact) < 0.85 * default
 
 
-@pytest.mark.parametrize("bits", [3, 4, 8])
-def test_codes_of_linear_squares_are_those_of_a_search(bits: int) -> None:
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("book", [*BOOKS, "normal"])
+def test_codes_are_those_of_a_search(book: str, bits: int) -> None:
     """Also at the boundaries of two levels and a rounding error beside them, and for numbers that are not finite."""
-    tables = quantization._tables("linear2", bits, 64, torch.device("cpu"))
+    tables = quantization._tables(book, bits, 64, torch.device("cpu"))
     edges = tables.thresholds
     beside = [torch.nextafter(edges, torch.full_like(edges, end)) for end in (-torch.inf, torch.inf)]
-    values = torch.cat([edges, *beside, torch.linspace(-1.01, 1.01, 100_003), torch.tensor([0.0, -0.0, 1e-40])])
-    assert torch.equal(
-        quantization._nearest_square(values, tables.edges), torch.bucketize(values, edges, out_int32=True)
-    )
-    broken = quantization._nearest_square(torch.tensor([torch.nan, torch.inf, -torch.inf]), tables.edges)
+    values = torch.cat([edges, *beside, torch.linspace(-1.15, 1.15, 100_003), torch.tensor([0.0, -0.0, 1e-40, -1e-40])])
+    assert torch.equal(quantization._nearest(values, tables).int(), torch.bucketize(values, edges, out_int32=True))
+    broken = quantization._nearest(torch.tensor([torch.nan, torch.inf, -torch.inf]), tables).int()
     assert ((broken >= 0) & (broken < 2**bits)).all()
+
+
+@pytest.mark.parametrize("at_once", [2**18, 300])
+@pytest.mark.parametrize("length", [64, 65, 200])
+@pytest.mark.parametrize("book", ["linear2", "normal"])
+def test_rows_are_quantized_alike_in_any_company(
+    book: str, length: int, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In smaller batches, from any address, in other layouts of memory, by other threads, a few rows at once."""
+    ways = {"codebook": book, "bits": 4, "block": 64}
+    values = torch.randn(7, 96, length, generator=torch.Generator().manual_seed(length))
+    whole = quantization.quantize(values, **ways)
+
+    def same(found: tuple[torch.Tensor, torch.Tensor], *where: slice) -> bool:
+        return all(torch.equal(a, b[where]) for a, b in zip(found, whole, strict=True))
+
+    monkeypatch.setattr(quantization, "_AT_ONCE", at_once)
+    assert same(quantization.quantize(values, **ways))
+    assert same(quantization.quantize(values[2:3, 5:6], **ways), slice(2, 3), slice(5, 6))
+    assert same(quantization.quantize(values[1:, 3:].mT.contiguous().mT, **ways), slice(1, None), slice(3, None))
+    for offset in (1, 3):
+        moved = torch.empty(values.numel() + offset)[offset:].view_as(values).copy_(values)
+        assert same(quantization.quantize(moved, **ways))
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3 - min(threads, 2))
+        assert same(quantization.quantize(values, **ways))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("book", ["linear2", "normal"])
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf, -torch.inf])
+def test_a_number_that_is_not_finite_shows_in_its_scale_alone(broken: float, book: str) -> None:
+    ways = {"codebook": book, "bits": 4, "block": 16}
+    values = torch.randn(3, 48, generator=torch.Generator().manual_seed(0))
+    expected = quantization.quantize(values, **ways)
+    values[1, 20] = broken
+    codes, scales = quantization.quantize(values, **ways)
+    assert torch.equal(scales.isfinite(), torch.tensor([[True] * 3, [True, False, True], [True] * 3]))
+    assert torch.equal(scales[scales.isfinite()], expected[1][scales.isfinite()])
+    others = torch.tensor([0, 2])
+    assert torch.equal(codes[others], expected[0][others])
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_packing_is_the_same_anywhere_in_memory_and_where_the_highest_byte_is_first(
+    bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codes = torch.randint(2**bits, (5, 31), generator=torch.Generator().manual_seed(bits), dtype=torch.uint8)
+    packed = quantization.pack(codes, bits)
+    assert all(torch.equal(quantization.pack(codes.to(dtype), bits), packed) for dtype in (torch.int32, torch.int64))
+    for part in (slice(1, 2), slice(1, 4)):
+        assert torch.equal(quantization.pack(codes[part, 1:], bits), quantization.pack(codes[part, 1:].clone(), bits))
+        assert torch.equal(quantization.pack(codes[part], bits), packed[part])
+    assert torch.equal(quantization.pack(codes[:1, :24], bits), packed[:1, : quantization.packed_width(24, bits)])
+    monkeypatch.setattr(quantization, "sys", SimpleNamespace(byteorder="big"))
+    assert torch.equal(quantization.pack(codes, bits), packed)

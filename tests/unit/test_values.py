@@ -52,7 +52,7 @@ CONVERTED: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"rectify_steps": "(2, 3)"}, {"rectify_steps": (2, 3)}),
     ({"rectify_steps": "2, 3.0"}, {"rectify_steps": (2, 3)}),
     ({"precondition": "false"}, {"precondition": False}),
-    ({"compile": "False"}, {"compile": False}),
+    ({"protect": "False"}, {"protect": False}),
     ({"refresh": "Staggered"}, {"refresh": "staggered"}),
     ({"matmul_dtype": torch.bfloat16}, {"matmul_dtype": "bfloat16"}),
     ({"refresh_dtype": "torch.float32"}, {"refresh_dtype": "float32"}),
@@ -138,7 +138,7 @@ IMPOSSIBLE: list[tuple[dict[str, Any], str]] = [
     ({"rectify_steps": (1, 4.5)}, "rectify_steps must be an integer of at least 0, got 4.5"),
     ({"matrix_eps": "small"}, "matrix_eps must be a positive number, got 'small'"),
     ({"shampoo_beta": None}, "shampoo_beta must be in"),
-    ({"compile": "yes"}, "compile must be True or False, got 'yes'"),
+    ({"protect": "yes"}, "protect must be True or False, got 'yes'"),
     ({"bits": None}, "bits must be one of 3, 4, 8, 32, got None"),
 ]
 
