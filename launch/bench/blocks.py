@@ -8,7 +8,8 @@ from collections.abc import Iterable, Sequence
 
 from sharded_shampoo4.planning.blocks import matrix_shape, split_dimension
 
-BLOCK = 1024  # Shampoo4's max_preconditioner_dim
+BLOCK = 1024  # max_preconditioner_dim of method="shampoo"
+SOAP_BLOCK = 256  # and of Shampoo4's default
 SMALLEST = 4096  # Shampoo4's min_quant_numel
 
 Blocks = Counter[tuple[int, int]]  # how many there are of each number of rows and columns
@@ -36,17 +37,19 @@ def orders_of(blocks: Blocks) -> Counter[int]:
 
 
 def step_flops(blocks: Blocks) -> dict[str, float]:
-    """Count the flops of Shampoo4's steps with its default options. A multiplication and an addition are two flops.
+    """Count the flops of steps with method="shampoo" and its default options, all in float32.
+
+    A multiplication and an addition are two flops.
 
     Returns:
-        ``"ordinary"``, in float32: the products L^(-1/4) G R^(-1/4) of every block. ``"refresh"``, in float64: what a
-        step with statistics and roots takes besides. For a factor of order n, whose block has k on its other side:
+        ``"ordinary"``: the products L^(-1/4) G R^(-1/4) of every block. ``"refresh"``: what a step with statistics and
+        roots takes besides. For a factor of order n, whose block has k on its other side:
 
             2 n^2 k         the statistic G G^T
             4 n^3           a Bjorck step before it
             4 n^3           A = V diag(d) V^T + statistic, and A V
             (8/3 + 2) n^3   P = QR(A V), and A P
-            16 n^3          four Bjorck steps before the root
+            8 n^3           two Bjorck steps before the root
             2 n^3           the root V diag V^T
 
         A factor of fewer than 4096 elements takes 2 n^2 k, 9 n^3 for eigh and 2 n^3. Quantization, norms, copies and
@@ -56,6 +59,6 @@ def step_flops(blocks: Blocks) -> dict[str, float]:
     for (rows, columns), count in blocks.items():
         ordinary += count * 2 * rows * columns * (rows + columns)
         for order, other in ((rows, columns), (columns, rows)):
-            cubes = 4 + 4 + 8 / 3 + 2 + 16 + 2 if order**2 >= SMALLEST else 9 + 2
+            cubes = 4 + 4 + 8 / 3 + 2 + 8 + 2 if order**2 >= SMALLEST else 9 + 2
             refresh += count * (2 * order**2 * other + cubes * order**3)
     return {"ordinary": ordinary, "refresh": refresh}

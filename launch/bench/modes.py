@@ -14,7 +14,7 @@ from rich.table import Table
 
 from .blocks import blocks_of
 from .measure import Row, gradients_of_a_vit, measure, setting
-from .optimizers import CHOICES, OURS, PRODUCTS, is_ordinary
+from .optimizers import CHOICES, FLOORS, OURS, is_ordinary
 
 
 def compare_modes(flags: argparse.Namespace, console: Console) -> None:
@@ -23,12 +23,12 @@ def compare_modes(flags: argparse.Namespace, console: Console) -> None:
     names = [name for name in CHOICES if name == "adamw" or name in flags.only]
     absent = {name: reason for name in names if (reason := CHOICES[name].why_missing())}
     replayed = gradients_of_a_vit(flags)
-    choices = {"products": PRODUCTS, **{name: CHOICES[name] for name in names if name not in absent}}
+    choices = {**FLOORS, **{name: CHOICES[name] for name in names if name not in absent}}
     found = {row["name"]: row for row in measure(choices, replayed, flags)}
     for name, reason in absent.items():
         choice = CHOICES[name]
         found[name] = {"name": name, "label": choice.label, "missing": reason, "install": choice.install}
-    rows = [found[name] for name in ("products", *names)]
+    rows = [found[name] for name in (*FLOORS, *names)]
     clock = "cpu_ms" if flags.device.type == "cpu" else "wall_ms"
     about |= {
         "parameters": sum(gradient.numel() for gradient in replayed[0]),
@@ -43,16 +43,17 @@ def compare_modes(flags: argparse.Namespace, console: Console) -> None:
     print(f"wrote {flags.output_dir / 'benchmark.png'}")
 
 
-def add_floors(rows: list[Row], clock: str, interval: int) -> float:
-    """Add to our rows the median of their ordinary steps, and its ratio to the floor. Return the floor, in ms."""
-    floor: float = sum(row[clock]["median"] for row in rows if row["name"] in ("products", "adamw"))
+def add_floors(rows: list[Row], clock: str, interval: int) -> dict[str, float]:
+    """Add to our rows the median of their ordinary steps, and its ratio to their floor. Return the floors, in ms."""
+    median = {row["name"]: row[clock]["median"] for row in rows if clock in row}
+    floors: dict[str, float] = {name: median[name] + median["adamw"] for name in FLOORS}
     for row in rows:
         if row["name"] in OURS:
             taken = [ms for step, ms in row["steps"][clock].items() if is_ordinary(row["name"], step, interval)]
             if taken:
                 row["ordinary_ms"] = statistics.median(taken)
-                row["over_floor"] = row["ordinary_ms"] / floor
-    return floor
+                row["over_floor"] = row["ordinary_ms"] / floors[OURS[row["name"]].floor]
+    return floors
 
 
 def modes_table(rows: list[Row], about: dict[str, Any]) -> Table:
@@ -73,7 +74,7 @@ def modes_table(rows: list[Row], about: dict[str, Any]) -> Table:
             continue
         times = [f"{row[which][kind]:.2f}" for which in ("cpu_ms", "wall_ms") for kind in ("median", "worst")]
         ratio = row[about["clock"]]["worst"] / row[about["clock"]]["median"]
-        kept = f"{row['state_bytes_per_parameter']:.2f}" if row["name"] != "products" else ""
+        kept = f"{row['state_bytes_per_parameter']:.2f}" if row["name"] not in FLOORS else ""
         transient = [f"{size / 1e6:.2f}" for size in row["transient_bytes"].values()]
         over = f"{row['over_floor']:.2f}" if "over_floor" in row else ""
         found.add_row(row["label"], row["graph"], *times, f"{ratio:.1f}", kept, *transient, over)
@@ -83,8 +84,8 @@ def modes_table(rows: list[Row], about: dict[str, Any]) -> Table:
 def tell(rows: list[Row], about: dict[str, Any], console: Console) -> None:
     """Print the floor of a step, and the optimizers that are missing."""
     unit = "CPU" if about["clock"] == "cpu_ms" else "elapsed"
-    of_what = f"the products of {about['blocks']} blocks, and AdamW"
-    console.print(f"Floor of an ordinary step of ours, {of_what}: {about['floor_ms']:.2f} {unit} ms.")
+    for name, floor in about["floor_ms"].items():
+        console.print(f"Floor of an ordinary step of ours, {FLOORS[name].label} and AdamW: {floor:.2f} {unit} ms.")
     if about["steps"] < about["interval"]:
         console.print("[red]These steps are less than an interval: no worst step holds a refresh.[/red]")
     for row in rows:
@@ -94,7 +95,7 @@ def tell(rows: list[Row], about: dict[str, Any], console: Console) -> None:
 
 def draw(rows: list[Row], about: dict[str, Any], path: Path) -> None:
     """Draw each optimizer's step times, median and worst, beside the bytes of its state."""
-    shown = [row for row in rows if "cpu_ms" in row and row["name"] != "products"]
+    shown = [row for row in rows if "cpu_ms" in row and row["name"] not in FLOORS]
     names, clock = [row["label"] for row in shown], about["clock"]
     medians, worst = ([row[clock][kind] for row in shown] for kind in ("median", "worst"))
     colors = [RED if row["name"] in OURS else BLUE for row in shown]

@@ -17,7 +17,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from sharded_shampoo4 import Shampoo4
 
-from .blocks import blocks_of
+from .blocks import BLOCK, SOAP_BLOCK, blocks_of
 
 HEADS, CLASSES, IMAGE, PATCH = 6, 100, 32, 4  # of the ViT; image and patch: side in pixels
 
@@ -43,6 +43,7 @@ class Choice:
         compiles: whether it calls torch.compile.
         slow_to_compile: whether that takes minutes on a CPU.
         refreshes: whether some of its steps do more than others.
+        floor: of ours, the name in FLOORS of the products that an ordinary step cannot do without.
     """
 
     label: str
@@ -52,6 +53,7 @@ class Choice:
     compiles: bool = False
     slow_to_compile: bool = False
     refreshes: bool = True
+    floor: str = ""
 
     @property
     def is_peer(self) -> bool:
@@ -127,14 +129,13 @@ def shampoo4_with_blocks(limit: int) -> Choice:
 
 ADAMW = Choice("AdamW (torch)", lambda parameters, _: torch.optim.AdamW(parameters, lr=1e-3), refreshes=False)
 OURS = {
-    "shampoo4": Choice("Shampoo4", _ours()),
-    "shampoo4-compact": Choice("Shampoo4, compact", _ours(preset="compact")),
-    "shampoo4-32bit": Choice("Shampoo, 32 bits", _paper(bits=32)),
-    "shampoo4-paper": Choice("Shampoo, 4 bits", _paper()),
-    "shampoo4-naive": Choice("Shampoo, 4 bits, naive", _paper(quantize="preconditioner")),
-    "shampoo4-staggered": Choice("Shampoo, 4 bits, staggered", _paper(refresh="staggered")),
-    "shampoo4-implicit": Choice("Shampoo, 4 bits, implicit roots", _paper(root="implicit")),
-    "shampoo4-compiled": Choice("Shampoo, 4 bits, compiled", _paper(compile=True), compiles=True),
+    "shampoo4": Choice("Shampoo4", _ours(), floor="rotations"),
+    "shampoo4-compact": Choice("Shampoo4, compact", _ours(preset="compact"), floor="rotations"),
+    "shampoo4-staggered": Choice("Shampoo4, staggered", _ours(refresh="staggered"), floor="rotations"),
+    "shampoo4-32bit": Choice("Shampoo, 32 bits", _paper(bits=32), floor="products"),
+    "shampoo4-paper": Choice("Shampoo, 4 bits", _paper(), floor="products"),
+    "shampoo4-naive": Choice("Shampoo, 4 bits, naive", _paper(quantize="preconditioner"), floor="products"),
+    "shampoo4-implicit": Choice("Shampoo, 4 bits, implicit roots", _paper(root="implicit"), floor="products"),
 }
 
 
@@ -200,21 +201,31 @@ def random_batch(images: int, device: torch.device) -> dict[str, Tensor]:
 
 
 class Products:
-    """The products L G R of all blocks, with dense float32 factors, blocks of equal shape in one batch.
+    """The products L G R of all blocks, with dense float32 matrices, blocks of equal shape in one batch.
 
-    They are the least work of an ordinary step of Shampoo4 that applies its roots as matrices.
+    Args:
+        parameters: whose blocks are multiplied.
+        limit: most rows or columns of a block.
+        times: how often every block is multiplied from both sides.
     """
 
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
-        device = parameters[0].device
+    def __init__(self, parameters: Sequence[Tensor], limit: int = BLOCK, times: int = 1) -> None:
+        device, self.times = parameters[0].device, times
         self.batches = [
             tuple(torch.randn(count, *sides, device=device) for sides in ((m, m), (m, n), (n, n)))
-            for (m, n), count in blocks_of(p.shape for p in parameters).items()
+            for (m, n), count in blocks_of((p.shape for p in parameters), limit).items()
         ]
 
     def step(self) -> None:
         for left, gradients, right in self.batches:
-            torch.bmm(torch.bmm(left, gradients), right)
+            for _ in range(self.times):
+                torch.bmm(torch.bmm(left, gradients), right)
 
 
-PRODUCTS = Choice("products L G R alone", lambda parameters, _: Products(parameters), refreshes=False)
+# The least work of an ordinary step of ours, but for AdamW's.
+FLOORS = {
+    "products": Choice("products L G R alone", lambda parameters, _: Products(parameters), refreshes=False),
+    "rotations": Choice(
+        "products V^T G V and back alone", lambda parameters, _: Products(parameters, SOAP_BLOCK, 2), refreshes=False
+    ),
+}

@@ -76,13 +76,13 @@ def test_a_run_writes_a_table_figures_and_a_picture(
     assert "Missing: heavyball-soap." in text and "pip install '.[bench]'" in text
     assert (tmp_path / "benchmark.png").read_bytes().startswith(b"\x89PNG")
     about, rows = json.loads((tmp_path / "benchmark.json").read_text()), rows_of(tmp_path / "benchmark.json")
-    assert list(rows) == ["products", *names]
+    assert list(rows) == ["products", "rotations", *names]
     assert "heavyball" in rows["heavyball-soap"]["missing"] and "cpu_ms" not in rows["heavyball-soap"]
     for name in ("breaks-early", "breaks-late"):
         assert rows[name]["error"] == "RuntimeError: no more steps" and "cpu_ms" not in rows[name]
         assert f"{name} of the tests: RuntimeError: no" in text
     measured = [row for row in rows.values() if "cpu_ms" in row]
-    assert len(measured) == 5
+    assert len(measured) == 6
     for row in measured:
         times = row["steps"]["wall_ms"]
         warm = 6 if "shampoo4" in row["name"] else 4  # two intervals and two steps
@@ -94,14 +94,15 @@ def test_a_run_writes_a_table_figures_and_a_picture(
     elements = about["parameters"]
     assert elements == sum(shape.numel() for shape in tiny_shapes().values())
     assert rows["adamw"]["state_bytes"] == 8 * elements + 4 * len(tiny_shapes())
-    for name, options in (("shampoo4", {}), ("shampoo4-32bit", {"method": "shampoo", "bits": 32})):
+    kinds = (("shampoo4", {}, "rotations"), ("shampoo4-32bit", {"method": "shampoo", "bits": 32}, "products"))
+    for name, options, floor in kinds:
         estimate = estimate_memory(tiny_shapes(), **options).total[0]
         assert 0 <= rows[name]["state_bytes"] - estimate <= NORMS * about["blocks"]
         assert rows[name]["transient_bytes"]["refresh"] > rows[name]["transient_bytes"]["ordinary"]
         ordinary = sum(rows[name]["steps"]["cpu_ms"][step] for step in ("7", "9")) / 2
         assert rows[name]["ordinary_ms"] == pytest.approx(ordinary)
-        assert rows[name]["over_floor"] == pytest.approx(ordinary / about["floor_ms"])
-    assert about["floor_ms"] == rows["products"]["cpu_ms"]["median"] + rows["adamw"]["cpu_ms"]["median"]
+        assert rows[name]["over_floor"] == pytest.approx(ordinary / about["floor_ms"][floor])
+        assert about["floor_ms"][floor] == rows[floor]["cpu_ms"]["median"] + rows["adamw"]["cpu_ms"]["median"]
     assert about["blocks"] == 9  # positions, patches, four projections, two of the MLP, the classifier
     assert "over_floor" not in rows["muon"]
 
