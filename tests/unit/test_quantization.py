@@ -232,6 +232,19 @@ def test_rows_are_quantized_alike_in_any_company(
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("book", [*BOOKS, "normal"])
+def test_a_search_as_on_accelerators_gives_the_same(book: str, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    ways = {"codebook": book, "bits": bits, "block": 64, "scale_dtype": torch.bfloat16}
+    values = torch.randn(3, 70, 197, generator=torch.Generator().manual_seed(bits))
+    expected = quantization.quantize(values, **ways)
+    tables = quantization._tables(book, bits, 64, torch.device("cpu"))
+    levels = quantization.levels_of(book, bits, 64).double()
+    searched = tables._replace(cells=None, codes=None, levels=levels)
+    monkeypatch.setattr(quantization, "_tables", lambda *_: searched)
+    assert all(map(torch.equal, quantization.quantize(values, **ways), expected))
+
+
 @pytest.mark.parametrize("book", ["linear2", "normal"])
 @pytest.mark.parametrize("broken", [torch.nan, torch.inf, -torch.inf])
 def test_a_number_that_is_not_finite_shows_in_its_scale_alone(broken: float, book: str) -> None:
