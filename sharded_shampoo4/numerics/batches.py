@@ -59,15 +59,19 @@ class BlockBatch:
         old = None if self.moments is None else self.bases(chosen, gradients.dtype)
         left, right = self._due(chosen, due)
         of_left, of_right = (_some(gradients, which) for which in due)
+        known = None if old is None else [_some(bases, which) for bases, which in zip(old, due, strict=True)]
         changed: list[Tensor | None] = [None, None]
         if self.left is self.right:
-            both = self.left.absorb(torch.cat([left, right]), torch.cat([of_left, of_right.mT]))
+            gradients_of_both = torch.cat([of_left, of_right.mT])
+            both = self.left.absorb(
+                torch.cat([left, right]), gradients_of_both, None if known is None else torch.cat(known)
+            )
             changed = list(both.split([len(left), len(right)]))
         else:
             if due[0]:
-                changed[0] = self.left.absorb(left, of_left)
+                changed[0] = self.left.absorb(left, of_left, known[0] if known else None)
             if due[1]:
-                changed[1] = self.right.absorb(right, of_right.mT)
+                changed[1] = self.right.absorb(right, of_right.mT, known[1] if known else None)
         if self.moments is None or old is None:
             return None
         new = self.bases(chosen, gradients.dtype)

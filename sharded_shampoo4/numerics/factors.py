@@ -167,8 +167,10 @@ class FactorPool(Pool):
         failures[where] = torch.where(finite, 0, failures[where] + 1)
         return changed
 
-    def absorb(self, where: Tensor, gradients: Tensor) -> Tensor:
+    def absorb(self, where: Tensor, gradients: Tensor, bases: Tensor | None = None) -> Tensor:
         """Statistics step: absorb G G^T of each of ``gradients`` (k, n, any) into the factors ``where``.
+
+        ``bases`` is what :meth:`basis` gives for them, if it is at hand.
 
         A gradient of zeros leaves its factor as it is, as a gradient that is missing does. If the average decayed
         instead, the first gradient of a layer that wakes up would be scaled without bound. Returns which factors have
@@ -176,11 +178,18 @@ class FactorPool(Pool):
         """
         beta, changed = self.options.shampoo_beta, []
         ridge = self.options.matrix_eps if self.options.method == "soap" else 0.0
-        for chunk, gradient in zip(self._chunks(where), gradients.split(self._chunk_size()), strict=True):
+        size = self._chunk_size()
+        alike = bases is not None and (self._rectify_steps[0], self.refresh_dtype) == (
+            self._rectify_steps[1],
+            bases.dtype,
+        )
+        known = iter(bases.split(size)) if bases is not None and alike else None
+        for chunk, gradient in zip(self._chunks(where), gradients.split(size), strict=True):
             gradient = gradient.to(self.refresh_dtype)
             statistic = linalg.matmul(gradient, gradient.mT)
             if "eigenvalues" in self.tensors:
-                values, basis = self._eigenbasis(chunk, self._rectify_steps[0])
+                values = self.tensors["eigenvalues"][chunk].to(self.refresh_dtype)
+                basis = next(known) if known else self._eigenbasis(chunk, self._rectify_steps[0])[1]
                 iterations = self.options.refresh_iterations
                 values, basis = eigenbasis.refresh(values, basis, statistic, beta, iterations, ridge)
                 new = {"eigenvalues": values.to(torch.float32), **self._encode_basis(basis.mT, values)}
