@@ -299,7 +299,7 @@ def _least_squares(blocks: Tensor, largest: Tensor, tables: _Tables, scale_dtype
 def _sums(ratios: Tensor, values: Tensor, tables: _Tables) -> tuple[Tensor, Tensor]:
     """sum(x l) and sum(l l) of each block: float64 values, and the levels that are nearest to the ratios."""
     levels = tables.levels.index_select(0, _places(ratios, tables)).view(ratios.shape)
-    squares = torch.linalg.vector_norm(levels, dim=-1).square()
+    squares = torch.linalg.vector_norm(levels, dim=-1).square()  # without squares in memory of their own
     return levels.mul_(values).sum(-1), squares
 
 

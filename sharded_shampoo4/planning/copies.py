@@ -12,10 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Many small copies go by an index of rows, which takes a few kernels and no views. Its rows are as long as divides all
-# pieces, and at least this many elements: the index has 8 bytes for each.
+# Many small copies go by an index of rows, which takes a few kernels. The length of a row divides all pieces. It is at
+# least this many elements, since the index takes 8 bytes for each row.
 SHORTEST_ROW = 64
-# Fewer or larger copies go one by one, as views: they keep the device busy.
+# Few or large copies are made one by one, as views.
 FEW_COPIES = 8
 LARGE_COPY = 2**18  # elements
 
@@ -84,8 +84,7 @@ def _view(piece: Piece) -> _View:
 
 
 def _merged(pairs: Sequence[tuple[_View, _View]]) -> Iterator[tuple[_View, _View]]:
-    """Views, in pairs, of which those that follow one another by equal steps on both sides are one with a dimension
-    more."""
+    """Join pairs of views that follow one another by equal steps on both sides, in a further dimension."""
     start = 0
     for stop in range(1, len(pairs) + 1):
         if stop < len(pairs) and all(_continues(pairs, side, start, stop) for side in (0, 1)):
