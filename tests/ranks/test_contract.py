@@ -10,6 +10,7 @@ threads may be rounded otherwise.
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ from support import zero_worlds as zero
 from support.contract import CASES, make_optimizer, train_case, train_case_as_zero_does
 from support.marks import slow_but_for
 from torch import Tensor
+
+from sharded_shampoo4.planning import copies
 
 Found = tuple[dict[str, Tensor], dict[str, int]]  # the whole parameters, and a rank's state bytes
 
@@ -71,6 +74,21 @@ def test_the_same_training_everywhere(world_size: int, alone: dict[str, Any]) ->
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_the_same_training_under_zero(world_size: int, alone_as_zero: dict[str, Any]) -> None:
     check_all(hosts.run_ranks(world_size, run_all_of_zero), alone_as_zero)
+
+
+BY_ROWS = ("mlp, blocks, soap", "mlp, blocks, bfloat16 on the way", "vit, blocks, remainder", "bf16")
+
+
+def run_by_rows(rank: int) -> dict[tuple[str, str], Any]:
+    """All copies go by an index of rows, as those of many small pieces do."""
+    with mock.patch.multiple(copies, SHORTEST_ROW=1, FEW_COPIES=-1):
+        return {(host, name): run_case(host, name) for host in hosts.HOSTS for name in BY_ROWS}
+
+
+def test_the_same_training_where_copies_go_by_rows() -> None:
+    with hosts.one_thread():
+        alone = {name: run_case("none", name) for name in BY_ROWS}
+    check_all(hosts.run_ranks(4, run_by_rows), alone)
 
 
 def check_all(results: list[dict[tuple[str, str], Any]], alone: dict[str, Any]) -> None:
