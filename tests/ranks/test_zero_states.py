@@ -249,7 +249,7 @@ def clip(rank: int) -> dict[str, dict[str, Tensor]]:
     for stage in range(4):
         case = Case(f"zero{stage}", {"gradient_clipping": 3.0, "gradient_accumulation_steps": 2}, optimizer="program")
         model = zero.Replay(make_model(case))
-        optimizer = Shampoo4(model.named_parameters(), **{**OPTIONS, "bits": 32})
+        optimizer = Shampoo4(model.named_parameters(), **{**OPTIONS, "bits": 32, "refresh_dtype": "float64"})
         engine = zero.start(model, zero.configuration(case.host, **case.config), optimizer)
         train(engine, case, range(20))
         found[case.host] = zero.full_parameters(engine)
@@ -261,7 +261,7 @@ def clip(rank: int) -> dict[str, dict[str, Tensor]]:
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_clipped_gradients(world_size: int) -> None:
     model = make_model(Case("none"))
-    optimizer = Shampoo4(model.named_parameters(), **{**OPTIONS, "bits": 32})
+    optimizer = Shampoo4(model.named_parameters(), **{**OPTIONS, "bits": 32, "refresh_dtype": "float64"})
     with hosts.one_thread():
         for step in range(20):
             for name, gradient in make_gradients(Case("none"), step).items():
