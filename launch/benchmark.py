@@ -20,7 +20,7 @@ growth: stacks of matrices like a ViT's, random gradients, a refresh in every ot
 
 scale: nothing is trained. The plan of all ranks is made of the shapes of a model, as every rank makes it in its first
 step. What a rank does with it is computed for the rank with the most matrix work; the last column tells which it is.
-Llama-2-7B under DDP on 1,024 ranks takes longer than all others, more than a quarter of an hour.
+Llama-2-7B takes a minute and a half in all.
 """
 
 from __future__ import annotations

@@ -222,7 +222,7 @@ class Products:
                 torch.bmm(torch.bmm(left, gradients), right)
 
 
-# The least work of an ordinary step of ours, but for AdamW's.
+# The products that an ordinary step of ours must make. A floor is the time of these and of AdamW's step.
 FLOORS = {
     "products": Choice("products L G R alone", lambda parameters, _: Products(parameters), refreshes=False),
     "rotations": Choice(

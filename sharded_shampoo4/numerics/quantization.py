@@ -150,7 +150,7 @@ def _cut(thresholds: Tensor) -> _Cells | None:
 def _cell(ratios: Tensor, number: int) -> Tensor:
     """The cells, int32 from 0 to ``number``, of numbers in [-1, 1]: the first one and the last are half as wide.
 
-    Numbers beyond are in the first or the last cell, those that are not finite in any. It rises with the number.
+    Smaller numbers are in the first cell, larger ones in the last, and NaN may be in any. Cells rise with the numbers.
     """
     cells: Tensor = (ratios * (number / 2)).add_(number / 2 + 0.5).to(torch.int32)
     return cells.clamp_(0, number)

@@ -75,8 +75,8 @@ def is_stack(shape: Sequence[int]) -> bool:
 def split_dimension(size: int, limit: int, split: str) -> list[int]:
     """Cut ``size`` into parts of at most ``limit``.
 
-    ``"aligned"``: as few parts as possible, in multiples of 64 but for the last; of 32, 16 or 8, if the last part would
-    be shorter than three quarters of the first. ``"even"``: as few parts, whose sizes differ by at most 1.
+    ``"aligned"``: as few parts as possible. All but the last are multiples of 64; of 32, 16 or 8, if the last part
+    would else be shorter than three quarters of the first. ``"even"``: as few parts, whose sizes differ by at most 1.
     ``"remainder"``: parts of ``limit`` and what remains, as in the paper. The largest parts come first.
 
     >>> split_dimension(1600, 1024, "aligned"), split_dimension(1600, 1024, "even")
@@ -106,7 +106,7 @@ def count_parts(size: int, limit: int, split: str) -> list[tuple[int, int]]:
 
 
 def _in_units(size: int, parts: int, unit: int) -> list[tuple[int, int]]:
-    """About equal parts of whole units, but for the last, which is shorter by what the last unit lacks."""
+    """About equal parts of whole units. The last unit may be cut short, and the last part with it."""
     units = -(-size // unit)
     lacking = units * unit - size
     small, larger = divmod(units, parts)
