@@ -86,8 +86,7 @@ class SavedStates(SteppingTogether):
         """
         if self._session.spread and not self._members.partitioned:
             self._session.begin("consolidate_state_dict()")
-            packed = all_factors(self._session, on_host=True)
-            self._consolidated = {parameter: data.cpu() for parameter, data in packed.items()}
+            self._consolidated = all_factors(self._session, on_host=True)
 
     @own_arithmetic()
     def _packed(self, everywhere: bool = False) -> dict[Tensor, Tensor]:

@@ -147,7 +147,8 @@ def all_factors(session: Session, on_host: bool = False) -> dict[Tensor, Tensor]
                 packed[parameter] = part.cpu() if on_host else part
     if errors is not None:
         errors.raise_together()
-    return {**packed, **{parameter: entry.data for parameter, entry in session.loaded.items()}}
+    loaded = {p: entry.data.cpu() if on_host else entry.data for p, entry in session.loaded.items()}
+    return {**packed, **loaded}
 
 
 def _fresh_factors(session: Session) -> dict[Tensor, Tensor] | None:

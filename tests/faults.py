@@ -24,8 +24,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # Name and file; the right code, which stands there once; the faulty code.
 FAULTS_AS_TEXT = """
 quantizer: numerics/quantization.py
-- scales = largest.to(scale_dtype)
-+ scales = (1.001 * largest).to(scale_dtype)
+- scales = scales.to(scale_dtype)
++ scales = (1.001 * scales).to(scale_dtype)
 
 Bjorck constant: numerics/eigenbasis.py
 - 1.5 * basis - 0.5 *

@@ -16,12 +16,14 @@ import argparse
 import cProfile
 import gc
 import pstats
+import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from support.meta_steps import LLAMA_7B, VIT_B, FakeRanks
+from support.launching import LAUNCH
+from support.meta_steps import VIT_B, FakeRanks
 from torch import nn
 
 from sharded_shampoo4 import Shampoo4
@@ -34,7 +36,17 @@ METHODS: dict[str, dict[str, Any]] = {
     "shampoo": {"max_preconditioner_dim": 1024 // SHRINK, "root_interval": 100},
 }
 SCRATCH_MIB = 2048  # an accelerator's
-MODELS = {"vit": VIT_B, "llama": LLAMA_7B}
+MODELS = ("vit", "llama")
+
+
+def shapes_of(model: str) -> Mapping[str, tuple[int, ...]]:
+    """The shapes of ViT-B's or Llama-2-7B's parameters, by name."""
+    if model == "vit":
+        return VIT_B
+    sys.path.append(str(LAUNCH))
+    from memory import models
+
+    return models.shapes_of("llama-7b")
 
 
 class NoWork:
@@ -105,7 +117,7 @@ def main() -> None:
     copies.SHORTEST_ROW //= SHRINK
     copies.LARGE_COPY //= SHRINK**2
     Ranks.start_all_to_all = lambda *_: NoWork()  # type: ignore[method-assign,assignment,return-value]
-    shapes = {name: shrunk(shape) for name, shape in MODELS[flags.model].items()}
+    shapes = {name: shrunk(shape) for name, shape in shapes_of(flags.model).items()}
     for size in flags.ranks:
         if size == 1:
             alone = {name: nn.Parameter(torch.ones(shape)) for name, shape in shapes.items()}

@@ -56,27 +56,26 @@ class BlockBatch:
         ``gradients`` (k, rows, columns) are those of the chosen ones. Moments follow their bases: the new ones are
         returned then.
         """
-        old = None if self.moments is None else self.bases(chosen, gradients.dtype)
         left, right = self._due(chosen, due)
         of_left, of_right = (_some(gradients, which) for which in due)
-        known = None if old is None else [_some(bases, which) for bases, which in zip(old, due, strict=True)]
+        old: list[Tensor] | None = None  # bases of the factors that are due
+        if self.moments is not None:
+            old = [_some(side, which) for side, which in zip(self.bases(chosen, gradients.dtype), due, strict=True)]
         changed: list[Tensor | None] = [None, None]
         if self.left is self.right:
-            gradients_of_both = torch.cat([of_left, of_right.mT])
-            both = self.left.absorb(
-                torch.cat([left, right]), gradients_of_both, None if known is None else torch.cat(known)
-            )
+            where, gradients_of_both = torch.cat([left, right]), torch.cat([of_left, of_right.mT])
+            both = self.left.absorb(where, gradients_of_both, torch.cat(old) if old else None)
             changed = list(both.split([len(left), len(right)]))
         else:
             if due[0]:
-                changed[0] = self.left.absorb(left, of_left, known[0] if known else None)
+                changed[0] = self.left.absorb(left, of_left, old[0] if old else None)
             if due[1]:
-                changed[1] = self.right.absorb(right, of_right.mT, known[1] if known else None)
+                changed[1] = self.right.absorb(right, of_right.mT, old[1] if old else None)
         if self.moments is None or old is None:
             return None
         new = self.bases(chosen, gradients.dtype)
         turns = [
-            Turn(side, index_tensor(which, gradients.device), _some(old[side], which), _some(new[side], which), kept)
+            Turn(side, index_tensor(which, gradients.device), old[side], _some(new[side], which), kept)
             for side, (which, kept) in enumerate(zip(due, changed, strict=True))
             if kept is not None and which
         ]

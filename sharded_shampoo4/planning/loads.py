@@ -42,7 +42,7 @@ class Loads:
         self.work[rank, phase] += cost
         if phase is None:
             entry = (self.work[rank, None], rank)
-            heapq.heappush(self._heaps[(self._twins.of(rank) or [rank])[0]], entry)
+            heapq.heappush(self._heaps[self._twins.first(rank)], entry)
             heapq.heappush(self._all, entry)
 
     def least(self, cost: int, held: Mapping[int, int], phases: Sequence[int]) -> int:
@@ -57,7 +57,7 @@ class Loads:
             return self._least_busy(cost, held, phases)
         found = []
         for rank, count in held.items():
-            work, least = self._first(self._heaps[(self._twins.of(rank) or [rank])[0]])
+            work, least = self._first(self._heaps[self._twins.first(rank)])
             if work + cost <= self._limit:
                 found.append((-count, work, least))
         return min(found)[-1] if found else self._first(self._all)[1]
@@ -65,7 +65,7 @@ class Loads:
     def _least_busy(self, cost: int, held: Mapping[int, int], phases: Sequence[int]) -> int:
         near = [rank for rank in self._everyone if self.work[rank, None] + cost <= self._limit]
         busy = {rank: sum(self.work[rank, phase] for phase in phases) for rank in near}
-        count = {rank: held.get((self._twins.of(rank) or [rank])[0], 0) for rank in self._everyone}
+        count = {rank: held.get(self._twins.first(rank), 0) for rank in self._everyone}
         if near:
             return min(near, key=lambda rank: (busy[rank], -count[rank], self.work[rank, None], rank))
         return min(self._everyone, key=lambda rank: (self.work[rank, None], -count[rank], rank))

@@ -207,30 +207,22 @@ class Plan:
         longest.
         """
         sent = [0] * self.world_size
-        for (index, block), owner in zip(self.blocks, self.owners, strict=True):
-            shards = self.matrices[index].shards
-            for holder, count in self._holders[index].elements(block).items():
-                near = self.twins.near(holder, owner)
-                if near != owner:
-                    sent[owner] += count
-                    sent[near] += count * (shards[near].replica == shards[owner].replica)
-        for counts in self.elements_shared():
-            for rank, count in enumerate(counts):
-                sent[rank] += count * (len(self.twins.of(rank)) - 1)
-        return sent
-
-    def elements_shared(self) -> list[list[int]]:
-        """For each round, the elements of directions that each rank gives to all of its twins; empty without twins."""
-        rounds = []
-        for number in range(self.rounds if self.twins else 0):
-            held = [0] * self.world_size
+        for number in range(self.rounds):
+            held = [0] * self.world_size  # of the directions of this round
             for owner, batches in enumerate(self.batches):
                 for index, block in batches[number] if number < len(batches) else []:
+                    shards = self.matrices[index].shards
                     for holder, count in self._holders[index].elements(block).items():
-                        held[self.twins.near(holder, owner)] += count
-            longest = {twins[0]: max(held[twin] for twin in twins) for twins in self.twins.groups}
-            rounds.append([longest[self.twins.of(rank)[0]] for rank in range(self.world_size)])
-        return rounds
+                        near = self.twins.near(holder, owner)
+                        held[near] += count
+                        if near != owner:
+                            sent[owner] += count
+                            sent[near] += count * (shards[near].replica == shards[owner].replica)
+            for twins in self.twins.groups:
+                longest = max(held[twin] for twin in twins)
+                for twin in twins:
+                    sent[twin] += longest * (len(twins) - 1)
+        return sent
 
 
 def _work(block: Block) -> int:

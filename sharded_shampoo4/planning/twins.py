@@ -44,11 +44,14 @@ class Twins:
         """The twins of a rank, itself among them, in order; empty if there are none."""
         return self._of.get(rank, [])
 
+    def first(self, rank: int) -> int:
+        """The first of a rank's twins; ``rank`` itself if there are none."""
+        return self._of.get(rank, [rank])[0]
+
     def mates(self, rank: int) -> list[int]:
         """The ranks of a rank's replica, itself among them, in order."""
         return self._mates[self._replica[rank]]
 
     def near(self, rank: int, other: int) -> int:
         """The twin of ``rank`` in the replica of ``other``; ``rank`` itself if there are no twins."""
-        twins = self._of.get(rank)
-        return self._near[twins[0], self._replica[other]] if twins else rank
+        return self._near[self.first(rank), self._replica[other]] if self else rank

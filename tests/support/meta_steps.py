@@ -24,20 +24,9 @@ from .vit import BASE, vit_shapes
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def llama_shapes(hidden: int, layers: int, mlp: int, vocabulary: int) -> dict[str, tuple[int, ...]]:
-    """The shapes of a Llama's parameters, by name."""
-    shapes: dict[str, tuple[int, ...]] = {"embed": (vocabulary, hidden)}
-    for layer in range(layers):
-        shapes |= {f"{layer}.{name}": (hidden, hidden) for name in "qkvo"}
-        shapes |= {f"{layer}.gate": (mlp, hidden), f"{layer}.up": (mlp, hidden), f"{layer}.down": (hidden, mlp)}
-        shapes |= {f"{layer}.norm1": (hidden,), f"{layer}.norm2": (hidden,)}
-    return shapes | {"norm": (hidden,), "head": (vocabulary, hidden)}
-
-
 # Of method="shampoo"
 LAYOUTS: dict[str, dict[str, Any]] = {"default": {"method": "shampoo"}, "compact": {"preset": "shampoo-compact"}}
 VIT_B = vit_shapes(*BASE)
-LLAMA_7B = llama_shapes(4096, 32, 11008, 32000)
 RANK = 3  # of those that are simulated: one in the middle
 
 _BACKEND = "fake_gloo"  # by this name it serves the host as well: no second group is made beside it

@@ -35,50 +35,38 @@ def test_pieces_of_an_interval(data: st.DataObject) -> None:
 
 
 @st.composite
-def plans(draw: st.DrawFn) -> Plan:
-    """Random matrices over random replicas, each cut at random places: uneven and empty shards are ordinary."""
-    replicas, ranks = draw(st.integers(1, 3)), draw(st.integers(1, 4))
+def plans(draw: st.DrawFn, twins: bool = False) -> Plan:
+    """Random matrices over random replicas, each cut at random places: uneven and empty shards are ordinary.
+
+    ``twins``: all replicas of a matrix are cut at the same places, as under HSDP, or under DDP not at all.
+    """
+    replicas, ranks = draw(st.integers(2 if twins else 1, 3)), draw(st.integers(1, 4))
     matrices = []
     for index in range(draw(st.integers(1, 4))):
         shape = (draw(st.integers(1, 12)), draw(st.integers(1, 12)))
         size = shape[0] * shape[1]
         shards: list[Shard] = []
+        cuts: list[int] = []
         for replica in range(replicas):
-            cuts = sorted(draw(st.lists(st.integers(0, size), min_size=ranks - 1, max_size=ranks - 1)))
+            if replica == 0 or not twins:
+                cuts = sorted(draw(st.lists(st.integers(0, size), min_size=ranks - 1, max_size=ranks - 1)))
             shards += [Shard(*edges, replica) for edges in zip([0, *cuts], [*cuts, size], strict=True)]
         blocks = cut_blocks(shape, draw(st.integers(1, 12)), draw(st.sampled_from(["aligned", "even", "remainder"])))
         matrices.append(PlannedMatrix(f"matrix {index}", shape, tuple(blocks), tuple(shards)))
     return Plan(matrices, replicas * ranks)
 
 
-@st.composite
-def plans_with_twins(draw: st.DrawFn) -> Plan:
-    """As under HSDP, or under DDP: the shards of all replicas are the same."""
-    replicas, ranks = draw(st.integers(2, 3)), draw(st.integers(1, 3))
-    matrices = []
-    for index in range(draw(st.integers(1, 4))):
-        shape = (draw(st.integers(1, 12)), draw(st.integers(1, 12)))
-        rows = -(-shape[0] // ranks)
-        edges = [min(shape[0], rank * rows) * shape[1] for rank in range(ranks + 1)]
-        shards = [Shard(*pair, replica) for replica in range(replicas) for pair in itertools.pairwise(edges)]
-        blocks = cut_blocks(shape, draw(st.integers(1, 12)), draw(st.sampled_from(["aligned", "even", "remainder"])))
-        matrices.append(PlannedMatrix(f"matrix {index}", shape, tuple(blocks), tuple(shards)))
-    return Plan(matrices, replicas * ranks)
-
-
 @settings(max_examples=150, deadline=None)
-@given(st.one_of(plans(), plans_with_twins()))
+@given(st.one_of(plans(), plans(twins=True)))
 def test_every_element_travels_once_there_and_back(plan: Plan) -> None:
     arrived = [torch.zeros(matrix.shape, dtype=torch.int) for matrix in plan.matrices]
     returned = [
         [torch.zeros(matrix.shape, dtype=torch.int) for matrix in plan.matrices] for _ in range(plan.world_size)
     ]
     sent = [0] * plan.world_size
-    for shared in plan.elements_shared():
-        for rank, count in enumerate(shared):
-            sent[rank] += count * (len(plan.twins.of(rank)) - 1)
     for number in range(plan.rounds):
         rounds = [plan.round(rank, number) for rank in range(plan.world_size)]
+        shared = [0] * plan.world_size  # of the directions that a rank gets in its replica
         for owner in range(plan.world_size):
             batch = plan.batches[owner][number] if number < len(plan.batches[owner]) else []
             for holder in range(plan.world_size):
@@ -96,11 +84,14 @@ def test_every_element_travels_once_there_and_back(plan: Plan) -> None:
                     assert theirs.piece == mine.piece._replace(row=row, column=column)
                     returned[holder][matrix][mine.piece.slices] += 1
                     count = mine.piece.rows * mine.piece.columns
+                    shared[holder] += count
                     if mine.gives_gradient:
                         arrived[matrix][mine.piece.slices] += 1
                     if holder != owner:
                         sent[holder] += count * mine.gives_gradient
                         sent[owner] += count * (mine.gives_gradient or not plan.twins)
+        for rank in range(plan.world_size):
+            sent[rank] += sum(max(shared[twin] for twin in plan.twins.of(rank)) for _ in plan.twins.of(rank)[1:])
     assert all((counts == 1).all() for counts in arrived)
     for rank in range(plan.world_size):
         for matrix, counts in zip(plan.matrices, returned[rank], strict=True):
@@ -138,7 +129,7 @@ def carry(
 
 @pytest.mark.parametrize("by_rows", [False, True], ids=["as views", "by rows"])
 @settings(max_examples=150, deadline=None)
-@given(plan=st.one_of(plans(), plans_with_twins()), data=st.data())
+@given(plan=st.one_of(plans(), plans(twins=True)), data=st.data())
 def test_routes_bring_chosen_gradients_to_the_owners_and_directions_back(
     plan: Plan, data: st.DataObject, by_rows: bool
 ) -> None:
