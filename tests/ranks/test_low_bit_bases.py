@@ -256,25 +256,26 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], toleranc
 
 # -- portable checkpoints ----------------------------------------------------------------------------------------------
 
-# Of first moments, in the Euclidean norm: what one more rounding changes where a block's largest value is negative.
+# Of first moments, in the Euclidean norm: what one more rounding changes at most. It changes nothing where each block's
+# largest value is positive: the codebook holds 1 and not -1.
 ROUNDING = {"torchao 8 bits": 0.01, "torchao 4 bits": 0.12}
 
 
 def assert_same_states(name: str, found: Shampoo4, expected: Shampoo4) -> None:
-    """Second moments bitwise, and first ones that are kept in float32; others but for one rounding."""
+    """Second moments bitwise, and first ones that are kept in float32; others up to one rounding."""
     for left, right in zip(found.state.values(), expected.state.values(), strict=True):
         assert left["step"] == right["step"]
         assert is_low_bit(left["exp_avg"]) == is_low_bit(right["exp_avg"])
         assert torch.equal(floats(left["exp_avg_sq"]), floats(right["exp_avg_sq"]))
         first, wanted = floats(left["exp_avg"]), floats(right["exp_avg"])
         if is_low_bit(left["exp_avg"]):
-            assert 0 < torch.dist(first, wanted) < ROUNDING[name] * wanted.norm()
+            assert torch.dist(first, wanted) < ROUNDING[name] * wanted.norm()
         else:
             assert torch.equal(first, wanted)
 
 
 @each(*AO)
-def test_a_portable_checkpoint_loads_but_for_one_rounding(name: str, tmp_path: Path) -> None:
+def test_a_portable_checkpoint_loads_up_to_one_rounding(name: str, tmp_path: Path) -> None:
     net, optimizer = make(name)
     start = replay(net, optimizer, range(5))
     checkpoint.save(optimizer, tmp_path)
