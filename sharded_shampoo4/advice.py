@@ -10,7 +10,6 @@ import torch
 
 from .numerics.matrix import COSTLY_BYTES, Matrix
 from .options import PreconditionerOptions
-from .planning.blocks import is_stack, matrix_shape
 from .planning.schedule import first_root
 from .report import format_bytes, warn
 from .values import to_integer
@@ -38,14 +37,13 @@ class Given:
 
     def matrix(self, limit: int | None = None) -> Matrix | None:
         """Its matrix, in blocks of at most ``limit``; None if it is not preconditioned."""
-        view = matrix_shape(self.shape) if self.options.precondition else None
         options = self.options if limit is None else replace(self.options, max_preconditioner_dim=limit)
-        return _matrix(view, options) if view else None
+        return _matrix(self.name, tuple(self.shape), options)
 
 
 @functools.lru_cache(maxsize=4096)
-def _matrix(view: tuple[int, int], options: PreconditionerOptions) -> Matrix:
-    return Matrix("", view, options, torch.device("meta"))
+def _matrix(name: str, shape: tuple[int, ...], options: PreconditionerOptions) -> Matrix | None:
+    return Matrix.of(name, shape, options, torch.device("meta"))
 
 
 class Advice:
@@ -61,7 +59,7 @@ class Advice:
 
     def give(self, parameters: Sequence[Given]) -> None:
         """Warn of what is new in ``parameters``, which are all of the optimizer's."""
-        topics = (self._on_intervals, self._on_stacks, self._on_costs, self._on_length)
+        topics = (self._on_intervals, self._on_costs, self._on_length)
         for message in [message for topic in topics for message in topic(parameters)]:
             warn(message)
 
@@ -87,17 +85,6 @@ class Advice:
                 "root_interval, or leave interval_warmup=True"
             )
 
-    def _on_stacks(self, parameters: Sequence[Given]) -> Iterable[str]:
-        stacks = [g for g in parameters if g.matrix() and is_stack(g.shape) and self._is_new(("stack", g.name))]
-        if stacks:
-            views = [f"{g.name} {tuple(g.shape)} as {_times(matrix_shape(g.shape))}" for g in stacks]
-            yield (
-                "parameters that look like stacks of matrices, such as [experts, out, in], are preconditioned as one "
-                f"matrix each, which has a row for each matrix of the stack: {_few(views)}. That is not Shampoo of "
-                "those matrices, and may cost much memory. Make each of them a parameter of its own, or leave the "
-                "stacks to the base optimizer, in a param group with precondition=False"
-            )
-
     def _on_costs(self, parameters: Sequence[Given]) -> Iterable[str]:
         matrices = [(g, matrix) for g in parameters if (matrix := g.matrix())]
         costly = [(g, matrix) for g, matrix in matrices if matrix.is_costly]
@@ -112,8 +99,9 @@ class Advice:
             f"the factors of {len(costly)} of {len(parameters)} parameters take {format_bytes(total)}, and the "
             f"parameters themselves {format_bytes(sum(g.nbytes for g, _ in costly))}: "
             f"{_few([_cost(g, matrix) for g, matrix in costly])}. A factor is as large as the square of a side, and "
-            "here one side is short and the other long. Leave them to the base optimizer, in a param group with "
-            "precondition=False, or give their group a smaller max_preconditioner_dim"
+            "here one side is short and the other long. Give their group another max_aspect, which leaves the long "
+            "side without factors, or a smaller max_preconditioner_dim; or leave them to the base optimizer, in a "
+            "param group with precondition=False"
         )
 
     def _is_new(self, what: Hashable) -> bool:
@@ -135,10 +123,6 @@ def _cost(given: Given, matrix: Matrix) -> str:
         if smaller and smaller.bytes_per_element <= COSTLY_BYTES:
             return f"{found}; {smaller.bytes_per_element:.0f} with max_preconditioner_dim={limit})"
     return f"{found})"
-
-
-def _times(view: tuple[int, int] | None) -> str:
-    return " x ".join(map(str, view or ()))
 
 
 def _few(found: Sequence[str]) -> str:

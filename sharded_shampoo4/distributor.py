@@ -57,7 +57,7 @@ class Distributor:
             planned = [matrix.planned([own[index] for own in shards]) for index, matrix in enumerate(self.matrices)]
             self.plan = Plan(planned, ranks.size, others)
             self.preconditioner = Preconditioner(self.matrices, self.plan.batches[ranks.rank])
-            self.grafting = Grafting(self.plan, self.matrices)
+            self.grafting = Grafting(self.plan, self.matrices, ranks.rank)
             devices, dtypes = [m.device for m in self.matrices], [m.dtype for m in self.matrices]
             rounded = [matrix.options.exchange_dtype == "bfloat16" for matrix in self.matrices]
             self.exchange = Exchange(self.plan, ranks, devices, dtypes, rounded)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
+from itertools import accumulate, chain, pairwise
 
 import torch
 from torch import Tensor
@@ -21,12 +21,19 @@ class Grafting:
     """One step's norms, and what follows from them (Algorithm 4, step 4).
 
     Every block's squared norms are kept apart until all ranks have theirs, and then added up in the order of the
-    blocks: the sums do not depend on who owns what.
+    blocks: the sums do not depend on who owns what. A parameter that is several matrices has a sum for each of them.
     """
 
-    def __init__(self, plan: Plan, matrices: Sequence[Matrix]) -> None:
+    def __init__(self, plan: Plan, matrices: Sequence[Matrix], rank: int) -> None:
         self._matrices = matrices
         self._matrix_of_block = [owned.matrix for owned in plan.blocks]
+        *starts, self._sums = accumulate((len(matrix.edges) - 1 for matrix in matrices), initial=0)
+        self._sum_of_block = [start + unit for start, m in zip(starts, matrices, strict=True) for unit in m.units]
+        # Of every matrix, the sum and the part of this rank's shard for each of the matrices that it is.
+        self._spans: list[list[tuple[int, slice]]] = []
+        for start, matrix, planned in zip(starts, matrices, plan.matrices, strict=True):
+            places = pairwise(map(planned.shards[rank].before, matrix.edges))
+            self._spans.append([(start + k, slice(a, b)) for k, (a, b) in enumerate(places) if a < b])
         # Numbers of blocks, and their norms: of gradients and of directions.
         self._noted: list[tuple[tuple[int, ...], Tensor, Tensor]] = []
 
@@ -87,18 +94,21 @@ class Grafting:
     def _scale(
         self, shards: Sequence[Tensor], targets: Sequence[Tensor], grafted: Sequence[int], squares: Tensor
     ) -> None:
-        sums = torch.zeros(len(self._matrices), 2, dtype=torch.float64, device=squares.device)
-        sums.index_add_(0, index_tensor(self._matrix_of_block, squares.device), squares)
+        sums = torch.zeros(self._sums, 2, dtype=torch.float64, device=squares.device)
+        sums.index_add_(0, index_tensor(self._sum_of_block, squares.device), squares)
         exact = _ratio(*sums.sqrt().unbind(1))
         kinds = {(self._matrices[index].dtype, shards[index].device) for index in grafted}
         ratios = {kind: exact.to(kind[0]).to(kind[1]).unbind() for kind in kinds}
         held = [index for index in grafted if shards[index].numel()]
         if not held:
             return
-        torch._foreach_mul_(
-            [targets[index] for index in held],
-            [ratios[self._matrices[index].dtype, shards[index].device][index] for index in held],
-        )
+        scaled, by = [], []
+        for index in held:
+            ratio, spans = ratios[self._matrices[index].dtype, shards[index].device], self._spans[index]
+            target = targets[index] if len(spans) == 1 else targets[index].view(-1)
+            scaled += [target] if len(spans) == 1 else [target[place] for _, place in spans]
+            by += [ratio[number] for number, _ in spans]
+        torch._foreach_mul_(scaled, by)
         rounded = [index for index in held if targets[index] is not shards[index]]
         if rounded:
             torch._foreach_copy_([shards[index] for index in rounded], [targets[index] for index in rounded])

@@ -13,8 +13,9 @@ from torch import Tensor
 from .hosts import Host
 from .numerics.matrix import Matrix
 from .options import PreconditionerOptions
-from .planning.blocks import Shard, matrix_shape
+from .planning.blocks import Shard
 from .planning.schedule import Phases
+from .planning.views import View, matrix_view
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,9 @@ class HeldParameter:
         return torch.promote_types(self.parameter.dtype, torch.float32)
 
     @property
-    def view(self) -> tuple[int, int] | None:
-        """Rows and columns of its matrix; None if it is not preconditioned."""
-        return matrix_shape(self.shape) if self.options.precondition and self.trained else None
+    def view(self) -> View | None:
+        """How it is seen as matrices; None if it is not preconditioned."""
+        return matrix_view(self.name, self.shape, self.options) if self.trained else None
 
     @property
     def is_soap(self) -> bool:
@@ -67,11 +68,10 @@ class HeldParameter:
 
     def matrix(self, schedule: Mapping[tuple[int, str], Phases]) -> Matrix | None:
         """Its matrix, with fresh factors that are due as ``schedule`` says; None if it is not preconditioned."""
-        shape = self.view
-        if shape is None:
+        if not self.trained:
             return None
         phases = schedule.get((self.group, self.name), {})
-        return Matrix(self.name, shape, self.options, self.device, self.dtype, phases=phases)
+        return Matrix.of(self.name, self.shape, self.options, self.device, self.dtype, phases)
 
     @cached_property
     def _place(self) -> tuple[Shard, int]:

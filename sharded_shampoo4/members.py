@@ -22,8 +22,8 @@ from .hosts import FlatTensor, Host, find_host
 from .names import match_names, names_in, plain_name, plain_names
 from .options import OPTION_NAMES, PreconditionerOptions
 from .placement import check_shared
-from .planning.blocks import matrix_shape
 from .planning.schedule import Phases, stagger
+from .planning.views import matrix_view
 from .recognition import Member, MemberGroup, lasting_options, recognize
 
 _NO_PHASES: Mapping[tuple[int, str], Phases] = {}
@@ -222,8 +222,8 @@ class Members:
         """Whether there is anything to precondition at all."""
         host = self.host
         return any(
-            options.precondition and parameter is not None and matrix_shape(host.shape(parameter)) is not None
-            for _, parameter, options in self.given()
+            parameter is not None and matrix_view(name, host.shape(parameter), options) is not None
+            for name, parameter, options in self.given()
         )
 
     def given(self) -> list[tuple[str, Tensor | None, PreconditionerOptions]]:
@@ -258,8 +258,8 @@ class Members:
             for name, shape in given.trained_shapes()
         ]
         if described != self._described:
-            views = {(number, name): (matrix_shape(shape), options) for number, name, shape, options in described}
-            matrices = {key: (view, options) for key, (view, options) in views.items() if view and options.precondition}
+            views = {(number, name): (matrix_view(name, shape, o), o) for number, name, shape, o in described}
+            matrices = {key: (view, options) for key, (view, options) in views.items() if view}
             self._described = described
             self._schedule = dict(zip(matrices, stagger(list(matrices.values())), strict=True))
         return self._schedule

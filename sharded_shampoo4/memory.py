@@ -15,9 +15,10 @@ from .base_options import refuse_ignored
 from .comm.exchange import wire_dtype
 from .numerics.matrix import Matrix
 from .options import OPTION_NAMES, PreconditionerOptions, apply_preset
-from .planning.blocks import Shard, matrix_shape
+from .planning.blocks import Shard
 from .planning.plan import Plan
 from .planning.schedule import stagger
+from .planning.views import matrix_view
 from .report import format_bytes, table
 
 _HOSTS = ("none", "ddp", "fsdp2", "hsdp", "zero0", "zero1", "zero2", "zero3")
@@ -90,12 +91,13 @@ def estimate_memory(
     items = list(named_shapes.items() if isinstance(named_shapes, Mapping) else named_shapes)
     shapes = [x.shape if isinstance(x, Tensor) else torch.Size(x) for _, x in items]
     sharding = shard_all(host, shapes, world_size, copies)
-    views = [matrix_shape(shape) if options.precondition else None for shape in shapes]
+    views = [matrix_view(name, shape, options) for (name, _), shape in zip(items, shapes, strict=True)]
     schedule = iter(stagger([(view, options) for view in views if view]))
     matrices, planned = [], []
-    for (name, _), view, shards in zip(items, views, sharding.shards, strict=True):
+    for (name, _), shape, view, shards in zip(items, shapes, views, sharding.shards, strict=True):
         if view:
-            matrix = Matrix(name, view, options, torch.device("meta"), computed, phases=next(schedule))
+            matrix = Matrix.of(name, shape, options, torch.device("meta"), computed, next(schedule))
+            assert matrix is not None
             matrices.append(matrix)
             planned.append(matrix.planned(shards))
 

@@ -124,6 +124,13 @@ class Shampoo4(SavedStates):
         split: Cut a long side into parts of about equal size, in multiples of 64 where there is room; with "even" of
             sizes that differ by at most 1; with "remainder" into full parts and a rest. One of "aligned", "even",
             "remainder". (default: "aligned")
+        max_aspect: A side of a matrix more than this many times as long as the other has no factors: the matrix is
+            preconditioned on the other side only. 0 gives every side factors. (default: 7)
+        batch_dims: Leading dimensions that count matrices, each of which has its own factors: 1 for experts of shape
+            [experts, rows, columns]. -1 finds stacks by their shape, and leaves stacked biases and depthwise
+            convolutions to the base optimizer. (default: -1)
+        split_rows: Cut the rows of a matrix, such as a fused projection, into parts with their own factors: one number
+            is how many equal parts, several are their sizes. (default: ())
         grafting: Whose gradient norm a direction takes: the parameter's, the block's, or none. One of "parameter",
             "block", "none". (default: "parameter")
         soap_betas: With method="soap": decay of momentum and second moment, each in [0, 1), per step. (default: (0.9,
@@ -188,7 +195,10 @@ class Shampoo4(SavedStates):
         refresh_iterations: RefreshIterations = 1,
         refresh_dtype: RefreshDtype = "float32",
         max_preconditioner_dim: int = 256,
+        max_aspect: int = 7,
         split: Split = "aligned",
+        batch_dims: int = -1,
+        split_rows: tuple[int, ...] = (),
         grafting: GraftingScope = "parameter",
         soap_betas: tuple[float, float] = (0.9, 0.95),
         soap_eps: float = 1e-8,

@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_h
 
 import torch
 
+from .planning.blocks import Cutting
 from .values import refuse_auto, to_boolean, to_integer, to_number, to_tuple, to_word
 
 Bits = Literal[3, 4, 8, 32]
@@ -109,14 +110,32 @@ class PreconditionerOptions:
     refresh_iterations: RefreshIterations = _option(1, "QR steps of a statistics update.")
     refresh_dtype: RefreshDtype = _option("float32", "Arithmetic of statistics updates and inverse roots.")
     max_preconditioner_dim: int = _option(256, "Most rows or columns of a block.", lowest=1)
+    max_aspect: int = _option(
+        7,
+        "A side of a matrix more than this many times as long as the other has no factors: the matrix is "
+        "preconditioned on the other side only. 0 gives every side factors.",
+        lowest=0,
+    )
     split: Split = _option(
         "aligned",
         "Cut a long side into parts of about equal size, in multiples of 64 where there is room; with "
         '"even" of sizes that differ by at most 1; with "remainder" into full parts and a rest.',
     )
+    batch_dims: int = _option(
+        -1,
+        "Leading dimensions that count matrices, each of which has its own factors: 1 for experts of shape "
+        "[experts, rows, columns]. -1 finds stacks by their shape, and leaves stacked biases and depthwise "
+        "convolutions to the base optimizer.",
+        lowest=-1,
+    )
+    split_rows: tuple[int, ...] = _option(
+        (),
+        "Cut the rows of a matrix, such as a fused projection, into parts with their own factors: one number is how "
+        "many equal parts, several are their sizes.",
+    )
     grafting: GraftingScope = _option(
         "parameter",
-        "Whose gradient norm a direction takes: the parameter's, the block's, or none.",
+        "Whose gradient norm a direction takes: the matrix's, the block's, or none.",
     )
     soap_betas: tuple[float, float] = _option(
         (0.9, 0.95),
@@ -202,7 +221,7 @@ class PreconditionerOptions:
         """Return the options that decide the layout of stored bytes: equal ones can read each other's states."""
         if not self.precondition:
             return {"precondition": False}
-        names = ["precondition", "method", "bits", "max_preconditioner_dim", "split"]
+        names = ["precondition", "method", "bits", *CUTTING]
         if self.method == "soap":
             names += ["momentum_dtype", "second_moment_dtype"]
         if self.bits != 32:
@@ -210,6 +229,11 @@ class PreconditionerOptions:
         elif "int8" in (self.momentum_dtype, self.second_moment_dtype):
             names += ["quant_block_size", "scale_dtype"]
         return {name: getattr(self, name) for name in names}
+
+    @property
+    def cutting(self) -> Cutting:
+        """How matrices are cut into blocks."""
+        return Cutting(self.max_preconditioner_dim, self.split, self.max_aspect)
 
     def scratch_on(self, device: torch.device | str) -> int:
         """Return the MiB that a step may take on a device, or on devices of a type."""
@@ -224,6 +248,7 @@ TYPES: dict[str, Any] = get_type_hints(PreconditionerOptions)
 DEFAULTS: dict[str, Any] = {option.name: option.default for option in fields(PreconditionerOptions)}
 HELP: dict[str, str] = {option.name: option.metadata["help"] for option in fields(PreconditionerOptions)}
 OPTION_NAMES = tuple(DEFAULTS)
+CUTTING = ("max_preconditioner_dim", "split", "max_aspect", "batch_dims", "split_rows")  # what decides on blocks
 # Options that a method does not use.
 UNUSED_BY: dict[str, tuple[str, ...]] = {
     "shampoo": (
@@ -249,6 +274,8 @@ def _convert(name: str, value: Any) -> Any:
     """What a value means; one that can mean nothing stays as it was, for :func:`_check` to refuse."""
     refuse_auto(name, value, DEFAULTS[name])
     value = _CONVERTERS[type(DEFAULTS[name])](value)
+    if name == "split_rows" and not isinstance(value, tuple):
+        value = (to_integer(value),)
     convert = to_number if name == "soap_betas" else to_integer
     return tuple(map(convert, value)) if isinstance(value, tuple) else value
 
@@ -269,6 +296,9 @@ def _check(name: str, value: Any) -> None:
     elif name == "soap_betas":
         if not (isinstance(value, (tuple, list)) and len(value) == 2 and all(map(_is_decay, value))):
             raise ValueError(f"soap_betas must be two numbers in [0, 1), got {value!r}")
+    elif name == "split_rows":
+        for count in value:
+            check_integer(name, count, 1)
     elif name == "rectify_steps":
         if not (isinstance(value, (tuple, list)) and len(value) == 2):
             raise ValueError(f"rectify_steps must be two integers, for a statistics and a root step, got {value!r}")
@@ -340,6 +370,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "interval_warmup": False,
         "rectify_steps": (1, 4),
         "max_preconditioner_dim": 1200,
+        "max_aspect": 0,
         "split": "remainder",
         "grafting": "parameter",
     },
@@ -373,7 +404,9 @@ METHODS: dict[str, dict[str, Any]] = {
     },
     "soap": {},
 }
-_BEFORE |= {**METHODS["shampoo"], "rectify_steps": (1, 4), "refresh_dtype": "float64", "split": "even"}
+_BEFORE |= {**METHODS["shampoo"], "rectify_steps": (1, 4), "refresh_dtype": "float64"}
+FORMER_CUTTING = {"split": "even", "max_aspect": 0, "batch_dims": 0, "split_rows": ()}  # of what knew no such options
+_BEFORE |= FORMER_CUTTING
 
 
 def apply_preset(given: Mapping[str, Any], method: str = DEFAULTS["method"]) -> dict[str, Any]:

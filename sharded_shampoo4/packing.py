@@ -6,7 +6,7 @@ The vector is a header, how far the preconditioner has come, and then block by b
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +16,10 @@ from torch import Tensor
 from .comm.ranks import Ranks
 from .numerics.matrix import Matrix
 from .numerics.preconditioner import fresh_block
-from .options import PreconditionerOptions
-from .planning.blocks import Block, count_parts
+from .options import CUTTING, FORMER_CUTTING, PreconditionerOptions
+from .planning.blocks import Block
 from .planning.plan import Owned
+from .planning.views import matrix_view
 
 if TYPE_CHECKING:
     from .distributor import Distributor
@@ -197,7 +198,7 @@ def check_same_bytes(old: Matrix, new: Matrix) -> None:
 
 
 def _check_options(stored: PreconditionerOptions, matrix: Matrix) -> None:
-    difference = shaping_difference(stored, matrix.options, [matrix.shape])
+    difference = shaping_difference(stored, matrix.options, [(matrix.name, matrix.whole)])
     if difference:
         raise ValueError(f"the stored preconditioner of {matrix.name} has {difference}")
 
@@ -212,21 +213,29 @@ def refuse_former_levels(version: int, stored: PreconditionerOptions, what: str)
 
 
 def shaping_difference(
-    stored: PreconditionerOptions, wanted: PreconditionerOptions, shapes: Iterable[tuple[int, int]]
+    stored: PreconditionerOptions, wanted: PreconditionerOptions, parameters: Iterable[tuple[str, Sequence[int]]]
 ) -> str:
     """Name the options whose different values make stored bytes unreadable, in words; empty if there are none.
 
-    ``shapes`` are those of the matrices: options that cut all of them alike make no difference.
+    ``parameters`` are names and shapes: options that cut all of them alike make no difference.
     """
     old, new = stored.shaping_bytes(), wanted.shaping_bytes()
     names = [name for name in {**old, **new} if name in old and name in new and old[name] != new[name]]
-    sides = {side for shape in shapes for side in shape}
-    if all(_cut(side, stored) == _cut(side, wanted) for side in sides):
-        names = [name for name in names if name not in ("split", "max_preconditioner_dim")]
+    differ = any(name in CUTTING for name in names)
+    if differ and all(_cut(name, shape, stored) == _cut(name, shape, wanted) for name, shape in parameters):
+        names = [name for name in names if name not in CUTTING]
     found = ", ".join(f"{name}={old[name]!r} where this optimizer has {name}={new[name]!r}" for name in names)
-    earlier = names == ["split"] and (old["split"], new["split"]) == ("even", "aligned")
-    return f"{found}, the later default: make it with split='even'" if earlier else found
+    if names and all(name in FORMER_CUTTING and old[name] == FORMER_CUTTING[name] for name in names):
+        former = ", ".join(f"{name}={old[name]!r}" for name in names)
+        return f"{found}, as earlier versions cut matrices: make it with {former}"
+    return found
 
 
-def _cut(side: int, options: PreconditionerOptions) -> list[tuple[int, int]]:
-    return count_parts(side, options.max_preconditioner_dim, options.split)
+def _cut(name: str, shape: Sequence[int], options: PreconditionerOptions) -> tuple[Any, ...] | None:
+    """All that decides on the blocks of a parameter."""
+    view = matrix_view(name, shape, options)
+    if view is None:
+        return None
+    parts = view.parts or (view.shape[0],)
+    width, cutting = view.shape[1], options.cutting
+    return view.shape, [(cutting.sides(rows, width), cutting.lengths(rows, width)) for rows in parts]

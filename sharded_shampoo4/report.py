@@ -13,8 +13,8 @@ from torch import Tensor
 from .numerics.factors import HEALTH
 from .numerics.matrix import Matrix
 from .options import PreconditionerOptions
-from .planning.blocks import is_stack, matrix_shape
 from .planning.schedule import first_root
+from .planning.views import look
 
 if TYPE_CHECKING:
     from .members import Members
@@ -127,24 +127,34 @@ def _progress(session: Session, parameters: Sequence[_Parameter]) -> str:
 def _describe_parameter(parameter: _Parameter, owners: str) -> tuple[tuple[str, ...], int]:
     """A row of the table, and the bytes of the parameter's preconditioner."""
     name, _, whole, trained, options = parameter
-    shape = matrix_shape(whole)
-    if not options.precondition:
-        reason = "no: precondition=False"
-    elif not trained:
-        reason = "no: frozen"
-    elif shape is None:
-        reason = "no: empty" if whole.numel() == 0 else "no: not a matrix"
-    else:
-        matrix = Matrix(name, shape, options, torch.device("meta"))
-        sizes = dict.fromkeys(f"{block.rows} x {block.columns}" for block in matrix.blocks)
-        blocks = f"{len(matrix.blocks)} of {', '.join(sizes)}"
-        orders = {order for block in matrix.blocks for order in (block.rows, block.columns)}
-        bits = sorted({options.bits if options.is_quantized(order) else 32 for order in orders})
-        view = f", as {shape[0]} x {shape[1]}" if is_stack(whole) else ""
-        method = "" if options.method == "shampoo" else f"{options.method}, "
-        kept = f"yes: {method}{' and '.join(map(str, bits))} bits{view}"
-        size = format_bytes(matrix.nbytes)
-        if matrix.is_costly:
-            size += f", {matrix.bytes_per_element:.0f} per element"
-        return (name, str(tuple(whole)), kept, blocks, owners, size), matrix.nbytes
-    return (name, str(tuple(whole)), reason, "", "", ""), 0
+    seen = look(name, tuple(whole), options)
+    if seen.view is None or not trained:
+        reason = seen.reason if seen.view is None else "frozen"
+        return (name, str(tuple(whole)), f"no: {reason}", "", "", ""), 0
+    matrix = Matrix.of(name, whole, options, torch.device("meta"))
+    assert matrix is not None
+    orders = {order for block in matrix.blocks for order in block.orders if order}
+    bits = sorted({options.bits if options.is_quantized(order) else 32 for order in orders})
+    method = "" if options.method == "shampoo" else f"{options.method}, "
+    kept = [f"yes: {method}{' and '.join(map(str, bits))} bits"]
+    if seen.view.shape != tuple(whole) or seen.view.parts:
+        kept.append(f"as {seen.view}{f' ({seen.reason})' if seen.reason else ''}")
+    if sides := _missing_sides(matrix):
+        kept.append(sides)
+    sizes = dict.fromkeys(f"{block.rows} x {block.columns}" for block in matrix.blocks)
+    blocks = f"{len(matrix.blocks)} of {', '.join(sizes)}"
+    size = format_bytes(matrix.nbytes)
+    if matrix.is_costly:
+        size += f", {matrix.bytes_per_element:.0f} per element"
+    return (name, str(tuple(whole)), ", ".join(kept), blocks, owners, size), matrix.nbytes
+
+
+def _missing_sides(matrix: Matrix) -> str:
+    """Which sides have no factors, in words; empty if all have."""
+    found = {(block.left, block.right) for block in matrix.blocks}
+    if found == {(True, True)}:
+        return ""
+    if len(found) > 1:
+        return "some matrices on one side only"
+    ((left, _),) = found
+    return f"{'rows' if left else 'columns'} only, max_aspect={matrix.options.max_aspect}"

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import torch
 from torch import Tensor
 
 from .comm.ranks import DeferredErrors
@@ -15,7 +16,6 @@ from .numerics.matrix import Matrix
 from .options import PreconditionerOptions
 from .packing import PackedPieces, PackedState, fresh_bytes, pack, pack_pieces, refuse_former_levels, shaping_difference
 from .placement import is_dtensor, shard_vector
-from .planning.blocks import matrix_shape
 from .report import shorten
 
 if TYPE_CHECKING:
@@ -246,10 +246,10 @@ def _read_pieces(stored: Mapping[int, Mapping[str, Any]], session: Session) -> d
         if parameter is None or options is None:
             raise ValueError(f"the state_dict has a preconditioner of parameter {place}, which is not there")
         piece = PackedPieces.of_plain(options, plain)
-        shape = matrix_shape(host.shape(parameter))
-        if not options.precondition or shape is None:
+        matrix = Matrix.of(name, host.shape(parameter), options, piece.data.device)
+        if matrix is None:
             raise ValueError(f"the state_dict has a preconditioner of {name}, which is not preconditioned here")
-        piece.check(Matrix(name, shape, options, piece.data.device))
+        piece.check(matrix)
         loaded[parameter] = piece
     return loaded
 
@@ -287,18 +287,18 @@ def check_loadable(
             )
         stored = PreconditionerOptions.of_group(saved)
         refuse_former_levels(version, stored, f"param group {index} of the state_dict")
-        views = [matrix_shape(next(remaining)[1]) for _ in group["params"]]
-        difference = shaping_difference(stored, PreconditionerOptions.of_group(group), filter(None, views))
+        own = [next(remaining) for _ in group["params"]]
+        difference = shaping_difference(stored, PreconditionerOptions.of_group(group), own)
         if difference:
             raise ValueError(f"param group {index} of the state_dict has {difference}")
 
     plain, packed = separate(state_dict)
     options = [PreconditionerOptions.of_group(group) for group in saved_groups for _ in group["params"]]
     for key, data, option, (name, whole) in zip(_keys(plain), packed, options, shapes, strict=True):
-        shape = matrix_shape(whole) if option.precondition else None
-        if shape and data is not None:
-            PackedState(option, data).check(Matrix(name, shape, option, data.device))
-        elif shape and key in plain["state"]:
+        matrix = Matrix.of(name, whole, option, torch.device("meta"))
+        if matrix and data is not None:
+            PackedState(option, data).check(matrix)
+        elif matrix and key in plain["state"]:
             raise ValueError(
                 f"the state_dict has a state of {name}, but no preconditioner: it is of another optimizer, or was "
                 "collected from optimizer.state. Save optimizer.state_dict(), or use sharded_shampoo4.checkpoint"

@@ -2,37 +2,40 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from sharded_shampoo4.planning.blocks import matrix_shape, split_dimension
+from sharded_shampoo4.options import PreconditionerOptions
+from sharded_shampoo4.planning.blocks import Block, count_blocks
+from sharded_shampoo4.planning.views import matrix_view
 
 BLOCK = 1024  # max_preconditioner_dim of method="shampoo"
 SOAP_BLOCK = 256  # and of Shampoo4's default
 SMALLEST = 4096  # Shampoo4's min_quant_numel
 
-Blocks = Counter[tuple[int, int]]  # how many there are of each number of rows and columns
+Blocks = Counter[Block]  # how many there are of each size and with which factors; places are 0
 
 
 def blocks_of(shapes: Iterable[Sequence[int]], limit: int = BLOCK) -> Blocks:
     """Count the blocks of at most ``limit`` rows and columns of all parameters that are matrices.
 
-    >>> blocks_of([(2500, 30), (1, 6, 4, 5), (7,)])
-    Counter({(833, 30): 2, (834, 30): 1, (6, 20): 1})
+    >>> {(block.rows, block.columns): count for block, count in blocks_of([(2500, 500), (6, 4, 5, 1), (7,)]).items()}
+    {(896, 500): 1, (832, 500): 1, (772, 500): 1, (6, 20): 1}
     """
+    options = PreconditionerOptions(max_preconditioner_dim=limit)
     blocks: Blocks = Counter()
-    for matrix in filter(None, map(matrix_shape, shapes)):
-        blocks.update(itertools.product(*(split_dimension(side, limit, "aligned") for side in matrix)))
+    for view in [matrix_view("", shape, options) for shape in shapes]:
+        if view is not None:
+            blocks.update(count_blocks(view.shape, options.cutting, view.parts))
     return blocks
 
 
 def orders_of(blocks: Blocks) -> Counter[int]:
-    """Count the factors of each order: a block has two, of its rows and of its columns."""
+    """Count the factors of each order: a block has up to two, of its rows and of its columns."""
     orders: Counter[int] = Counter()
-    for sides, count in blocks.items():
-        for side in sides:
-            orders[side] += count
+    for block, count in blocks.items():
+        for order in filter(None, block.orders):
+            orders[order] += count
     return orders
 
 
@@ -56,9 +59,10 @@ def step_flops(blocks: Blocks) -> dict[str, float]:
         the base optimizer are not counted: they grow with the number of elements only.
     """
     ordinary = refresh = 0.0
-    for (rows, columns), count in blocks.items():
-        ordinary += count * 2 * rows * columns * (rows + columns)
-        for order, other in ((rows, columns), (columns, rows)):
+    for block, count in blocks.items():
+        elements = block.rows * block.columns
+        for order in block.orders:
+            ordinary += count * 2 * elements * order
             cubes = 4 + 4 + 8 / 3 + 2 + 8 + 2 if order**2 >= SMALLEST else 9 + 2
-            refresh += count * (2 * order**2 * other + cubes * order**3)
+            refresh += count * (2 * elements * order + cubes * order**3)
     return {"ordinary": ordinary, "refresh": refresh}

@@ -211,15 +211,17 @@ class Products:
 
     def __init__(self, parameters: Sequence[Tensor], limit: int = BLOCK, times: int = 1) -> None:
         device, self.times = parameters[0].device, times
-        self.batches = [
-            tuple(torch.randn(count, *sides, device=device) for sides in ((m, m), (m, n), (n, n)))
-            for (m, n), count in blocks_of((p.shape for p in parameters), limit).items()
-        ]
+        self.batches = []
+        for block, count in blocks_of((p.shape for p in parameters), limit).items():
+            factors = [torch.randn(count, order, order, device=device) if order else None for order in block.orders]
+            self.batches.append((torch.randn(count, block.rows, block.columns, device=device), *factors))
 
     def step(self) -> None:
-        for left, gradients, right in self.batches:
+        for gradients, left, right in self.batches:
             for _ in range(self.times):
-                torch.bmm(torch.bmm(left, gradients), right)
+                found = gradients if left is None else torch.bmm(left, gradients)
+                if right is not None:
+                    torch.bmm(found, right)
 
 
 # The products that an ordinary step of ours must make. A floor is the time of these and of AdamW's step.

@@ -21,7 +21,6 @@ from sharded_shampoo4.comm.exchange import wire_dtype
 from sharded_shampoo4.memory import base_sizes, copies_of, shard_all
 from sharded_shampoo4.numerics.matrix import Matrix
 from sharded_shampoo4.options import PreconditionerOptions, apply_preset
-from sharded_shampoo4.planning.blocks import matrix_shape
 from sharded_shampoo4.planning.plan import Plan, PlannedMatrix
 from sharded_shampoo4.planning.routes import Part, Routes, Way
 
@@ -125,10 +124,9 @@ class _World:
         self.planned: list[PlannedMatrix] = []
         self.alone: list[bool] = []  # parameters without states of the base
         for (name, shape), shards in zip(shapes.items(), self.sharding.shards, strict=True):
-            view = matrix_shape(shape)
-            self.alone.append(view is not None and options.method == "soap")
-            if view is not None:
-                matrix = Matrix(name, view, options, DEVICE, DTYPE)
+            matrix = Matrix.of(name, shape, options, DEVICE, DTYPE)
+            self.alone.append(matrix is not None and options.method == "soap")
+            if matrix is not None:
                 self.matrices.append(matrix)
                 self.planned.append(matrix.planned(shards))
 

@@ -14,7 +14,7 @@ from ..numerics.preconditioner import fresh_block
 from ..options import PreconditionerOptions
 from ..packing import refuse_former_levels, shaping_difference
 from ..placement import is_dtensor, local_tensor
-from ..planning.blocks import Block, matrix_shape
+from ..planning.blocks import Block
 from ..report import warn
 from ..state_dict import VERSION_KEY
 from ..tensors import is_low_bit
@@ -59,8 +59,7 @@ def check(manifest: Mapping[str, Any], subject: Subject) -> Fit:
             base.refuse_unportable(here, subject.imagined_states(entry), held)
         options = PreconditionerOptions.of_group(saved[name]["options"])
         refuse_former_levels(manifest["format"], options, f"{here} in the checkpoint")
-        view = matrix_shape(entry.shape)
-        difference = shaping_difference(options, entry.options, [view] if view else [])
+        difference = shaping_difference(options, entry.options, [(here, entry.shape)])
         if difference:
             raise ValueError(f"{here} in the checkpoint has {difference}")
     for here, matrix in subject.matrices():

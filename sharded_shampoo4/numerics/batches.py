@@ -21,34 +21,39 @@ Sides = tuple[list[int], list[int]]  # which of some blocks' left factors, and w
 class Refreshed(NamedTuple):
     """What a refresh leaves for the directions of the same step: bases, eigenvectors as columns, and moments."""
 
-    left: Tensor  # (k, rows, rows)
-    right: Tensor  # (k, columns, columns)
+    left: Tensor | None  # (k, rows, rows)
+    right: Tensor | None  # (k, columns, columns)
     moments: tuple[Tensor, Tensor]  # (k, rows, columns)
 
 
 class BlockBatch:
     """Equal-shaped blocks whose left factors are neighbors in one pool and right factors in another (or the same).
 
-    ``moments`` are those of the blocks, with method="soap".
+    Args:
+        members: the blocks.
+        left, right: the pool of their factors on this side and the place of the first; None if they have none there.
+        moments: of the blocks, with method="soap".
     """
 
     def __init__(
         self,
         members: list[Owned],
-        left: FactorPool,
-        left_start: int,
-        right: FactorPool,
-        right_start: int,
+        left: tuple[FactorPool, int] | None,
+        right: tuple[FactorPool, int] | None,
         moments: MomentPool | None,
     ) -> None:
         self.members = members
-        self.left, self.left_start = left, left_start
-        self.right, self.right_start = right, right_start
         self.moments = moments
-        self._whole = (
-            slice(left_start, left_start + len(members)),
-            slice(right_start, right_start + len(members)),
-        )
+        self._sides = (left, right)
+        self._whole = [None if side is None else slice(side[1], side[1] + len(members)) for side in self._sides]
+        (pool, _), *_ = filter(None, self._sides)
+        self._options, self._device = pool.options, pool.device
+
+    @property
+    def _is_shared(self) -> bool:
+        """Whether the factors of both sides are in one pool."""
+        left, right = self._sides
+        return left is not None and right is not None and left[0] is right[0]
 
     def absorb(self, chosen: Sequence[int], due: Sides, gradients: Tensor) -> Refreshed | None:
         """Statistics step of those of the ``chosen`` members that are ``due``, by sides.
@@ -56,82 +61,95 @@ class BlockBatch:
         ``gradients`` (k, rows, columns) are those of the chosen ones. Moments follow their bases: the new ones are
         returned then.
         """
-        left, right = self._due(chosen, due)
-        of_left, of_right = (_some(gradients, which) for which in due)
-        old: list[Tensor] | None = None  # bases of the factors that are due
+        found = self._due(chosen, due)
+        seen = _some(gradients, due[0]), _some(gradients, due[1]).mT  # a factor's own side first
+        old: list[Tensor] = []  # bases of the factors that are due
         if self.moments is not None:
-            old = [_some(side, which) for side, which in zip(self.bases(chosen, gradients.dtype), due, strict=True)]
+            bases = zip(self.bases(chosen, gradients.dtype), due, strict=True)
+            old = [gradients[:0] if basis is None else _some(basis, which) for basis, which in bases]
         changed: list[Tensor | None] = [None, None]
-        if self.left is self.right:
-            where, gradients_of_both = torch.cat([left, right]), torch.cat([of_left, of_right.mT])
-            both = self.left.absorb(where, gradients_of_both, torch.cat(old) if old else None)
-            changed = list(both.split([len(left), len(right)]))
+        if self._is_shared:
+            where = torch.cat([places for _, places in found.values()])
+            both = found[0][0].absorb(where, torch.cat(seen), torch.cat(old) if old else None)
+            changed = list(both.split([len(due[0]), len(due[1])]))
         else:
-            if due[0]:
-                changed[0] = self.left.absorb(left, of_left, old[0] if old else None)
-            if due[1]:
-                changed[1] = self.right.absorb(right, of_right.mT, old[1] if old else None)
-        if self.moments is None or old is None:
+            for side, (pool, where) in found.items():
+                changed[side] = pool.absorb(where, seen[side], old[side] if old else None)
+        if self.moments is None:
             return None
         new = self.bases(chosen, gradients.dtype)
-        turns = [
-            Turn(side, index_tensor(which, gradients.device), old[side], _some(new[side], which), kept)
-            for side, (which, kept) in enumerate(zip(due, changed, strict=True))
-            if kept is not None and which
-        ]
+        turns = []
+        for side, (which, basis, kept) in enumerate(zip(due, new, changed, strict=True)):
+            if which and basis is not None and kept is not None:
+                places = index_tensor(which, gradients.device)
+                turns.append(Turn(side, places, old[side], _some(basis, which), kept))
         return Refreshed(*new, self.moments.rotate(self._run(chosen), turns, gradients.dtype))
 
     def invert(self, chosen: Sequence[int], due: Sides) -> None:
         """Root step of those of the ``chosen`` members that are ``due``, by sides."""
-        left, right = self._due(chosen, due)
-        if self.left is self.right:
-            self.left.invert(torch.cat([left, right]))
+        found = self._due(chosen, due)
+        if self._is_shared:
+            found[0][0].invert(torch.cat([where for _, where in found.values()]))
             return
-        if due[0]:
-            self.left.invert(left)
-        if due[1]:
-            self.right.invert(right)
+        for pool, where in found.values():
+            pool.invert(where)
 
     def precondition(self, chosen: Sequence[int], gradients: Tensor, refreshed: Refreshed | None) -> Tensor:
         """Directions of the ``chosen`` members, before grafting: (k, rows, columns).
 
-        L^(-1/4) G R^(-1/4), or with moments V_L X V_R^T, where X is what Adam makes of V_L^T G V_R.
+        L^(-1/4) G R^(-1/4), or with factors on one side only L^(-1/2) G or G R^(-1/2). With moments V_L X V_R^T, where
+        X is what Adam makes of V_L^T G V_R; a side without factors has no V.
+
         ``refreshed`` is what :meth:`absorb` has returned in this step, if it was called.
         """
-        dtype = getattr(torch, self.left.options.matmul_dtype) if gradients.dtype == torch.float32 else gradients.dtype
+        dtype = getattr(torch, self._options.matmul_dtype) if gradients.dtype == torch.float32 else gradients.dtype
         if self.moments is None:
-            left, right = self._runs(chosen)
-            half = self.left.root(left, dtype).left_of(gradients.to(dtype))
-            return self.right.root(right, dtype).right_of(half).to(gradients.dtype)
+            found = gradients.to(dtype)
+            for side, where in zip(self._sides, self._places(chosen), strict=True):
+                if side is not None and where is not None:
+                    root = side[0].root(where, dtype)
+                    found = root.left_of(found) if side is self._sides[0] else root.right_of(found)
+            return found.to(gradients.dtype)
         bases = refreshed[:2] if refreshed else self.bases(chosen, gradients.dtype)
-        left_basis, right_basis = (basis.to(dtype) for basis in bases)
-        projected = linalg.matmul(linalg.matmul(left_basis.mT, gradients.to(dtype)), right_basis).to(gradients.dtype)
+        left, right = (None if basis is None else basis.to(dtype) for basis in bases)
+        projected = _between(None if left is None else left.mT, gradients.to(dtype), right).to(gradients.dtype)
         moments = refreshed.moments if refreshed else None
         directions = self.moments.direct(self._run(chosen), projected, moments).to(dtype)
-        return linalg.matmul(linalg.matmul(left_basis, directions), right_basis.mT).to(gradients.dtype)
+        return _between(left, directions, None if right is None else right.mT).to(gradients.dtype)
 
-    def bases(self, chosen: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def bases(self, chosen: Sequence[int], dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
         """The rectified eigenbases of the ``chosen`` members, (k, rows, rows) and (k, columns, columns)."""
-        left, right = self._runs(chosen)
-        return self.left.basis(left, dtype), self.right.basis(right, dtype)
+        left, right = (
+            None if side is None or where is None else side[0].basis(where, dtype)
+            for side, where in zip(self._sides, self._places(chosen), strict=True)
+        )
+        return left, right
 
-    def _due(self, chosen: Sequence[int], due: Sides) -> tuple[Tensor, Tensor]:
-        """The places in the pools of the left and the right factors that are due."""
-        left, right = (index_tensor([chosen[k] for k in which], self.left.device) for which in due)
-        return left + self.left_start, right + self.right_start
+    def _due(self, chosen: Sequence[int], due: Sides) -> dict[int, tuple[FactorPool, Tensor]]:
+        """By sides, the pool of the factors that are due, and their places in it; of both sides if they share one."""
+        found = {}
+        for number, (side, which) in enumerate(zip(self._sides, due, strict=True)):
+            if side is not None and (which or self._is_shared):
+                found[number] = side[0], index_tensor([chosen[k] for k in which], self._device) + side[1]
+        return found
 
-    def _positions(self, chosen: Sequence[int]) -> tuple[Tensor, Tensor]:
-        positions = index_tensor(chosen, self.left.device)
-        return positions + self.left_start, positions + self.right_start
-
-    def _runs(self, chosen: Sequence[int]) -> tuple[Index, Index]:
-        """Like :meth:`_positions`, but as slices where all members are chosen: views instead of copies."""
-        return self._positions(chosen) if len(chosen) < len(self.members) else self._whole
+    def _places(self, chosen: Sequence[int]) -> Sequence[Index | None]:
+        """The places of the chosen members' factors in the pools: slices, which make views, where all are chosen."""
+        if len(chosen) == len(self.members):
+            return self._whole
+        positions = index_tensor(chosen, self._device)
+        return [None if side is None else positions + side[1] for side in self._sides]
 
     def _run(self, chosen: Sequence[int]) -> Index:
         """The places of the chosen members' moments."""
         everyone = len(chosen) == len(self.members)
-        return slice(0, len(self.members)) if everyone else index_tensor(chosen, self.left.device)
+        return slice(0, len(self.members)) if everyone else index_tensor(chosen, self._device)
+
+
+def _between(left: Tensor | None, blocks: Tensor, right: Tensor | None) -> Tensor:
+    """``left`` (k, m, m) times ``blocks`` (k, m, n) times ``right`` (k, n, n); None stands for the identity."""
+    found = blocks if left is None else linalg.matmul(left, blocks)
+    return found if right is None else linalg.matmul(found, right)
 
 
 def _some(gradients: Tensor, which: Sequence[int]) -> Tensor:

@@ -67,30 +67,31 @@ def refresh(
     return (basis * image).sum(-2), basis
 
 
-def inverse_root(eigenvalues: Tensor, basis: Tensor, matrix_eps: float) -> Tensor:
-    """V (diag(eigenvalues) + matrix_eps lambda_max I)^(-1/4) V^T: Algorithm 2.
+def inverse_root(eigenvalues: Tensor, basis: Tensor, matrix_eps: float, root: int = 4) -> Tensor:
+    """V (diag(eigenvalues) + matrix_eps lambda_max I)^(-1/root) V^T: Algorithm 2; ``root`` is 4 or 2.
 
     Eigenvalues are clamped at 0 before the ridge is added, and the sum at the smallest normal float32, so that the root
     of a zero matrix is finite.
     """
-    return linalg.matmul(basis * inverse_powers(eigenvalues, matrix_eps).unsqueeze(-2), basis.mT)
+    return linalg.matmul(basis * inverse_powers(eigenvalues, matrix_eps, root).unsqueeze(-2), basis.mT)
 
 
-def inverse_powers(eigenvalues: Tensor, matrix_eps: float) -> Tensor:
-    """(eigenvalues + matrix_eps lambda_max)^(-1/4) of eigenvalues (B, n): see :func:`inverse_root`."""
+def inverse_powers(eigenvalues: Tensor, matrix_eps: float, root: int = 4) -> Tensor:
+    """(eigenvalues + matrix_eps lambda_max)^(-1/root) of eigenvalues (B, n): see :func:`inverse_root`."""
     eigenvalues = eigenvalues.clamp_min(0.0)
     ridge = matrix_eps * eigenvalues.amax(-1, keepdim=True)
     # Not pow: its rounding depends on where a value stands in memory, that of roots and quotients does not.
-    return (eigenvalues + ridge).clamp_min(_SMALLEST).sqrt().sqrt().reciprocal()
+    found = (eigenvalues + ridge).clamp_min(_SMALLEST).sqrt()
+    return found.reciprocal() if root == 2 else found.sqrt().reciprocal()
 
 
-def inverse_root_of(matrices: Tensor, matrix_eps: float) -> Tensor:
+def inverse_root_of(matrices: Tensor, matrix_eps: float, root: int = 4) -> Tensor:
     """:func:`inverse_root` of symmetric ``matrices`` (B, n, n) themselves, decomposed by eigh.
 
     A coordinate whose off-diagonal elements are all zero, as that of a row that never had a gradient, has zeros there
     in the root too. eigh alone would leave rounding errors, which a base optimizer that normalizes makes large.
     """
-    root = inverse_root(*linalg.eigh(matrices), matrix_eps)
-    diagonal = torch.diag_embed(root.diagonal(dim1=-2, dim2=-1))
+    found = inverse_root(*linalg.eigh(matrices), matrix_eps, root)
+    diagonal = torch.diag_embed(found.diagonal(dim1=-2, dim2=-1))
     connected = (matrices != 0).sum(-1) > (matrices.diagonal(dim1=-2, dim2=-1) != 0)
-    return torch.where(connected.unsqueeze(-1) & connected.unsqueeze(-2), root, diagonal)
+    return torch.where(connected.unsqueeze(-1) & connected.unsqueeze(-2), found, diagonal)

@@ -95,14 +95,19 @@ class InverseRoot(NamedTuple):
 class FactorPool(Pool):
     """``count`` factors of one ``order``, with the same options, on one device.
 
+    Inverse roots are fourth ones; square ones of factors that are ``alone``, without one on the other side.
+
     Fresh factors are those of the paper: statistics matrix_eps I, inverse root I. With method="soap" they are the
     identity as a basis, and statistics of zero.
     """
 
-    def __init__(self, order: int, count: int, options: PreconditionerOptions, device: torch.device) -> None:
+    def __init__(
+        self, order: int, count: int, options: PreconditionerOptions, device: torch.device, alone: bool = False
+    ) -> None:
         super().__init__(factor_layout(order, options), count, Coding.of(options), device)
         self.order = order
         self.options = options
+        self._root = 2 if alone else 4
         self.refresh_dtype: torch.dtype = getattr(torch, options.refresh_dtype)
         # A basis that is stored in float32 is orthogonal.
         self._rectify_steps = (0, 0) if "basis" in self.tensors else options.rectify_steps
@@ -200,16 +205,16 @@ class FactorPool(Pool):
         return torch.cat(changed)
 
     def invert(self, where: Tensor) -> None:
-        """Root step: recompute the inverse fourth roots of the factors ``where``, if they are stored."""
+        """Root step: recompute the inverse roots of the factors ``where``, if they are stored."""
         if not self.has_roots:
             return
         eps = self.options.matrix_eps
         for chunk in self._chunks(where):
             if "eigenvalues" in self.tensors:
-                root = eigenbasis.inverse_root(*self._eigenbasis(chunk, self._rectify_steps[1]), eps)
+                root = eigenbasis.inverse_root(*self._eigenbasis(chunk, self._rectify_steps[1]), eps, self._root)
             else:
                 root = eigenbasis.inverse_root_of(
-                    self.decode("statistics", chunk, self.order).to(self.refresh_dtype), eps
+                    self.decode("statistics", chunk, self.order).to(self.refresh_dtype), eps, self._root
                 )
             self._commit(chunk, self.encode("root", root), _ROOT)
 
@@ -217,7 +222,7 @@ class FactorPool(Pool):
         """The inverse roots (k, n, n) of the factors ``where``, to multiply with blocks of ``dtype``."""
         if self.has_roots:
             return InverseRoot(self.decode("root", where, self.order).to(dtype), None)
-        powers = eigenbasis.inverse_powers(self.tensors["eigenvalues"][where], self.options.matrix_eps)
+        powers = eigenbasis.inverse_powers(self.tensors["eigenvalues"][where], self.options.matrix_eps, self._root)
         return InverseRoot(self.basis(where, dtype), powers.to(dtype))
 
     def basis(self, where: Index, dtype: torch.dtype) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 import functools
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -11,9 +13,10 @@ from typing import NamedTuple
 import torch
 
 from ..options import GraftingScope, PreconditionerOptions
-from ..planning.blocks import Block, Shard, count_parts, cut_blocks
+from ..planning.blocks import Block, Shard, count_blocks, cut_blocks
 from ..planning.plan import PlannedMatrix
 from ..planning.schedule import TOGETHER, Intervals, Phase, Phases, intervals_at
+from ..planning.views import matrix_view
 from .factors import factor_bytes
 from .moments import moments_bytes
 
@@ -33,6 +36,8 @@ class Matrix:
         roots: root intervals that have passed; before the first, every inverse root is taken for the identity. With
             method="soap", which has no roots, statistics intervals and the first step.
         phases: steps at which factors are due, where they are staggered.
+        parts: rows of each of the matrices that it is, if it is several.
+        whole: shape of the parameter.
     """
 
     name: str
@@ -43,10 +48,40 @@ class Matrix:
     step: int = 0
     roots: int = 0
     phases: Phases = field(default_factory=dict)
+    parts: tuple[int, ...] = ()
+    whole: tuple[int, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        whole: Sequence[int],
+        options: PreconditionerOptions,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        phases: Phases | None = None,
+    ) -> Matrix | None:
+        """Return the matrix of a parameter of shape ``whole``; None if it is not preconditioned."""
+        view = matrix_view(name, whole, options)
+        if view is None:
+            return None
+        return cls(name, view.shape, options, device, dtype, 0, 0, phases or {}, view.parts, tuple(whole))
 
     @functools.cached_property
     def blocks(self) -> list[Block]:
-        return cut_blocks(self.shape, self.options.max_preconditioner_dim, self.options.split)
+        return cut_blocks(self.shape, self.options.cutting, self.parts)
+
+    @functools.cached_property
+    def units(self) -> list[int]:
+        """The number of the matrix, of those that it is, that each of the blocks is in."""
+        ends = list(itertools.accumulate(self.parts or (self.shape[0],)))
+        return [bisect.bisect_right(ends, block.row) for block in self.blocks]
+
+    @property
+    def edges(self) -> list[int]:
+        """Where the matrices that it is begin and end in the flattened parameter."""
+        rows = itertools.accumulate(self.parts or (self.shape[0],), initial=0)
+        return [row * self.shape[1] for row in rows]
 
     def advance(self) -> None:
         """Count a step."""
@@ -85,12 +120,9 @@ class Matrix:
 
     def like(self, other: Matrix) -> bool:
         """Whether the same factors serve both, at the same steps."""
-        return (self.shape, self.options, self.device, self.dtype, self.phases) == (
-            other.shape,
-            other.options,
-            other.device,
-            other.dtype,
-            other.phases,
+        return all(
+            getattr(self, name) == getattr(other, name)
+            for name in ("shape", "parts", "options", "device", "dtype", "phases")
         )
 
     @property
@@ -122,17 +154,12 @@ class Matrix:
     @functools.cached_property
     def factor_bytes(self) -> int:
         """Bytes of all factors of this matrix, without cutting it: it may have very many blocks."""
-        rows, columns = self._parts
-        left = sum(count * factor_bytes(order, self.options) for order, count in rows)
-        right = sum(count * factor_bytes(order, self.options) for order, count in columns)
-        return left * sum(count for _, count in columns) + right * sum(count for _, count in rows)
+        return sum(count * self._bytes_of_factors(block) for block, count in self._counts.items())
 
     @functools.cached_property
     def nbytes(self) -> int:
         """Bytes of all factors and moments of this matrix."""
-        rows, columns = self._parts
-        moments = sum(m * n * moments_bytes(row, column, self.options) for row, m in rows for column, n in columns)
-        return self.factor_bytes + moments
+        return sum(count * self.block_bytes(block) for block, count in self._counts.items())
 
     @property
     def bytes_per_element(self) -> float:
@@ -142,21 +169,20 @@ class Matrix:
     @property
     def is_costly(self) -> bool:
         """Whether the factors cost much more than those of a square matrix of as many elements."""
-        longest = max(order for side in self._parts for order, _ in side)
+        longest = max(order for block in self._counts for order in block.orders)
         limit = COSTLY_BYTES if self.options.is_quantized(longest) else COSTLY_FLOAT32_BYTES
         return self.bytes_per_element > limit
 
     @functools.cached_property
-    def _parts(self) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-        """Into how many parts of which sizes the rows and the columns are cut."""
-        limit, split = self.options.max_preconditioner_dim, self.options.split
-        rows, columns = (count_parts(size, limit, split) for size in self.shape)
-        return rows, columns
+    def _counts(self) -> dict[Block, int]:
+        return count_blocks(self.shape, self.options.cutting, self.parts)
+
+    def _bytes_of_factors(self, block: Block) -> int:
+        return sum(factor_bytes(order, self.options) for order in block.orders if order)
 
     def block_bytes(self, block: Block) -> int:
         """Bytes of one block's factors and moments."""
-        factors = factor_bytes(block.rows, self.options) + factor_bytes(block.columns, self.options)
-        return factors + moments_bytes(block.rows, block.columns, self.options)
+        return self._bytes_of_factors(block) + moments_bytes(block.rows, block.columns, self.options)
 
     def planned(self, shards: Sequence[Shard]) -> PlannedMatrix:
         """Return what a plan must know of it, where these are the shards of all ranks.

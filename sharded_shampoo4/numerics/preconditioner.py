@@ -21,7 +21,7 @@ from .moments import MomentPool
 from .pool import Pool
 
 Place = tuple[FactorPool, int]  # where a factor is kept
-_PoolKey = tuple[PreconditionerOptions, torch.device, int]
+_PoolKey = tuple[PreconditionerOptions, torch.device, int, bool]  # of factors of one order; whether they are alone
 
 
 class Preconditioner:
@@ -30,26 +30,27 @@ class Preconditioner:
     def __init__(self, matrices: Sequence[Matrix], batches: Sequence[Sequence[Owned]]) -> None:
         self.matrices = list(matrices)
         self.batches: list[BlockBatch] = []
-        self._places: dict[Owned, tuple[Place, Place]] = {}  # of a block: its left and its right factor
+        self._places: dict[Owned, tuple[Place | None, Place | None]] = {}  # of a block's left and right factor
         self._moments_of: dict[Owned, tuple[MomentPool | None, int]] = {}
         sizes: dict[_PoolKey, int] = {}
-        starts: list[tuple[tuple[_PoolKey, int], tuple[_PoolKey, int]]] = []
+        starts: list[list[tuple[_PoolKey, int] | None]] = []  # of each batch's left and right factors
         for members in batches:
             matrix, block = self.matrices[members[0].matrix], members[0].block
-            sides = []
-            for order in (block.rows, block.columns):
-                key = (matrix.options, matrix.device, order)
-                sides.append((key, sizes.get(key, 0)))
-                sizes[key] = sides[-1][1] + len(members)
-            starts.append((sides[0], sides[1]))
+            starts.append([None, None])
+            for side, order in enumerate(block.orders):
+                if order:
+                    key = (matrix.options, matrix.device, order, not matrix.is_soap and 0 in block.orders)
+                    starts[-1][side] = key, sizes.get(key, 0)
+                    sizes[key] = sizes.get(key, 0) + len(members)
 
-        pools = {key: FactorPool(key[2], count, key[0], key[1]) for key, count in sizes.items()}
+        pools = {key: FactorPool(key[2], count, key[0], key[1], key[3]) for key, count in sizes.items()}
         self.pools = list(pools.values())
-        for members, ((left, left_start), (right, right_start)) in zip(batches, starts, strict=True):
+        for members, sides in zip(batches, starts, strict=True):
             moments = self._moments(members)
-            self.batches.append(BlockBatch(list(members), pools[left], left_start, pools[right], right_start, moments))
+            left, right = (None if side is None else (pools[side[0]], side[1]) for side in sides)
+            self.batches.append(BlockBatch(list(members), left, right, moments))
             for offset, owned in enumerate(members):
-                self._places[owned] = (pools[left], left_start + offset), (pools[right], right_start + offset)
+                self._places[owned] = _moved(left, offset), _moved(right, offset)
                 self._moments_of[owned] = moments, offset
 
     def _moments(self, members: Sequence[Owned]) -> MomentPool | None:
@@ -101,6 +102,8 @@ class Preconditioner:
         members = [self.batches[number].members[position] for position in chosen]
 
         def due(side: int) -> list[int]:
+            if not members or not members[0].block.orders[side]:
+                return []
             return [k for k, (index, block) in enumerate(members) if is_due(self.matrices[index], block, side)]
 
         return due(0), due(1)
@@ -113,7 +116,7 @@ class Preconditioner:
         if not any(pool.worst_failures() >= pool.options.max_failures for pool in self.pools):
             return None
         for (index, block), sides in self._places.items():
-            for side, (pool, at) in zip(("left", "right"), sides, strict=True):
+            for side, (pool, at) in [(("left", "right")[k], place) for k, place in enumerate(sides) if place]:
                 failures = int(pool.tensors["failures"][at].max())
                 if failures >= pool.options.max_failures:
                     return RuntimeError(
@@ -129,7 +132,7 @@ class Preconditioner:
         by_pool = {id(pool): pool.health(torch.arange(pool.count, device=pool.device)).tolist() for pool in self.pools}
         worst: dict[str, list[float]] = {}
         for (index, _), sides in self._places.items():
-            for pool, at in sides:
+            for pool, at in filter(None, sides):
                 name = self.matrices[index].name
                 worst[name] = worse(worst.get(name), by_pool[id(pool)][at])
         return worst
@@ -147,12 +150,17 @@ class Preconditioner:
     def _kept(self, owned: Owned) -> list[tuple[Pool, int]]:
         """Where all that is kept of a block lies."""
         moments, at = self._moments_of[owned]
-        return [*self._places[owned], *([] if moments is None else [(moments, at)])]
+        factors: list[tuple[Pool, int]] = list(filter(None, self._places[owned]))
+        return factors if moments is None else [*factors, (moments, at)]
 
     @property
     def nbytes(self) -> int:
         moments = sum(batch.moments.nbytes for batch in self.batches if batch.moments is not None)
         return sum(pool.nbytes for pool in self.pools) + moments
+
+
+def _moved(place: Place | None, offset: int) -> Place | None:
+    return None if place is None else (place[0], place[1] + offset)
 
 
 def fresh_block(matrix: Matrix, block: Block) -> Tensor:

@@ -1,13 +1,14 @@
-"""Which parameters are matrices and how they are cut into blocks: integers only, the same on every rank."""
+"""How matrices are cut into blocks: integers only, the same on every rank."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 _ALIGNED = (64, 32, 16, 8)  # elements: tiles of matrix products, on GPUs and in the caches of CPUs
-_LONGEST_KERNEL = 11  # of convolutions in one dimension, as far as they are usual
+_LONG_BLOCKS = 8  # times as long as others may blocks be on a side without factors
 
 
 class Shard(NamedTuple):
@@ -26,6 +27,10 @@ class Shard(NamedTuple):
         """How many elements it has."""
         return self.stop - self.start
 
+    def before(self, index: int) -> int:
+        """How many of its elements stand before an element of the flattened parameter."""
+        return min(max(index - self.start, 0), self.length)
+
 
 def make_shard(start: int, stop: int, replica: int = 0) -> Shard:
     """Return a shard from ``start`` to ``stop``; from 0 to 0 if it has no elements."""
@@ -33,43 +38,26 @@ def make_shard(start: int, stop: int, replica: int = 0) -> Shard:
 
 
 class Block(NamedTuple):
-    """A rectangle of a parameter matrix: ``matrix[row : row + rows, column : column + columns]``."""
+    """A rectangle of a parameter matrix: ``matrix[row : row + rows, column : column + columns]``.
+
+    ``left`` and ``right`` tell whether it has a left factor, of its rows, and a right one, of its columns.
+    """
 
     row: int
     column: int
     rows: int
     columns: int
+    left: bool = True
+    right: bool = True
+
+    @property
+    def orders(self) -> tuple[int, int]:
+        """The orders of its left and its right factor; 0 where it has none."""
+        return self.rows * self.left, self.columns * self.right
 
     @property
     def slices(self) -> tuple[slice, slice]:
         return slice(self.row, self.row + self.rows), slice(self.column, self.column + self.columns)
-
-
-def matrix_shape(shape: Sequence[int]) -> tuple[int, int] | None:
-    """The (m, n) view of a parameter of global ``shape``, or None if it has no matrix view (rank below 2, or empty).
-
-    Dimensions of size 1 are dropped and the rest is flattened to (first, product of the others).
-
-    >>> matrix_shape((64, 3, 7, 7)), matrix_shape((1, 197, 768)), matrix_shape((1, 768))
-    ((64, 147), (197, 768), None)
-    """
-    dims = [int(size) for size in shape if size != 1]
-    if len(dims) < 2 or 0 in dims:
-        return None
-    return dims[0], math.prod(dims[1:])
-
-
-def is_stack(shape: Sequence[int]) -> bool:
-    """Whether a parameter of this ``shape`` looks like a stack of matrices, such as the experts of a layer.
-
-    It has three dimensions longer than 1, and the last is not the kernel of a convolution: short, and the smallest.
-
-    >>> is_stack((8, 2048, 1024)), is_stack((512, 256, 3)), is_stack((1, 197, 768)), is_stack((64, 3, 7, 7))
-    (True, False, False, False)
-    """
-    if len(shape) != 3 or min(shape) <= 1:
-        return False
-    return shape[2] > _LONGEST_KERNEL or shape[2] >= min(shape[:2])
 
 
 def split_dimension(size: int, limit: int, split: str) -> list[int]:
@@ -117,18 +105,73 @@ def _in_units(size: int, parts: int, unit: int) -> list[tuple[int, int]]:
     return counts
 
 
-def cut_blocks(matrix: tuple[int, int], limit: int, split: str) -> list[Block]:
-    """The blocks of a parameter matrix, row by row."""
-    row_sizes, column_sizes = (split_dimension(size, limit, split) for size in matrix)
-    blocks = []
-    row = 0
+class Cutting(NamedTuple):
+    """How matrices are cut into blocks, and which of their sides have factors.
+
+    Attributes:
+        limit: most rows or columns of a block, on a side with factors.
+        split: see :func:`split_dimension`.
+        max_aspect: a side more than this many times as long as the other has no factors, and longer blocks; 0: all
+            sides have factors.
+    """
+
+    limit: int
+    split: str
+    max_aspect: int = 0
+
+    def sides(self, rows: int, columns: int) -> tuple[bool, bool]:
+        """Whether a matrix has left factors, and whether it has right ones.
+
+        >>> Cutting(256, "aligned", 7).sides(16, 4096), Cutting(256, "aligned", 7).sides(3072, 768)
+        ((True, False), (True, True))
+        """
+        if not self.max_aspect:
+            return True, True
+        return rows <= self.max_aspect * columns, columns <= self.max_aspect * rows
+
+    def lengths(self, rows: int, columns: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+        """The sizes of the parts of a matrix's rows and of its columns, and how many parts there are of each."""
+        sides = zip((rows, columns), self.sides(rows, columns), strict=True)
+        by_rows, by_columns = (
+            count_parts(size, self.limit if has_factor else _LONG_BLOCKS * self.limit, self.split)
+            for size, has_factor in sides
+        )
+        return by_rows, by_columns
+
+
+def cut_blocks(shape: tuple[int, int], cutting: Cutting, parts: Sequence[int] = ()) -> list[Block]:
+    """The blocks of a parameter matrix, row by row; of each of its ``parts``, which are so many rows, by itself."""
+    blocks: list[Block] = []
+    start = 0
+    for height in parts or (shape[0],):
+        blocks += _cut_part(start, height, shape[1], cutting)
+        start += height
+    return blocks
+
+
+def count_blocks(shape: tuple[int, int], cutting: Cutting, parts: Sequence[int] = ()) -> dict[Block, int]:
+    """How many blocks there are of each size and with which factors; places are 0. Without cutting the matrix."""
+    found: Counter[Block] = Counter()
+    for height, matrices in Counter(parts or (shape[0],)).items():
+        sides = cutting.sides(height, shape[1])
+        by_rows, by_columns = cutting.lengths(height, shape[1])
+        for (rows, m), (columns, n) in itertools.product(by_rows, by_columns):
+            found[Block(0, 0, rows, columns, *sides)] += matrices * m * n
+    return dict(found)
+
+
+def _cut_part(start: int, height: int, width: int, cutting: Cutting) -> Iterator[Block]:
+    sides = cutting.sides(height, width)
+    row_sizes, column_sizes = (
+        [size for size, count in counts for _ in range(count)] for counts in cutting.lengths(height, width)
+    )
+    row = start
     for rows in row_sizes:
         column = 0
         for columns in column_sizes:
-            blocks.append(Block(row, column, rows, columns))
+            yield Block(row, column, rows, columns, *sides)
             column += columns
         row += rows
-    return blocks
 
 
 def interval_pieces(block: Block, width: int, start: int, stop: int) -> list[Block]:

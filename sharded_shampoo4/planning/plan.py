@@ -147,7 +147,7 @@ class Plan:
             held, phases = self._holders[matrix].elements(block), self.matrices[matrix].phases.get(block, ())
             owners[index] = owner = loads.least(costs[index], held, [phase.statistics for phase in phases])
             loads.add(owner, None, costs[index])
-            for order, phase in zip((block.rows, block.columns), phases, strict=False):
+            for order, phase in zip(block.orders, phases, strict=False):
                 loads.add(owner, phase.statistics, order**3)
         return owners, loads.work - others
 
@@ -160,10 +160,9 @@ class Plan:
         elements: Counter[Hashable] = Counter()
         key: Hashable
         for owned, owner in zip(self.blocks, self.owners, strict=True):
-            rows, columns = owned.block.rows, owned.block.columns
-            key = (self.matrices[owned.matrix].kind, rows, columns)
+            key = (self.matrices[owned.matrix].kind, owned.block._replace(row=0, column=0))
             alike[owner].setdefault(key, []).append(owned)
-            elements[key] += rows * columns
+            elements[key] += owned.block.rows * owned.block.columns
         batches: list[list[list[Owned]]] = [[] for _ in alike]
         for key, _ in elements.most_common():
             for rank, of_rank in enumerate(alike):
@@ -173,9 +172,10 @@ class Plan:
         return batches
 
     def _batch_size(self, owned: Owned) -> int:
-        matrix, (_, _, rows, columns) = self.matrices[owned.matrix], owned.block
+        matrix, block = self.matrices[owned.matrix], owned.block
+        elements = block.rows * block.columns
         # A rank computes its own batch, and receives the directions of as many batches as there are replicas.
-        needed = max(rows * rows + columns * columns + 2 * rows * columns, matrix.replicas * rows * columns)
+        needed = max(sum(order**2 for order in block.orders) + 2 * elements, matrix.replicas * elements)
         return max(1, BATCH_ELEMENTS_PER_MIB * matrix.scratch_mib // needed)
 
     def round(self, rank: int, number: int) -> Round:
@@ -227,7 +227,7 @@ class Plan:
 
 def _work(block: Block) -> int:
     """The matrix work of a block: the cubes of its factors' orders."""
-    return block.rows**3 + block.columns**3
+    return sum(order**3 for order in block.orders)
 
 
 class _Holders:

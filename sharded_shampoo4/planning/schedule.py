@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from ..options import PreconditionerOptions
 from .blocks import Block, cut_blocks
+from .views import View
 
 
 class Phase(NamedTuple):
@@ -73,7 +74,7 @@ Phases = Mapping[Block, tuple[Phase, Phase]]
 TOGETHER = (Phase(), Phase())
 
 
-def stagger(matrices: Sequence[tuple[tuple[int, int], PreconditionerOptions]]) -> list[Phases]:
+def stagger(matrices: Sequence[tuple[View, PreconditionerOptions]]) -> list[Phases]:
     """Spread the factors of ``matrices``, those with refresh="staggered", over their intervals.
 
     Costly factors first, each takes the steps at which least is due so far. Its roots are a step after its statistics,
@@ -82,20 +83,26 @@ def stagger(matrices: Sequence[tuple[tuple[int, int], PreconditionerOptions]]) -
     """
     found: list[dict[Block, list[Phase]]] = [{} for _ in matrices]
     by_intervals: dict[tuple[int, int], list[tuple[int, int, int, Block, int]]] = {}
-    for index, (shape, options) in enumerate(matrices):
+    for index, (view, options) in enumerate(matrices):
         if options.refresh != "staggered":
             continue
         intervals = (options.statistics_interval, options.root_interval)
-        for block in cut_blocks(shape, options.max_preconditioner_dim, options.split):
+        for block in cut_blocks(view.shape, options.cutting, view.parts):
             found[index][block] = [Phase(), Phase()]
-            for side, order in enumerate((block.rows, block.columns)):
-                by_intervals.setdefault(intervals, []).append((*_work(order, options), index, block, side))
+            for side, order in enumerate(block.orders):
+                if order:
+                    by_intervals.setdefault(intervals, []).append((*_work(order, options), index, block, side))
     for intervals, factors in by_intervals.items():
         calendar = _Calendar(*intervals)
         factors.sort(key=lambda factor: -factor[0] - factor[1])  # stable
         for statistics, root, index, block, side in factors:
             found[index][block][side] = calendar.place(statistics, root)
-    return [{block: (left, right) for block, (left, right) in blocks.items()} for blocks in found]
+    return [{block: _of_both(block, *phases) for block, phases in blocks.items()} for blocks in found]
+
+
+def _of_both(block: Block, left: Phase, right: Phase) -> tuple[Phase, Phase]:
+    """The phases of both sides; a side without factors takes that of the other."""
+    return left if block.left else right, right if block.right else left
 
 
 def _work(order: int, options: PreconditionerOptions) -> tuple[int, int]:

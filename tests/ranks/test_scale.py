@@ -17,9 +17,11 @@ from torch.utils._pytree import tree_leaves
 
 from sharded_shampoo4 import MemoryEstimate, Shampoo4, estimate_memory
 from sharded_shampoo4.distributor import Distributor
+from sharded_shampoo4.options import PreconditionerOptions
 from sharded_shampoo4.planning import plan
-from sharded_shampoo4.planning.blocks import Shard, cut_blocks, matrix_shape
+from sharded_shampoo4.planning.blocks import Cutting, Shard, cut_blocks
 from sharded_shampoo4.planning.plan import Plan, PlannedMatrix
+from sharded_shampoo4.planning.views import matrix_view
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -230,10 +232,11 @@ def test_every_rank_keeps_an_even_share(size: tuple[int, int], world_size: int, 
 def test_every_owner_has_an_even_share_of_the_work() -> None:
     planned = []
     for name, shape in vit_shapes(*BASE).items():
-        if matrix := matrix_shape(shape):
+        if view := matrix_view(name, shape, PreconditionerOptions()):
+            matrix = view.shape
             rows, rest = shape[0], matrix[0] * matrix[1] // shape[0]
             edges = [min(rows, -(-rows // 4) * rank) * rest for rank in range(5)]
             shards = tuple(Shard(*edges[rank : rank + 2]) for rank in range(4))
-            planned.append(PlannedMatrix(name, matrix, tuple(cut_blocks(matrix, 1024, "aligned")), shards))
+            planned.append(PlannedMatrix(name, matrix, tuple(cut_blocks(matrix, Cutting(1024, "aligned"))), shards))
     loads = Plan(planned, 4).loads()
     assert max(loads) <= 1.10 * sum(loads) / 4

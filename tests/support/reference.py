@@ -99,18 +99,23 @@ def rectify(vectors: Tensor, steps: int) -> Tensor:
     return vectors
 
 
-def damped_root(eigenvalues: Tensor, matrix_eps: float) -> Tensor:
-    """(lambda + eps lambda_max)^(-1/4) of eigenvalues clamped at 0, with a base of at least TINY."""
+def damped_root(eigenvalues: Tensor, matrix_eps: float, root: int = 4) -> Tensor:
+    """(lambda + eps lambda_max)^(-1/root) of eigenvalues clamped at 0, with a base of at least TINY."""
     eigenvalues = eigenvalues.clamp(min=0)
-    root: Tensor = (eigenvalues + matrix_eps * eigenvalues.max()).clamp(min=TINY) ** -0.25
-    return root
+    powers: Tensor = (eigenvalues + matrix_eps * eigenvalues.max()).clamp(min=TINY) ** (-1 / root)
+    return powers
 
 
-def root_by_eigh(matrix: Tensor, matrix_eps: float) -> Tensor:
-    """Inverse fourth root of a symmetric matrix (Alg. 4). Of a not quite symmetric one, eigh reads the lower half."""
+def root_by_eigh(matrix: Tensor, matrix_eps: float, root: int = 4) -> Tensor:
+    """Inverse root of a symmetric matrix (Alg. 4). Of a not quite symmetric one, eigh reads the lower half."""
     eigenvalues, vectors = torch.linalg.eigh(matrix)
-    root: Tensor = vectors @ torch.diag(damped_root(eigenvalues, matrix_eps)) @ vectors.T
-    return root
+    found: Tensor = vectors @ torch.diag(damped_root(eigenvalues, matrix_eps, root)) @ vectors.T
+    return found
+
+
+def sides(rows: int, columns: int, max_aspect: int) -> tuple[bool, bool]:
+    """Whether the rows of a matrix have factors, and whether its columns have: not a side that is much the longer."""
+    return not 0 < max_aspect < rows / columns, not 0 < max_aspect < columns / rows
 
 
 def chunks(size: int, largest: int, split: str) -> list[tuple[int, int]]:
@@ -164,9 +169,9 @@ class Factor:
 
     def __init__(self, order: int, kind: str, codebook: Tensor, block: int, beta: float, matrix_eps: float,
                  rectify_steps: tuple[int, int], dtype: torch.dtype, root: str = "stored", iterations: int = 1,
-                 **way: Any) -> None:  # fmt: skip
+                 power: int = 4, **way: Any) -> None:  # fmt: skip
         self.implicit = root == "implicit" and kind == "eigenbasis"
-        self.iterations, self.way = iterations, way
+        self.iterations, self.way, self.power = iterations, way, power
         self.order, self.kind, self.codebook, self.block = order, kind, codebook, block
         self.beta, self.matrix_eps, self.rectify_steps, self.dtype = beta, matrix_eps, rectify_steps, dtype
         identity = torch.eye(order)
@@ -200,7 +205,7 @@ class Factor:
         """The inverse root as a dense float32 matrix."""
         if self.implicit:
             v = rectify(self.vectors(), self.rectify_steps[1])
-            return v @ torch.diag(damped_root(self.eigenvalues, self.matrix_eps)) @ v.T
+            return v @ torch.diag(damped_root(self.eigenvalues, self.matrix_eps, self.power)) @ v.T
         return self.root_matrix if self.kind == "plain" else self.root_off.dense()
 
     def update(self, statistic: Tensor) -> None:
@@ -226,10 +231,10 @@ class Factor:
         """Alg. 2 (eigenbasis), or the root by eigh; a result that is not finite is dropped."""
         if self.kind == "eigenbasis":
             v = rectify(self.vectors().to(self.dtype), self.rectify_steps[1])
-            root = v @ torch.diag(damped_root(self.eigenvalues.to(self.dtype), self.matrix_eps)) @ v.T
+            root = v @ torch.diag(damped_root(self.eigenvalues.to(self.dtype), self.matrix_eps, self.power)) @ v.T
         else:
             try:
-                root = root_by_eigh(self.preconditioner(), self.matrix_eps)
+                root = root_by_eigh(self.preconditioner(), self.matrix_eps, self.power)
             except RuntimeError:  # torch.linalg.LinAlgError
                 return
         if root.float().isfinite().all():
@@ -267,6 +272,7 @@ class Reference:
         refresh_iterations: int = 1,
         refresh_dtype: Literal["float64", "float32"] = "float32",
         max_preconditioner_dim: int = 1024,
+        max_aspect: int = 7,
         split: Literal["aligned", "even", "remainder"] = "aligned",
         grafting: Literal["parameter", "block", "none"] = "parameter",
         phases: Mapping[tuple[int, int, int, str], tuple[int, int]] | None = None,
@@ -287,14 +293,18 @@ class Reference:
             matrix = self.matrix_shape(shape)
             if matrix is None:
                 continue
-            for r0, r1 in chunks(matrix[0], max_preconditioner_dim, split):
-                for c0, c1 in chunks(matrix[1], max_preconditioner_dim, split):
+            has = sides(*matrix, max_aspect)
+            longest = [max_preconditioner_dim * (1 if own else 8) for own in has]
+            for r0, r1 in chunks(matrix[0], longest[0], split):
+                for c0, c1 in chunks(matrix[1], longest[1], split):
                     self.blocks[index].append((r0, r1, c0, c1))
-                    for side, order in (("L", r1 - r0), ("R", c1 - c0)):
+                    for side, order, own in (("L", r1 - r0, has[0]), ("R", c1 - c0, has[1])):
+                        if not own:
+                            continue
                         kind = "plain" if bits == 32 or order**2 < min_quant_numel else quantize
                         self.factors[index, r0, c0, side] = Factor(
                             order, kind, levels, quant_block_size, shampoo_beta, matrix_eps, rectify_steps, self.dtype,
-                            **more,
+                            power=4 if all(has) else 2, **more,
                         )  # fmt: skip
 
     @staticmethod
@@ -316,15 +326,18 @@ class Reference:
         out = torch.empty_like(matrix)
         for r0, r1, c0, c1 in blocks:
             g = matrix[r0:r1, c0:c1]
-            left, right = self.factors[index, r0, c0, "L"], self.factors[index, r0, c0, "R"]
+            left, right = (self.factors.get((index, r0, c0, side)) for side in "LR")
             h = g.to(self.dtype)
             for side, factor, statistic in (("L", left, h @ h.T), ("R", right, h.T @ h)):
+                if factor is None:
+                    continue
                 statistics_phase, root_phase = self.phases.get((index, r0, c0, side), (0, 0))
                 if t % self.statistics_interval == statistics_phase:
                     factor.update(statistic)
                 if t % self.root_interval == root_phase:
                     factor.invert()
-            d = (left.root() @ g) @ right.root()
+            d = g if left is None else left.root() @ g
+            d = d if right is None else d @ right.root()
             out[r0:r1, c0:c1] = graft(d, g) if self.grafting == "block" else d
         if t < self.root_interval:  # no root yet: every root is the identity
             return gradient.clone()

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .reference import CODEBOOKS, Reference, chunks, dequantize, quantize, rectify
+from .reference import CODEBOOKS, Reference, chunks, dequantize, quantize, rectify, sides
 
 
 class Basis:
@@ -66,6 +66,19 @@ class Basis:
             self._store(q)
 
 
+class NoBasis(Basis):
+    """A side without factors: its eigenvectors are the coordinates."""
+
+    def __init__(self, order: int) -> None:
+        self.identity = torch.eye(order)
+
+    def vectors(self) -> Tensor:
+        return self.identity
+
+    def refresh(self, gradient: Tensor) -> None:
+        pass
+
+
 class Moment:
     """A matrix in float32, bfloat16, or 8 bits ("linear2"), as which it is kept between steps."""
 
@@ -109,6 +122,7 @@ class SoapReference:
         protect: bool = False,
         refresh_dtype: str = "float32",
         max_preconditioner_dim: int = 256,
+        max_aspect: int = 7,
         soap_betas: tuple[float, float] = (0.9, 0.95),
         soap_eps: float = 1e-8,
         newton_schulz_steps: int = 0,
@@ -125,20 +139,23 @@ class SoapReference:
         self.blocks: dict[tuple[int, int, int], tuple[Basis, Basis, Moment, Moment, tuple[int, int]]] = {}
         for index, shape in enumerate(self.shapes):
             matrix = Reference.matrix_shape(shape)
-            rows = chunks(matrix[0], max_preconditioner_dim, "aligned") if matrix else []
-            columns = chunks(matrix[1], max_preconditioner_dim, "aligned") if matrix else []
+            has = sides(*matrix, max_aspect) if matrix else (True, True)
+            longest = [max_preconditioner_dim * (1 if own else 8) for own in has]
+            rows = chunks(matrix[0], longest[0], "aligned") if matrix else []
+            columns = chunks(matrix[1], longest[1], "aligned") if matrix else []
             for r0, r1 in rows:
                 for c0, c1 in columns:
-                    sides = [
+                    both = [
                         Basis(order, levels if bits < 32 and order**2 >= min_quant_numel else None, quant_block_size,
                               shampoo_beta, matrix_eps, rectify_steps, getattr(torch, refresh_dtype), protect, **way)
-                        for order in (r1 - r0, c1 - c0)
+                        if own else NoBasis(order)
+                        for order, own in zip((r1 - r0, c1 - c0), has, strict=True)
                     ]  # fmt: skip
                     kept = [
                         Moment((r1 - r0, c1 - c0), dtype, quant_block_size, scales)
                         for dtype in (momentum_dtype, second_moment_dtype)
                     ]
-                    self.blocks[index, r0, c0] = (sides[0], sides[1], kept[0], kept[1], (r1, c1))
+                    self.blocks[index, r0, c0] = (both[0], both[1], kept[0], kept[1], (r1, c1))
 
     def step(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
         """One step; None stays None and does not advance that parameter's t."""

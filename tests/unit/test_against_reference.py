@@ -11,7 +11,7 @@ from sharded_shampoo4.numerics import quantization
 from sharded_shampoo4.options import PRESETS
 
 # Orders 48, 64, 65, 96, 130 and 200, and blocks of 100, 65 and 48 where max_preconditioner_dim=100 cuts.
-SHAPES = [(64, 64), (65, 48), (130, 96), (200, 65), (48, 3, 5, 2), (64, 1, 64), (96, 200), (7,)]
+SHAPES = [(64, 64), (65, 48), (130, 96), (200, 65), (48, 3, 5, 2), (64, 1, 64), (96, 200), (7,), (900, 5), (70, 600)]
 LARGEST_DIFFERENCE = 5e-6  # of a direction, relative to its norm
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from sharded_shampoo4 import Shampoo4, estimate_memory
 from sharded_shampoo4.options import PRESETS, apply_preset
-from sharded_shampoo4.planning.blocks import cut_blocks
+from sharded_shampoo4.planning.blocks import Cutting, cut_blocks
 
 SHAPES = {
     "conv": (24, 3, 7, 7),
@@ -237,9 +237,8 @@ def test_compact_settings_take_4_3_bits_a_factor_element() -> None:
     layer = {"qkv": (2304, 768), "out": (768, 768), "fc1": (3072, 768), "fc2": (768, 3072)}
     shapes = {f"{number}.{name}": shape for number in range(12) for name, shape in layer.items()}
     found = estimate_memory(shapes, preset="shampoo-compact").preconditioner[0]
-    elements = sum(
-        block.rows**2 + block.columns**2 for shape in shapes.values() for block in cut_blocks(shape, 1024, "aligned")
-    )
+    blocks = [block for shape in shapes.values() for block in cut_blocks(shape, Cutting(1024, "aligned"))]
+    elements = sum(block.rows**2 + block.columns**2 for block in blocks)
     parameters = sum(rows * columns for rows, columns in shapes.values())
     assert 8 * found / elements <= 4.3 and found / parameters <= 1.15
     assert estimate_memory(shapes, method="shampoo").preconditioner[0] / found > 2.05

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sharded_shampoo4.planning import copies
-from sharded_shampoo4.planning.blocks import Block, Shard, cut_blocks, interval_pieces
+from sharded_shampoo4.planning.blocks import Block, Cutting, Shard, cut_blocks, interval_pieces
 from sharded_shampoo4.planning.plan import Plan, PlannedMatrix
 from sharded_shampoo4.planning.routes import Routes, Way
 
@@ -51,7 +51,8 @@ def plans(draw: st.DrawFn, twins: bool = False) -> Plan:
             if replica == 0 or not twins:
                 cuts = sorted(draw(st.lists(st.integers(0, size), min_size=ranks - 1, max_size=ranks - 1)))
             shards += [Shard(*edges, replica) for edges in zip([0, *cuts], [*cuts, size], strict=True)]
-        blocks = cut_blocks(shape, draw(st.integers(1, 12)), draw(st.sampled_from(["aligned", "even", "remainder"])))
+        split = draw(st.sampled_from(["aligned", "even", "remainder"]))
+        blocks = cut_blocks(shape, Cutting(draw(st.integers(1, 12)), split, draw(st.integers(0, 2))))
         matrices.append(PlannedMatrix(f"matrix {index}", shape, tuple(blocks), tuple(shards)))
     return Plan(matrices, replicas * ranks)
 
@@ -170,7 +171,7 @@ def test_blocks_that_lie_alike_are_copied_as_one() -> None:
     """Matrices that are cut by rows, by columns and by both, in one process: each is copied as one view."""
     shapes = [(12, 4), (4, 12), (12, 12)]
     matrices = [
-        PlannedMatrix(str(shape), shape, tuple(cut_blocks(shape, 4, "even")), (Shard(0, shape[0] * shape[1]),))
+        PlannedMatrix(str(shape), shape, tuple(cut_blocks(shape, Cutting(4, "even"))), (Shard(0, shape[0] * shape[1]),))
         for shape in shapes
     ]
     (part,) = Routes(Plan(matrices, 1), 0).parts([True] * 3, [True] * 3)
@@ -183,7 +184,7 @@ def sharded_rows(name: str, shape: tuple[int, int], world_size: int, limit: int 
     rows = -(-shape[0] // world_size)
     edges = [min(shape[0], rank * rows) * shape[1] for rank in range(world_size + 1)]
     shards = tuple(Shard(start, stop) for start, stop in itertools.pairwise(edges))
-    return PlannedMatrix(name, shape, tuple(cut_blocks(shape, limit, "even")), shards)
+    return PlannedMatrix(name, shape, tuple(cut_blocks(shape, Cutting(limit, "even"))), shards)
 
 
 def vit(width: int, depth: int, world_size: int) -> list[PlannedMatrix]:

@@ -128,7 +128,7 @@ def test_blocks() -> None:
 
 
 def test_storage_kind_depends_on_the_order_of_each_factor() -> None:
-    reference = Reference([(63, 64), (65, 2)])
+    reference = Reference([(63, 64), (65, 10)])
     kinds = [reference.factors[i, 0, 0, s].kind for i in (0, 1) for s in "LR"]
     assert kinds == ["plain", "eigenbasis", "eigenbasis", "plain"]
     assert Reference([(64, 64)], bits=32).factors[0, 0, 0, "L"].kind == "plain"

@@ -15,6 +15,7 @@ from sharded_shampoo4.options import METHODS, PreconditionerOptions
 from sharded_shampoo4.planning.blocks import Shard
 from sharded_shampoo4.planning.plan import Plan, PlannedMatrix
 from sharded_shampoo4.planning.schedule import stagger
+from sharded_shampoo4.planning.views import View
 
 
 def of_shampoo(**options: Any) -> PreconditionerOptions:
@@ -32,7 +33,7 @@ def test_first_statistics_are_never_after_the_first_root(data: st.DataObject) ->
     every, times, rest = data.draw(st.integers(1, 7)), data.draw(st.integers(1, 4)), data.draw(st.integers(0, 3))
     root_every = every * times + min(rest, every - 1)
     shapes = data.draw(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=20))
-    for blocks in stagger([(shape, options(every, root_every, 4)) for shape in shapes]):
+    for blocks in stagger([(View(shape), options(every, root_every, 4)) for shape in shapes]):
         for phase in (phase for both in blocks.values() for phase in both):
             assert 0 <= phase.statistics < every and 0 <= phase.root < root_every
             first_statistics, first_root = phase.statistics or every, phase.root or root_every
@@ -53,7 +54,7 @@ def test_work_is_spread_evenly(every: int, root_every: int, world_size: int, mos
     The greatest factor is half of an even share with intervals of 100 and 500 on one rank, and twice it on four.
     """
     given = options(every, root_every)
-    phases = stagger([(shape, given) for shape in VIT_B])
+    phases = stagger([(View(shape), given) for shape in VIT_B])
     planned = [
         PlannedMatrix("", (m, n), (*due,), tuple(Shard(0, m * n, rank) for rank in range(world_size)), phases=due)
         for (m, n), due in zip(VIT_B, phases, strict=True)
@@ -73,7 +74,7 @@ def test_work_is_spread_evenly(every: int, root_every: int, world_size: int, mos
 
 def test_statistics_and_root_of_a_great_factor_are_in_different_steps() -> None:
     """Four factors among small ones, in ten steps: eight of them have one thing to do."""
-    phases = stagger([((768, 192), options(10, 10)), ((192, 768), options(10, 10)), ((768, 768), options(10, 10))])
+    phases = stagger([(View(shape), options(10, 10)) for shape in ((768, 192), (192, 768), (768, 768))])
     great = [
         phase
         for blocks in phases
@@ -86,7 +87,7 @@ def test_statistics_and_root_of_a_great_factor_are_in_different_steps() -> None:
 
 def test_together_and_staggered_groups() -> None:
     together = of_shampoo(statistics_interval=4, root_interval=8)
-    first, second = stagger([((9, 9), together), ((9, 9), options(4, 8))])
+    first, second = stagger([(View((9, 9)), together), (View((9, 9)), options(4, 8))])
     assert first == {} and len(second) == 1
 
 

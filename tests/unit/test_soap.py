@@ -11,7 +11,7 @@ from torch import nn
 from sharded_shampoo4 import Shampoo4
 from sharded_shampoo4.numerics import quantization
 
-SHAPES = [(64, 64), (65, 48), (130, 96), (48, 3, 5, 2), (96, 200), (7,)]
+SHAPES = [(64, 64), (65, 48), (130, 96), (48, 3, 5, 2), (96, 200), (7,), (900, 5), (70, 600)]
 OPTIONS = {
     "32 bits": {"bits": 32},
     "8 bits": {},

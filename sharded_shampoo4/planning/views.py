@@ -1,0 +1,141 @@
+"""How parameters are seen as matrices: from names, shapes and options alone, the same on every rank."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from ..options import PreconditionerOptions
+
+_LONGEST_KERNEL = 31  # of convolutions in one dimension, as far as they are usual
+
+
+class View(NamedTuple):
+    """A parameter, row by row, as matrices one above the other.
+
+    Attributes:
+        shape: rows and columns of all of them together.
+        parts: rows of each matrix, if there are several; else empty.
+    """
+
+    shape: tuple[int, int]
+    parts: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        rows, columns = self.shape
+        if not self.parts:
+            return f"{rows} x {columns}"
+        if len(set(self.parts)) == 1:
+            return f"{len(self.parts)} of {self.parts[0]} x {columns}"
+        few = self.parts if len(self.parts) <= 4 else (*self.parts[:3], "...")
+        return f"{' + '.join(map(str, few))} rows x {columns}"
+
+
+class Seen(NamedTuple):
+    """The view of a parameter and the reason for it; or None, and the reason why it is not preconditioned."""
+
+    view: View | None
+    reason: str
+
+
+@functools.lru_cache(maxsize=2**14)
+def look(name: str, shape: tuple[int, ...], options: PreconditionerOptions) -> Seen:
+    """Find the view of a parameter of global ``shape``.
+
+    Dimensions of size 1 are dropped. What is left is flattened to (first, product of the others), with batch_dims=k
+    after the first k dimensions, which count matrices. By default (batch_dims=-1) the shape and the name decide:
+
+    - three dimensions that are not those of a convolution are a stack of matrices, such as the experts of a layer;
+    - a convolution with one input channel for each filter is depthwise and left to the base optimizer, and so are
+      stacked biases, whose names end with "bias".
+
+    ``split_rows`` cuts the rows of each matrix.
+
+    >>> def view(*shape, **options):
+    ...     return str(look("w", shape, PreconditionerOptions(**options)).view)
+    >>> view(64, 3, 7, 7), view(1, 197, 768), view(1, 768), view(8, 2048, 1024), view(4096, 1, 4)
+    ('64 x 147', '197 x 768', 'None', '8 of 2048 x 1024', 'None')
+    >>> view(8, 2048, 1024, batch_dims=0), view(96, 64, split_rows=3), view(96, 64, split_rows=(64, 16, 16))
+    ('8 x 2097152', '3 of 32 x 64', '64 + 16 + 16 rows x 64')
+
+    Raises:
+        ValueError: ``batch_dims`` or ``split_rows`` does not fit the shape.
+    """
+    if not options.precondition:
+        return Seen(None, "precondition=False")
+    if 0 in shape:
+        return Seen(None, "empty")
+    batch, reason = options.batch_dims, ""
+    if batch < 0:
+        batch = 1 if is_stack(shape) else 0
+        reason = "a stack" if batch else ""
+        if is_depthwise(shape):
+            return Seen(None, "depthwise convolution")
+        if _is_bias(name) and len(shape) > 1:
+            return Seen(None, "stacked biases")
+    elif batch > len(shape):
+        raise ValueError(f"batch_dims={batch} is more than {name} of shape {shape} has dimensions")
+    count = math.prod(shape[:batch])
+    dims = [size for size in shape[batch:] if size != 1]
+    if len(dims) < 2:
+        return Seen(None, "not a matrix")
+    rows, columns = dims[0], math.prod(dims[1:])
+    parts = _split(name, rows, options.split_rows) * count
+    if options.split_rows:
+        reason = f"split_rows={','.join(map(str, options.split_rows))}"
+    return Seen(View((rows * count, columns), parts if len(parts) > 1 else ()), reason)
+
+
+def matrix_view(name: str, shape: Sequence[int], options: PreconditionerOptions) -> View | None:
+    """The view of a parameter; None if it is not preconditioned. See :func:`look`."""
+    return look(name, tuple(shape), options).view
+
+
+def is_stack(shape: Sequence[int]) -> bool:
+    """Whether a parameter of this ``shape`` looks like a stack of matrices, such as the experts of a layer.
+
+    It has three dimensions longer than 1, and the last is not the kernel of a convolution: short, and the smallest.
+
+    >>> is_stack((8, 2048, 1024)), is_stack((512, 256, 3)), is_stack((1, 197, 768)), is_stack((64, 3, 7, 7))
+    (True, False, False, False)
+    """
+    if len(shape) != 3 or min(shape) <= 1:
+        return False
+    return shape[2] > _LONGEST_KERNEL or shape[2] >= min(shape[:2])
+
+
+def is_depthwise(shape: Sequence[int]) -> bool:
+    """Whether a parameter of this ``shape`` looks like a depthwise convolution: several filters of one channel each.
+
+    Its kernel is short in one dimension, and odd in several. Kernels of even sizes, such as those of patch embeddings
+    of gray images, are no depthwise ones.
+
+    >>> is_depthwise((4096, 1, 4)), is_depthwise((96, 1, 7, 7)), is_depthwise((192, 1, 16, 16))
+    (True, True, False)
+    """
+    if len(shape) < 3 or shape[0] == 1 or shape[1] != 1:
+        return False
+    kernel = shape[2:]
+    if len(kernel) == 1:
+        return 1 < kernel[0] <= _LONGEST_KERNEL
+    return all(size % 2 for size in kernel) and max(kernel) > 1
+
+
+def _is_bias(name: str) -> bool:
+    last = name.partition(" ")[0].rpartition(".")[2]
+    return last == "bias" or last.endswith("_bias")
+
+
+def _split(name: str, rows: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """The rows of each part: ``sizes``, or if that is one number, so many equal parts."""
+    if not sizes:
+        return (rows,)
+    if len(sizes) == 1:
+        if rows % sizes[0]:
+            raise ValueError(f"split_rows={sizes[0]} does not divide the {rows} rows of {name}")
+        return (rows // sizes[0],) * sizes[0]
+    if sum(sizes) != rows:
+        raise ValueError(f"split_rows={sizes} are {sum(sizes)} rows, and {name} has {rows}")
+    return sizes
