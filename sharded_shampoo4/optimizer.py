@@ -131,7 +131,7 @@ class Shampoo4(SavedStates):
             convolutions to the base optimizer. (default: -1)
         split_rows: Cut the rows of a matrix, such as a fused projection, into parts with their own factors: one number
             is how many equal parts, several are their sizes. (default: ())
-        grafting: Whose gradient norm a direction takes: the parameter's, the block's, or none. One of "parameter",
+        grafting: Whose gradient norm a direction takes: the matrix's, the block's, or none. One of "parameter",
             "block", "none". (default: "parameter")
         soap_betas: With method="soap": decay of momentum and second moment, each in [0, 1), per step. (default: (0.9,
             0.95))

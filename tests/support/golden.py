@@ -28,7 +28,10 @@ from support.training import FIRST, THEN, Training
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 DIGESTS, CHECKPOINT, STATE_DICT = GOLDEN / "digests.json", GOLDEN / "checkpoint", GOLDEN / "state_dict.pt"
-EARLIER: dict[str, Any] = {"split": "even", "refresh_dtype": "float64", "rectify_steps": (1, 4)}  # its defaults
+# The defaults of the version that wrote the files.
+EARLIER: dict[str, Any] = {
+    "split": "even", "max_aspect": 0, "batch_dims": 0, "refresh_dtype": "float64", "rectify_steps": (1, 4),
+}  # fmt: skip
 Digests = dict[str, Any]
 
 
@@ -233,7 +236,7 @@ def continue_files(rank: int, ran: tuple[str, ...]) -> dict[str, dict[str, str]]
         training.load(CHECKPOINT)
         found[f"checkpoint, {host}"] = _go_on(training)
         if host in ("none", "ddp"):
-            training = Training(host, seed=1, kind="vit", split="even")
+            training = Training(host, seed=1, kind="vit", split="even", max_aspect=0, batch_dims=0)
             saved = torch.load(STATE_DICT, weights_only=True)
             getattr(training.model, "module", training.model).load_state_dict(saved["model"])
             training.optimizer.load_state_dict(saved["optimizer"])
