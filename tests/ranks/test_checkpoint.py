@@ -71,7 +71,7 @@ def expected(method: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "world_size"), [("shampoo", 1), ("shampoo", 2), ("shampoo", 3), ("soap", 3)])
+@pytest.mark.parametrize(("method", "world_size"), [("shampoo", 2), ("soap", 3)])
 def test_every_checkpoint_continues_everywhere_bitwise(saved: Path, method: str, world_size: int) -> None:
     at_save, at_end = expected(method)
     results = hosts.run_ranks(world_size, load_all, str(saved), method)

@@ -65,13 +65,13 @@ def alone_as_zero() -> dict[str, Found]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("world_size", [1, 2, 4])  # 3: test_golden.py
 def test_the_same_training_everywhere(world_size: int, alone: dict[str, Any]) -> None:
     check_all(hosts.run_ranks(world_size, run_all, hosts.HOSTS), alone)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_the_same_training_under_zero(world_size: int, alone_as_zero: dict[str, Any]) -> None:
     check_all(hosts.run_ranks(world_size, run_all_of_zero), alone_as_zero)
 

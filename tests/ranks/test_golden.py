@@ -17,7 +17,7 @@ from support.contract import CASES
 from support.golden import DIGESTS, GOLDEN
 from support.training import ALL
 
-QUICK = ("mlp, blocks", "vit, blocks, remainder", "tied, groups", "mlp, blocks, compact")
+QUICK = ("mlp, blocks", "vit, blocks, remainder", "tied, groups", "mlp, blocks, compact", "experts, heads, soap")
 
 
 @cache
@@ -71,10 +71,9 @@ def test_some_cases_under_every_host() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_all_other_cases_under_every_host(world_size: int) -> None:
-    """At three ranks without the cases of the test before."""
-    check(world_size, tuple(case for case in CASES if world_size == 2 or case not in QUICK), ALL)
+def test_all_other_cases_under_every_host() -> None:
+    """Other numbers of ranks: test_contract.py."""
+    check(3, tuple(case for case in CASES if case not in QUICK), ALL)
 
 
 def test_every_case_is_recorded() -> None:

@@ -79,6 +79,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "bf16",
         {"method": "soap", "newton_schulz_steps": 3, "min_quant_numel": 0},
     ),
+    "experts, heads": ("experts", {"max_preconditioner_dim": 16, "min_quant_numel": 100, "heads": True}),
+    "experts, heads, soap": (
+        "experts",
+        {"method": "soap", "bits": 4, "max_preconditioner_dim": 16, "min_quant_numel": 100, "heads": True},
+    ),
     "mlp, 32 bits": ("mlp", {"bits": 32, "max_preconditioner_dim": 25, "grafting": "none"}),
 }  # fmt: skip
 
@@ -88,7 +93,11 @@ def make_optimizer(model: torch.nn.Module, host: str, options: dict[str, Any]) -
     if options.get("method") == "soap":
         del options["root_interval"]
     named = list(hosts.named(model, host).items())
-    if options.pop("split_groups", False):
+    if options.pop("heads", False):
+        qkv = [(name, parameter) for name, parameter in named if name == "qkv.weight"]
+        others = [(name, parameter) for name, parameter in named if name != "qkv.weight"]
+        optimizer = Shampoo4([{"params": qkv, "split_rows": (20, 12, 12)}, {"params": others}], **options)
+    elif options.pop("split_groups", False):
         half = len(named) // 2
         groups = [{"params": named[:half], "bits": 8, "statistics_interval": 3}, {"params": named[half:], "lr": 1e-3}]
         if options.get("method") == "soap":

@@ -254,7 +254,7 @@ def train_step(model: nn.Module, batch: tuple[Tensor, Tensor]) -> float:
 
 # -- models ------------------------------------------------------------------------------------------------------------
 
-KINDS = ("mlp", "vit", "tied", "bf16")
+KINDS = ("mlp", "vit", "tied", "bf16", "experts")
 
 
 class Mlp(nn.Module):
@@ -309,10 +309,27 @@ class Tied(nn.Module):
         return self.head(torch.tanh(self.middle(self.embedding(x))))
 
 
+class Experts(nn.Module):
+    """A fused projection, an adapter of low rank and a stack of experts, with biases."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.down, self.up = nn.Linear(20, 44), nn.Linear(44, 3, bias=False), nn.Linear(3, 44, bias=False)
+        self.experts = nn.Parameter(torch.randn(3, 13, 44))
+        self.experts_bias = nn.Parameter(torch.randn(3, 13))
+        self.head = nn.Linear(13, 10)
+        self.units = [self.qkv]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.qkv(x))
+        x = x + self.up(self.down(x))
+        return self.head(torch.tanh(torch.einsum("bi,eoi->bo", x, self.experts) + self.experts_bias.sum(0)))
+
+
 def make_model(kind: str, seed: int = 0) -> nn.Module:
     """A small model whose shards are uneven, and some empty, at 2, 3 and 4 ranks."""
     torch.manual_seed(seed)
-    model = {"mlp": Mlp, "vit": Vit, "tied": Tied, "bf16": Mlp}[kind]()
+    model = {"mlp": Mlp, "vit": Vit, "tied": Tied, "bf16": Mlp, "experts": Experts}[kind]()
     return model.to(torch.bfloat16) if kind == "bf16" else model
 
 
