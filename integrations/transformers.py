@@ -39,8 +39,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 from sharded_shampoo4 import Shampoo4, checkpoint
 from sharded_shampoo4.base_options import base_class
 from sharded_shampoo4.names import plain_name
+from sharded_shampoo4.values import to_boolean
 
 from .accelerate import consolidate
+from .views import grouped, views_of
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +60,8 @@ def shampoo4(args: TrainingArguments | None = None, **options: Any) -> tuple[typ
             them; ``total_steps`` from ``max_steps``, if it is set; any option from ``optim_args``, such as
             ``"preset=compact, rectify_steps=(1, 2)"``.
         **options: of :class:`Shampoo4`. They win over ``args``. ``weight_decay`` acts on the parameters that the
-            Trainer itself would decay.
+            Trainer itself would decay. ``split_fused=True`` gives the parts of fused projections factors of their own:
+            see :func:`sharded_shampoo4.integrations.views.views_of`.
 
     Raises:
         TypeError: neither ``args`` nor ``lr`` is given. The Trainer does not pass its learning rate on.
@@ -101,16 +104,15 @@ class Shampoo4Factory:
     def __call__(self, model: nn.Module, **options: Any) -> Shampoo4:
         """``Shampoo4`` over the parameters that require gradients, in a group with decay and one without."""
         weight_decay = options.pop("weight_decay", 0.0)
+        views = views_of(model) if to_boolean(options.pop("split_fused", False)) else {}
         decayed = set(get_parameter_names(model, [nn.LayerNorm], _NOT_DECAYED))  # type: ignore[no-untyped-call]
         named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         groups = [
-            {
-                "params": [(plain_name(name), parameter) for name, parameter in named if (name in decayed) is decays],
-                "weight_decay": weight_decay if decays else 0.0,
-            }
+            {**group, "weight_decay": weight_decay if decays else 0.0}
             for decays in (True, False)
+            for group in grouped([(plain_name(n), p) for n, p in named if (n in decayed) is decays], views)
         ]
-        optimizer = Shampoo4([group for group in groups if group["params"]], **options)
+        optimizer = Shampoo4(groups, **options)
         if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
             from .fsdp import bind
 
