@@ -5,6 +5,7 @@
     torchrun --nproc_per_node 2 launch/benchmark.py ranks       processes: step times, bytes sent, exchange's share
     python launch/benchmark.py growth                           step times and states as parameters or blocks grow
     python launch/benchmark.py scale                            plans for up to 1,024 ranks, computed in one process
+    python launch/benchmark.py shapes                           blocks and bytes of factors of large models, computed
 
 Each writes a table and a JSON file to --output_dir; modes and growth also draw a picture. launch/RESULTS.md explains
 the columns and lists the settings of each optimizer.
@@ -39,10 +40,18 @@ from bench.modes import compare_modes
 from bench.optimizers import CHOICES, HEADS, OURS
 from bench.ranks import compare_ranks
 from bench.scale import HOSTS, MODELS, compare_worlds
+from bench.shapes import MODELS as LARGE
+from bench.shapes import compare_shapes
 from memory.models import SIZES
 from rich.console import Console
 
-COMMANDS = {"modes": compare_modes, "ranks": compare_ranks, "growth": compare_sizes, "scale": compare_worlds}
+COMMANDS = {
+    "modes": compare_modes,
+    "ranks": compare_ranks,
+    "growth": compare_sizes,
+    "scale": compare_worlds,
+    "shapes": compare_shapes,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -60,7 +69,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         made = commands.add_parser(name, help=about, description=about)
         made.add_argument("--output_dir", type=Path, default=Path(f"runs/{name}"), help=f"for files (runs/{name})")
         made.set_defaults(threads=1, device="cpu")
-        if name != "scale":
+        if name not in ("scale", "shapes"):
             made.add_argument("--threads", type=int, help="of torch's CPU operations (1)")
             made.add_argument("--device", choices=("cpu", "cuda"), help="what computes (cpu)")
         return made
@@ -98,6 +107,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     scale.add_argument("--node_size", type=int, default=8, help="ranks among which hsdp shards (8)")
     scale.add_argument("--method", choices=("soap", "shampoo"), default="soap", help="of the optimizer (soap)")
     scale.add_argument("--trace_memory", action="store_true", help="write the peak of planning's memory, slowly")
+
+    shapes = command("shapes", "Blocks, refresh and bytes of factors of large models, from their shapes.")
+    shapes.add_argument(
+        "--models", nargs="+", choices=tuple(SIZES), default=list(LARGE), metavar="NAME",
+        help=f"of {', '.join(SIZES)} ({' '.join(LARGE)})",
+    )  # fmt: skip
 
     flags = parser.parse_args(arguments)
     counts = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from sharded_shampoo4.options import PreconditionerOptions
 from sharded_shampoo4.planning.blocks import Block, count_blocks
@@ -16,17 +17,19 @@ SMALLEST = 4096  # Shampoo4's min_quant_numel
 Blocks = Counter[Block]  # how many there are of each size and with which factors; places are 0
 
 
-def blocks_of(shapes: Iterable[Sequence[int]], limit: int = BLOCK) -> Blocks:
+def blocks_of(shapes: Iterable[Sequence[int]], limit: int = BLOCK, **options: Any) -> Blocks:
     """Count the blocks of at most ``limit`` rows and columns of all parameters that are matrices.
+
+    Other ``options`` are those of Shampoo4.
 
     >>> {(block.rows, block.columns): count for block, count in blocks_of([(2500, 500), (6, 4, 5, 1), (7,)]).items()}
     {(896, 500): 1, (832, 500): 1, (772, 500): 1, (6, 20): 1}
     """
-    options = PreconditionerOptions(max_preconditioner_dim=limit)
+    chosen = PreconditionerOptions(max_preconditioner_dim=limit, **options)
     blocks: Blocks = Counter()
-    for view in [matrix_view("", shape, options) for shape in shapes]:
+    for view in [matrix_view("", shape, chosen) for shape in shapes]:
         if view is not None:
-            blocks.update(count_blocks(view.shape, options.cutting, view.parts))
+            blocks.update(count_blocks(view.shape, chosen.cutting, view.parts))
     return blocks
 
 
