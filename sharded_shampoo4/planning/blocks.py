@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 _ALIGNED = (64, 32, 16, 8)  # elements: tiles of matrix products, on GPUs and in the caches of CPUs
@@ -11,7 +11,14 @@ _LONGEST_KERNEL = 11  # of convolutions in one dimension, as far as they are usu
 
 
 class Shard(NamedTuple):
-    """The elements ``start`` to ``stop`` of a flattened (row-major) parameter, which a rank holds.
+    """The elements of a flattened (row-major) parameter that a rank holds.
+
+    They are ``repeats`` intervals of equal length. The first is from ``start`` to ``stop``, and each next one lies
+    ``stride`` elements further on. The rank's local tensor holds them one after another.
+
+    A ``stride`` of 0 is that of a plain interval, with a ``repeats`` of 1. Otherwise the parameter is a table with rows
+    of ``stride`` elements, and the shard is the rectangle of ``repeats`` of these rows that has ``stop - start`` of the
+    columns. All shards of a parameter have the same stride, but for those without elements.
 
     ``replica`` tells the complete copies of the parameter apart: all shards of one replica together tile it. It is 0
     where there is only one copy, and the rank where every rank holds everything. An empty shard is from 0 to 0.
@@ -20,16 +27,50 @@ class Shard(NamedTuple):
     start: int
     stop: int
     replica: int = 0
+    repeats: int = 1
+    stride: int = 0
 
     @property
     def length(self) -> int:
         """How many elements it has."""
-        return self.stop - self.start
+        return self.repeats * (self.stop - self.start)
+
+    @property
+    def elements(self) -> tuple[int, int, int, int]:
+        """What is equal for shards of the same elements, in whatever replica."""
+        return self.start, self.stop, self.repeats, self.stride
+
+    def describe(self) -> str:
+        """Return its intervals in words."""
+        return f"[{self.start}, {self.stop})" + (f" {self.repeats} times, each {self.stride} on" if self.stride else "")
+
+    def intervals(self, first: int, end: int) -> Iterator[tuple[int, int]]:
+        """Yield the starts and stops of the intervals that have any of the elements ``first`` to ``end``."""
+        if not self.stride:
+            if self.start < end and self.stop > first:
+                yield self.start, self.stop
+            return
+        begin = max(0, (first - self.stop) // self.stride + 1)
+        for number in range(begin, min(self.repeats, -((self.start - end) // self.stride))):
+            yield self.start + number * self.stride, self.stop + number * self.stride
+
+    def place(self, element: int) -> int:
+        """Return where an ``element`` of the parameter that it has stands in the local tensor."""
+        number = (element - self.start) // self.stride if self.stride else 0
+        return element - self.start - number * (self.stride - (self.stop - self.start))
+
+    def row_width(self, width: int) -> int:
+        """Return how far apart in the local tensor are rows that are ``width`` elements apart in the parameter.
+
+        These are rows of one of its :func:`shard_pieces`.
+        """
+        whole = self.stride and width % self.stride == 0
+        return width // self.stride * (self.stop - self.start) if whole else width
 
 
-def make_shard(start: int, stop: int, replica: int = 0) -> Shard:
-    """Return a shard from ``start`` to ``stop``; from 0 to 0 if it has no elements."""
-    return Shard(start, stop, replica) if stop > start else Shard(0, 0, replica)
+def make_shard(start: int, stop: int, replica: int = 0, repeats: int = 1, stride: int = 0) -> Shard:
+    """Return a shard from ``start`` to ``stop``, ``repeats`` times; from 0 to 0 if it has no elements."""
+    return Shard(start, stop, replica, repeats, stride) if stop > start and repeats else Shard(0, 0, replica)
 
 
 class Block(NamedTuple):
@@ -156,3 +197,36 @@ Block(row=2, column=0, rows=1, columns=2)]
         whole = Block(first_whole, left, end_whole - first_whole, block.columns)
         return [*part(first_whole - 1), whole, *part(end_whole)]
     return [piece for row in sorted({first_whole - 1, end_whole}) for piece in part(row)]
+
+
+def shard_pieces(block: Block, width: int, shard: Shard) -> list[Block]:
+    """The parts of ``block`` that ``shard`` has, as rectangles of the matrix, always in the same order.
+
+    ``width`` is the number of columns of the matrix. Where the rows of the matrix are whole rows of the shard's table,
+    as those of a weight that tensor parallelism cuts by columns, there is one rectangle for each row of the table that
+    the columns of the block touch. Otherwise there are at most three for each interval.
+
+    >>> shard_pieces(Block(0, 0, 3, 4), width=6, shard=Shard(8, 10, repeats=2, stride=6))
+    [Block(row=1, column=2, rows=2, columns=2)]
+    """
+    if shard.stride and width % shard.stride == 0:
+        return _band_pieces(block, width, shard)
+    first = block.row * width + block.column
+    end = (block.row + block.rows - 1) * width + block.column + block.columns
+    intervals = shard.intervals(first, end)
+    return [piece for start, stop in intervals for piece in interval_pieces(block, width, start, stop)]
+
+
+def _band_pieces(block: Block, width: int, shard: Shard) -> list[Block]:
+    """The parts of ``block`` in a shard whose stride divides ``width``: for each band of columns, some whole rows."""
+    bands = width // shard.stride  # that the matrix has beside each other
+    number, inside = divmod(shard.start, shard.stride)  # of the shard's first interval, and where it is in its band
+    pieces = []
+    for band in range(block.column // shard.stride, -(-(block.column + block.columns) // shard.stride)):
+        begin = band * shard.stride + inside
+        left, right = max(block.column, begin), min(block.column + block.columns, begin + shard.stop - shard.start)
+        top = max(block.row, -((band - number) // bands))
+        bottom = min(block.row + block.rows, (number + shard.repeats - 1 - band) // bands + 1)
+        if left < right and top < bottom:
+            pieces.append(Block(top, left, bottom - top, right - left))
+    return pieces
