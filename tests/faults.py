@@ -39,6 +39,22 @@ offset of a piece: planning/plan.py
 - column=piece.column - block.column)
 + column=0)
 
+place in a box: planning/blocks.py
+- (element - self.start) // self.stride if self.stride else 0
++ 0
+
+bands of columns: planning/blocks.py
+- (number + shard.repeats - 1 - band) // bands + 1
++ (number + shard.repeats - 1) // bands + 1
+
+order of cuts: layout.py
+- cuts[dim].append(number)
++ cuts[dim].insert(0, number)
+
+rectangles in files: checkpoint/vectors.py
+- part.storage_offset() + first
++ part.storage_offset()
+
 pieces as one: planning/copies.py
 - step == second.offset - first.offset
 + True
