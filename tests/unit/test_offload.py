@@ -30,7 +30,7 @@ def offloaded(ranks: FakeRanks) -> dict[str, nn.Parameter]:
     parameters = {}
     for name, shape in SHAPES.items():
         whole = torch.empty(shape, device=META)
-        start, stop, _ = ranks.shards[name][ranks.rank]
+        start, stop = ranks.shards[name][ranks.rank][:2]
         spec = DTensorSpec(mesh, (Shard(0),), TensorMeta(whole.shape, whole.stride(), whole.dtype))
         local = torch.zeros((stop - start) // shape[1], shape[1])
         parameters[name] = nn.Parameter(DTensor(local, spec, requires_grad=False))
