@@ -20,8 +20,9 @@ class Shard(NamedTuple):
     of ``stride`` elements, and the shard is the rectangle of ``repeats`` of these rows that has ``stop - start`` of the
     columns. All shards of a parameter have the same stride, but for those without elements.
 
-    ``replica`` tells the complete copies of the parameter apart: all shards of one replica together tile it. It is 0
-    where there is only one copy, and the rank where every rank holds everything. An empty shard is from 0 to 0.
+    ``replica`` tells the complete copies of the parameter apart: all shards of one replica together tile it. It is the
+    rank where every rank holds everything, and the first rank of a copy that is a DTensor. An empty shard is from 0 to
+    0.
     """
 
     start: int

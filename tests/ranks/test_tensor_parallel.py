@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,17 @@ from support import parallel
 from support import worlds as hosts
 from support.marks import slow_but_for
 from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from sharded_shampoo4 import Shampoo4, checkpoint
+from sharded_shampoo4.checkpoint.vectors import Interval
 from sharded_shampoo4.placement import locate, shard_vector
 from sharded_shampoo4.planning.blocks import Shard as Held
 from sharded_shampoo4.planning.plan import PlannedMatrix
@@ -94,6 +99,26 @@ def test_elements_are_where_torch_has_them() -> None:
         assert {told["experts"]["router.weight", dimension].replica for told in ranks} == {0, 1}
 
 
+def uneven(rank: int) -> list[tuple[Held, Tensor]]:
+    """Rows that tensor parallelism cuts unevenly: torch's own ``full_tensor()`` takes them for others then."""
+    mesh = init_device_mesh("cpu", (3, 2), mesh_dim_names=("shard", "tp"))
+    found = []
+    for rows in (7, 13, 3):
+        model = nn.Linear(2, rows)
+        model.load_state_dict({"weight": torch.arange(2.0 * rows).view(rows, 2), "bias": torch.arange(1.0 * rows)})
+        parallelize_module(model, mesh["tp"], ColwiseParallel())
+        fully_shard(model, mesh=mesh["shard"])
+        found += [(locate(name, p), p.to_local().detach().flatten()) for name, p in model.named_parameters()]
+    return found
+
+
+@pytest.mark.slow
+def test_elements_are_where_fsdp2_has_them() -> None:
+    for shards in zip(*hosts.run_ranks(6, uneven), strict=True):
+        assert all(elements(shard) == local.tolist() for shard, local in shards)
+        PlannedMatrix("w", (1, sum(len(local) for _, local in shards)), (), tuple(shard for shard, _ in shards)).check()
+
+
 # -- training ----------------------------------------------------------------------------------------------------------
 
 USUAL: dict[str, Any] = {"lr": 0.01, "weight_decay": 0.1, "statistics_interval": 2, "max_preconditioner_dim": 16}
@@ -117,13 +142,13 @@ def one_process(method: str) -> dict[str, Tensor]:
         return parallel.advance(model, optimizer, range(AFTER.stop))
 
 
-def train(rank: int, layouts: tuple[str, ...]) -> dict[tuple[str, str], Any]:
+def train(rank: int, layout: str) -> dict[str, tuple[dict[str, Tensor], int]]:
+    """With the compact preset, tensor parallelism leaves the head and the embedding to FSDP2."""
     found = {}
-    for layout in layouts:
-        for method in METHODS:
-            model, optimizer = make(layout, method, **({} if layout == "fsdp2" else {"lm_head": method != "compact"}))
-            trained = parallel.advance(model, optimizer, range(AFTER.stop))
-            found[layout, method] = (trained, optimizer.state_bytes()["preconditioner"])
+    for method in METHODS:
+        model, optimizer = make(layout, method, lm_head=method != "compact")
+        trained = parallel.advance(model, optimizer, range(AFTER.stop))
+        found[method] = (trained, optimizer.state_bytes()["preconditioner"])
     return found
 
 
@@ -132,14 +157,14 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor], what: An
     assert list(found) == list(expected) and not differing, (what, differing)
 
 
-@pytest.mark.parametrize("layout", slow_but_for(["tp"], ["tp", "tp alone", "hsdp and tp"]))
+@pytest.mark.parametrize("layout", slow_but_for(["tp"], ["tp", "tp alone", "hsdp and tp", "all of them"]))
 def test_the_same_training_as_in_one_process(layout: str) -> None:
-    ranks = hosts.run_ranks(4, train, (layout,))
-    for what in ranks[0]:
-        held = [told[what][1] for told in ranks]
-        assert max(held) < 0.5 * sum(held), (what, held)
+    ranks = hosts.run_ranks(math.prod(parallel.LAYOUTS[layout]), train, layout)
+    for method in METHODS:
+        held = [told[method][1] for told in ranks]
+        assert max(held) < 0.5 * sum(held), (method, held)
         for told in ranks:
-            assert_equal(told[what][0], one_process(what[1]), what)
+            assert_equal(told[method][0], one_process(method), method)
 
 
 # -- states ------------------------------------------------------------------------------------------------------------
@@ -193,6 +218,24 @@ def test_states_move_to_and_from_other_layouts(method: str, tmp_path: Path) -> N
             for way, found in told.items():
                 assert_equal(found, one_process(method), way)
         assert_equal(resume("none", tmp_path / "tp" / method), one_process(method), "tp to none")
+
+
+@pytest.mark.parametrize("stored", [(60,), (5, 12), (15, 4), (1, 60)], ids=str)
+def test_parts_of_what_files_hold(stored: tuple[int, ...]) -> None:
+    """Files have a vector or a table; this rank has rows, an interval that begins anywhere, or columns."""
+    whole = torch.arange(60).view(stored)
+    for shard in (Held(12, 36), Held(7, 55), Held(16, 19, 0, 3, 12), Held(4, 8, 0, 5, 12), Held(5, 7, 0, 10, 4)):
+        memory = torch.cat([torch.zeros(3, dtype=torch.int64), torch.tensor(elements(shard))])
+        part = Interval.of(memory[3:], shard, 60)
+        part.read_from(whole.shape)
+        assert part.size() == whole.shape
+        seen: list[int] = []
+        for chunk in part.__create_chunk_list__():
+            found = part.__get_tensor_shard__(MetadataIndex("", chunk.offsets))
+            place = tuple(slice(offset, offset + size) for offset, size in zip(chunk.offsets, chunk.sizes, strict=True))
+            assert torch.equal(found, whole[place]) and found.numel(), (shard, place)
+            seen += found.flatten().tolist()
+        assert sorted(seen) == elements(shard)
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------

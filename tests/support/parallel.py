@@ -14,7 +14,10 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from . import worlds as hosts
 
 # Shapes of meshes by names of layouts. "none" is one process.
-LAYOUTS: dict[str, tuple[int, ...]] = {"fsdp2": (4,), "tp": (2, 2), "tp alone": (1, 4), "hsdp and tp": (2, 1, 2)}
+LAYOUTS: dict[str, tuple[int, ...]] = {
+    **{"fsdp2": (4,), "tp": (2, 2), "tp alone": (1, 4)},
+    **{"hsdp and tp": (2, 1, 2), "all of them": (2, 2, 2)},
+}
 _NAMES = ("replicate", "shard", "tp")
 
 
