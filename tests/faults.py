@@ -52,8 +52,8 @@ order of cuts: layout.py
 + cuts[dim].insert(0, number)
 
 rectangles in files: checkpoint/vectors.py
-- part.storage_offset() + first
-+ part.storage_offset()
+- memory.storage_offset() + shard.place(piece.row * self.width + piece.column)
++ memory.storage_offset()
 
 pieces as one: planning/copies.py
 - step == second.offset - first.offset

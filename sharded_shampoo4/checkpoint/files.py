@@ -190,6 +190,10 @@ def read(data: Path, tensors: dict[str, Tensor], ranks: Ranks) -> None:
     except (Exception, CheckpointException) as found:
         error = ValueError(f"{data.parent} could not be read: {_innermost(found)}")
     ranks.raise_together(error)
+    with ranks.together():
+        for tensor in tensors.values():
+            if isinstance(tensor, Interval):
+                tensor.settle()
 
 
 def _prepare(reader: FileSystemReader, tensors: Mapping[str, Tensor]) -> None:

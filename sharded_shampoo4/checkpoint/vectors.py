@@ -31,8 +31,10 @@ def block_key(name: str, block: Block) -> str:
 class Interval(Tensor):
     """A rank's part of a vector that is spread over ranks, as DCP takes it: a shard's elements of ``total``.
 
-    DCP knows it as a vector, or as a table with rows of ``width`` elements, of which it has some rectangles. A table is
-    written where the shard is a rectangle of one, since the vector would have an entry for each of its rows.
+    DCP knows it as a vector, or as a table with rows of ``width`` elements, of which it has up to three rectangles. A
+    table is written where the shard is a rectangle of one: as a vector it would be an entry for each of its rows. Where
+    such a shard is read from something else, all between its first and its last element is read, and the rest dropped:
+    DCP reads all of an entry for each interval that it takes from it.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -41,18 +43,30 @@ class Interval(Tensor):
     total: int
     width: int
     found: dict[tuple[int, ...], Tensor] | None
+    between: Tensor | None
 
     @staticmethod
     def of(part: Tensor, shard: Shard, total: int) -> Interval:
         """Return ``part``, a contiguous vector, as the elements of a shard, in the same memory."""
         interval = part.detach().as_subclass(Interval)
-        interval.shard, interval.total, interval.width, interval.found = shard, total, shard.stride, None
+        interval.shard, interval.total, interval.width = shard, total, shard.stride
+        interval.found = interval.between = None
         return interval
 
     def read_from(self, stored: torch.Size) -> None:
         """Be known to DCP as what is stored: a vector, or a table of this size."""
         if stored.numel() == self.total and len(stored) <= 2:  # DCP refuses all else
             self.width, self.found = stored[1] if len(stored) == 2 else 0, None
+        first, last = self.shard.start, self.shard.stop + (self.shard.repeats - 1) * self.shard.stride
+        if self.shard.stride not in (0, self.width):
+            self.between = torch.empty(last - first, dtype=self._part().dtype, device="cpu")
+
+    def settle(self) -> None:
+        """Keep what was read, and drop what was read beside it."""
+        if self.between is not None:
+            size = self.shard.repeats, self.shard.stop - self.shard.start
+            self._part().view(size).copy_(self.between.as_strided(size, (self.shard.stride, 1)))
+            self.found = self.between = None
 
     def size(self, dim: int | None = None) -> Any:
         """Return the size of the whole vector or table, which is what DCP compares with what is stored."""
@@ -62,24 +76,29 @@ class Interval(Tensor):
     def _part(self) -> Tensor:
         return self.as_subclass(Tensor)
 
+    def _memory(self) -> tuple[Tensor, Shard]:
+        """What DCP writes from or reads into, and which elements these are."""
+        if self.between is None:
+            return self._part(), self.shard
+        return self.between, Shard(self.shard.start, self.shard.start + len(self.between))
+
     def _chunks(self) -> dict[tuple[int, ...], Tensor]:
         """The elements of each part of the vector or table that this rank has, by where the part begins."""
         if self.found is None:
-            part, shard = self._part(), self.shard
+            memory, shard = self._memory()
             if self.width:
                 table = Block(0, 0, self.total // self.width, self.width)
                 pieces = shard_pieces(table, self.width, shard)
                 self.found = {(piece.row, piece.column): self._rectangle(piece) for piece in pieces}
             else:
-                intervals = shard.intervals(0, self.total)
-                self.found = {(start,): part[shard.place(start) :][: stop - start] for start, stop in intervals}
+                self.found = {(shard.start,): memory}
         return self.found
 
     def _rectangle(self, piece: Block) -> Tensor:
         """The elements of a rectangle of the table."""
-        part, first = self._part(), self.shard.place(piece.row * self.width + piece.column)
-        strides = (self.shard.row_width(self.width), 1)
-        return part.as_strided((piece.rows, piece.columns), strides, part.storage_offset() + first)
+        memory, shard = self._memory()
+        first = memory.storage_offset() + shard.place(piece.row * self.width + piece.column)
+        return memory.as_strided((piece.rows, piece.columns), (shard.row_width(self.width), 1), first)
 
     def __create_write_items__(self, fqn: str, _: object) -> list[WriteItem]:
         properties = TensorProperties.create_from_tensor(self._part())

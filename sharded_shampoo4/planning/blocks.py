@@ -210,7 +210,9 @@ def shard_pieces(block: Block, width: int, shard: Shard) -> list[Block]:
     >>> shard_pieces(Block(0, 0, 3, 4), width=6, shard=Shard(8, 10, repeats=2, stride=6))
     [Block(row=1, column=2, rows=2, columns=2)]
     """
-    if shard.stride and width % shard.stride == 0:
+    if not shard.stride:
+        return interval_pieces(block, width, shard.start, shard.stop)
+    if width % shard.stride == 0:
         return _band_pieces(block, width, shard)
     first = block.row * width + block.column
     end = (block.row + block.rows - 1) * width + block.column + block.columns

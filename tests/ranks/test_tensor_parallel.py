@@ -225,17 +225,19 @@ def test_parts_of_what_files_hold(stored: tuple[int, ...]) -> None:
     """Files have a vector or a table; this rank has rows, an interval that begins anywhere, or columns."""
     whole = torch.arange(60).view(stored)
     for shard in (Held(12, 36), Held(7, 55), Held(16, 19, 0, 3, 12), Held(4, 8, 0, 5, 12), Held(5, 7, 0, 10, 4)):
-        memory = torch.cat([torch.zeros(3, dtype=torch.int64), torch.tensor(elements(shard))])
+        memory = torch.full((3 + shard.length,), -1)  # this rank's part begins with the fourth element
         part = Interval.of(memory[3:], shard, 60)
         part.read_from(whole.shape)
-        assert part.size() == whole.shape
-        seen: list[int] = []
+        assert part.size() == whole.shape and len(part.__create_chunk_list__()) <= 3
         for chunk in part.__create_chunk_list__():
-            found = part.__get_tensor_shard__(MetadataIndex("", chunk.offsets))
             place = tuple(slice(offset, offset + size) for offset, size in zip(chunk.offsets, chunk.sizes, strict=True))
-            assert torch.equal(found, whole[place]) and found.numel(), (shard, place)
-            seen += found.flatten().tolist()
-        assert sorted(seen) == elements(shard)
+            part.__get_tensor_shard__(MetadataIndex("", chunk.offsets)).copy_(whole[place])
+        part.settle()
+        assert memory.tolist() == [-1, -1, -1, *elements(shard)], shard
+        written = Interval.of(memory[3:], shard, 60)
+        (item,) = written.__create_write_items__("", None)
+        values = written.__get_tensor_shard__(item.index)
+        assert values.flatten().tolist() == elements(shard) and item.tensor_data.chunk.sizes == values.shape
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------
