@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from sharded_shampoo4.hosts import Host
 from sharded_shampoo4.placement import check_size
-from sharded_shampoo4.planning.blocks import Shard, make_shard
+from sharded_shampoo4.planning.shards import Shard, make_shard
 
 # The functions of torch that bring an optimizer's states into the form that FSDP1 gives them.
 _STATES_OF_FSDP1 = (

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sharded_shampoo4.hosts import FlatTensor, Host
-from sharded_shampoo4.planning.blocks import Shard, make_shard
+from sharded_shampoo4.planning.shards import Shard, make_shard
 from sharded_shampoo4.values import to_integer
 
 

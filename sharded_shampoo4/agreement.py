@@ -11,7 +11,7 @@ from torch import Tensor
 from .comm.ranks import OWN_MODELS, Ranks
 from .numerics.matrix import Matrix
 from .options import OPTION_NAMES
-from .planning.blocks import Shard
+from .planning.shards import Shard
 from .report import shorten
 
 _WAYS_OUT = (

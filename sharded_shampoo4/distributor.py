@@ -109,14 +109,15 @@ class Distributor:
                 if self._present[index] and matrix.replicas > 1
             ]
         names = [m.name for m, p in zip(self.plan.matrices, self._present, strict=True) if p and m.replicas > 1]
-        seen: dict[tuple[int, int, int], tuple[int, int]] = {}
+        seen: dict[tuple[int, ...], tuple[int, int]] = {}
         for other, theirs in enumerate(self.ranks.gather(digests)):
             for position, (shard, digest) in enumerate(theirs):
-                first, expected = seen.setdefault((position, shard.start, shard.stop), (other, digest))
+                first, expected = seen.setdefault((position, *shard.elements), (other, digest))
                 if digest != expected:
                     raise RuntimeError(
                         f"ranks {first} and {other} hold the same elements of {names[position]}, but their gradients "
-                        "differ: wrap the model in DistributedDataParallel or FSDP, which average gradients; "
+                        "differ: wrap the model in DistributedDataParallel or FSDP, which average gradients; give "
+                        "experts on parts of a mesh, which are no copies, to a Shampoo4 of their own; "
                         f"{OWN_MODELS}, as with local SGD, which averages parameters now and then"
                     )
         self._replicas_differ = False

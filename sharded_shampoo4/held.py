@@ -13,8 +13,8 @@ from torch import Tensor
 from .hosts import Host
 from .numerics.matrix import Matrix
 from .options import PreconditionerOptions
-from .planning.blocks import Shard
 from .planning.schedule import Phases
+from .planning.shards import Shard
 from .planning.views import View, matrix_view
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import placement
-from .planning.blocks import Shard
+from .planning.shards import Shard
 
 # Subclasses of Host, or where they are: "module:class".
 ADAPTERS: list[str | type[Host]] = [

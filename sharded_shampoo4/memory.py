@@ -15,9 +15,9 @@ from .base_options import refuse_ignored
 from .comm.exchange import wire_dtype
 from .numerics.matrix import Matrix
 from .options import OPTION_NAMES, PreconditionerOptions, apply_preset
-from .planning.blocks import Shard
 from .planning.plan import Plan
 from .planning.schedule import stagger
+from .planning.shards import Shard
 from .planning.views import matrix_view
 from .report import format_bytes, table
 

@@ -39,6 +39,42 @@ offset of a piece: planning/plan.py
 - column=piece.column - block.column)
 + column=0)
 
+rows of experts: planning/views.py
+- _split(name, rows, options.split_rows) * count
++ _split(name, rows * count, options.split_rows)
+
+thin matrices: planning/blocks.py
+- columns <= self.max_aspect * rows
++ True
+
+exponent of one side: numerics/factors.py
+- 2 if alone else 4
++ 4
+
+norms of parts: grafting.py
+- ratio[number] for number, _ in spans
++ ratio[spans[0][0]] for number, _ in spans
+
+elements before: planning/shards.py
+- width * number + min(rest, width)
++ width * number + rest
+
+place in a box: planning/shards.py
+- (element - self.start) // self.stride if self.stride else 0
++ 0
+
+bands of columns: planning/shards.py
+- (number + shard.repeats - 1 - band) // bands + 1
++ (number + shard.repeats - 1) // bands + 1
+
+order of cuts: layout.py
+- cuts[dim].append(number)
++ cuts[dim].insert(0, number)
+
+rectangles in files: checkpoint/vectors.py
+- memory.storage_offset() + shard.place(piece.row * self.width + piece.column)
++ memory.storage_offset()
+
 pieces as one: planning/copies.py
 - step == second.offset - first.offset
 + True

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..held import HeldParameter
 from ..numerics.matrix import Matrix
 from ..placement import local_tensor
-from ..planning.blocks import Shard
+from ..planning.shards import Shard
 from ..state_dict import MARK
 from ..tensors import floats, is_low_bit
 from .subject import Subject
@@ -61,7 +61,7 @@ def block_bytes(matrix: Matrix) -> dict[str, int]:
 
 def interval(part: Tensor, shard: Shard, shape: torch.Size) -> Interval:
     """Return this rank's ``part`` of a flattened tensor of ``shape`` as DCP takes it."""
-    return Interval.of(part, shard.start, shape.numel())
+    return Interval.of(part, shard, shape.numel())
 
 
 def _refuse_double_names(subject: Subject) -> None:

@@ -22,11 +22,13 @@ from typing import Any
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from ..comm.ranks import Ranks
 from ..report import warn
+from .vectors import Interval
 
 FORMAT_VERSION = 2  # 1: the code book "normal" had other levels
 MANIFEST = "manifest.json"
@@ -180,6 +182,7 @@ def read(data: Path, tensors: dict[str, Tensor], ranks: Ranks) -> None:
     error: Exception | None = None
     with ranks.together():
         reader = FileSystemReader(data)
+        _prepare(reader, tensors)
     try:
         alone = ranks.size == 1
         with _one_process_is_meant(alone):
@@ -187,6 +190,22 @@ def read(data: Path, tensors: dict[str, Tensor], ranks: Ranks) -> None:
     except (Exception, CheckpointException) as found:
         error = ValueError(f"{data.parent} could not be read: {_innermost(found)}")
     ranks.raise_together(error)
+    with ranks.together():
+        for tensor in tensors.values():
+            if isinstance(tensor, Interval):
+                tensor.settle()
+
+
+def _prepare(reader: FileSystemReader, tensors: Mapping[str, Tensor]) -> None:
+    """Have intervals be known as what is stored of them."""
+    try:
+        stored = reader.read_metadata().state_dict_metadata
+    except Exception as found:
+        raise ValueError(f"{reader.path} could not be read: {_innermost(found)}") from found
+    for key, tensor in tensors.items():
+        described = stored.get(key)
+        if isinstance(tensor, Interval) and isinstance(described, TensorStorageMetadata):
+            tensor.read_from(described.size)
 
 
 def file_checksum(path: Path) -> list[Any]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..hosts import Host
 from ..names import names_in, unwrapped
 from ..placement import local_tensor, locate
-from ..planning.blocks import Shard
+from ..planning.shards import Shard
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,10 @@ from typing import NamedTuple
 import torch
 
 from ..options import GraftingScope, PreconditionerOptions
-from ..planning.blocks import Block, Shard, count_blocks, cut_blocks
+from ..planning.blocks import Block, count_blocks, cut_blocks
 from ..planning.plan import PlannedMatrix
 from ..planning.schedule import TOGETHER, Intervals, Phase, Phases, intervals_at
+from ..planning.shards import Shard
 from ..planning.views import matrix_view
 from .factors import factor_bytes
 from .moments import moments_bytes

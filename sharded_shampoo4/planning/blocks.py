@@ -11,32 +11,6 @@ _ALIGNED = (64, 32, 16, 8)  # elements: tiles of matrix products, on GPUs and in
 _LONG_BLOCKS = 8  # times as long as others may blocks be on a side without factors
 
 
-class Shard(NamedTuple):
-    """The elements ``start`` to ``stop`` of a flattened (row-major) parameter, which a rank holds.
-
-    ``replica`` tells the complete copies of the parameter apart: all shards of one replica together tile it. It is 0
-    where there is only one copy, and the rank where every rank holds everything. An empty shard is from 0 to 0.
-    """
-
-    start: int
-    stop: int
-    replica: int = 0
-
-    @property
-    def length(self) -> int:
-        """How many elements it has."""
-        return self.stop - self.start
-
-    def before(self, index: int) -> int:
-        """How many of its elements stand before an element of the flattened parameter."""
-        return min(max(index - self.start, 0), self.length)
-
-
-def make_shard(start: int, stop: int, replica: int = 0) -> Shard:
-    """Return a shard from ``start`` to ``stop``; from 0 to 0 if it has no elements."""
-    return Shard(start, stop, replica) if stop > start else Shard(0, 0, replica)
-
-
 class Block(NamedTuple):
     """A rectangle of a parameter matrix: ``matrix[row : row + rows, column : column + columns]``.
 
@@ -172,30 +146,3 @@ def _cut_part(start: int, height: int, width: int, cutting: Cutting) -> Iterator
             yield Block(row, column, rows, columns, *sides)
             column += columns
         row += rows
-
-
-def interval_pieces(block: Block, width: int, start: int, stop: int) -> list[Block]:
-    """The part of ``block`` that lies in the elements ``start`` to ``stop`` of its matrix, flattened row by row.
-
-    ``width`` is the number of columns of the matrix. Returns at most three rectangles, in the order of their elements:
-    a part of a first row, whole rows of the block, a part of a last row.
-
-    >>> interval_pieces(Block(0, 0, 3, 4), width=6, start=2, stop=14)
-    [Block(row=0, column=2, rows=1, columns=2), Block(row=1, column=0, rows=1, columns=4), \
-Block(row=2, column=0, rows=1, columns=2)]
-    """
-    left, right = block.column, block.column + block.columns
-    first_whole = max(block.row, -((left - start) // width))
-    end_whole = min(block.row + block.rows, (stop - right) // width + 1)
-    if start >= stop:
-        return []
-
-    def part(row: int) -> list[Block]:
-        begin, end = max(left, start - row * width), min(right, stop - row * width)
-        inside = block.row <= row < block.row + block.rows and begin < end
-        return [Block(row, begin, 1, end - begin)] if inside else []
-
-    if first_whole < end_whole:
-        whole = Block(first_whole, left, end_whole - first_whole, block.columns)
-        return [*part(first_whole - 1), whole, *part(end_whole)]
-    return [piece for row in sorted({first_whole - 1, end_whole}) for piece in part(row)]

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import bisect
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
-from .blocks import Block, Shard, interval_pieces
+from .blocks import Block
 from .loads import Loads, Work
 from .schedule import Phases
+from .shards import Rectangle, Shard, shard_pieces
 from .twins import Twins
 
 # Elements of a batch's gradients, directions and dequantised roots together, for each MiB of scratch memory: a quarter
@@ -52,12 +53,10 @@ class PlannedMatrix:
                 replicas[shard.replica].append(shard)
         size = self.shape[0] * self.shape[1]
         for replica, shards in replicas.items():
-            shards.sort()
-            edges = [0, *(shard.stop for shard in shards)]
-            if [shard.start for shard in shards] != edges[:-1] or edges[-1] != size:
-                intervals = ", ".join(f"[{shard.start}, {shard.stop})" for shard in shards)
+            if not _tile(shards, size):
+                described = ", ".join(shard.describe() for shard in sorted(shards))
                 raise ValueError(
-                    f"the shards of {self.name} in replica {replica} do not tile its {size} elements: {intervals}"
+                    f"the shards of {self.name} in replica {replica} do not tile its {size} elements: {described}"
                 )
         if not replicas:
             raise ValueError(f"no rank holds any element of {self.name}")
@@ -74,7 +73,7 @@ class Outgoing(NamedTuple):
     """A piece of a block that this rank holds, in coordinates of the matrix; its direction comes back the same way."""
 
     matrix: int
-    piece: Block
+    piece: Rectangle
     gives_gradient: bool  # or only takes the direction, being in another replica than the owner
 
 
@@ -85,7 +84,7 @@ class Incoming(NamedTuple):
     """
 
     position: int
-    piece: Block
+    piece: Rectangle
     gives_gradient: bool
 
 
@@ -192,7 +191,7 @@ class Plan:
                         near = self.twins.near(holder, owner)
                         from_holder[near].append(Incoming(position, inside, shards[near].replica == replica))
                 shard = shards[rank]
-                for piece in interval_pieces(block, self.matrices[index].shape[1], shard.start, shard.stop):
+                for piece in shard_pieces(block, self.matrices[index].shape[1], shard):
                     to_owner[owner].append(Outgoing(index, piece, shard.replica == replica))
         return Round(to_owner, from_holder)
 
@@ -230,30 +229,90 @@ def _work(block: Block) -> int:
     return sum(order**3 for order in block.orders)
 
 
+def _tile(shards: Sequence[Shard], size: int) -> bool:
+    """Whether shards of one replica hold each of ``size`` elements once."""
+    stride, lanes = shards[0].stride or 1, _lanes(shards)
+    if any(shard.stride != shards[0].stride for shard in shards) or size % stride:
+        return False
+    rows = [[_rows(shard) for shard in lane] for lane in lanes.values()]
+    return _follow(lanes, stride) and all(_follow(lane, size // stride) for lane in rows)
+
+
+def _lanes(shards: Iterable[Shard]) -> dict[tuple[int, int], list[Shard]]:
+    """Shards by the columns of their table, from the first to the end. Plain intervals are rows of one column."""
+    lanes: dict[tuple[int, int], list[Shard]] = defaultdict(list)
+    for shard in shards:
+        first = shard.start % shard.stride if shard.stride else 0
+        lanes[first, first + (shard.stop - shard.start if shard.stride else 1)].append(shard)
+    return lanes
+
+
+def _rows(shard: Shard) -> tuple[int, int]:
+    """The rows of its table that a shard has, from the first to the end."""
+    if not shard.stride:
+        return shard.start, shard.stop
+    first = shard.start // shard.stride
+    return first, first + shard.repeats
+
+
+def _follow(intervals: Iterable[tuple[int, int]], end: int) -> bool:
+    """Whether intervals, once sorted, follow one another from 0 to ``end``."""
+    starts, stops = zip(*sorted(intervals), strict=True)
+    return (*starts, end) == (0, *stops)
+
+
+class _Lane:
+    """The shards of a replica that have the same columns of their table, from the first row to the last."""
+
+    def __init__(self, first: int, end: int, entries: list[tuple[Shard, int]]) -> None:
+        self.first, self.end = first, end  # columns
+        self._entries = sorted(entries)  # shards with their ranks
+        self._starts = [_rows(shard)[0] for shard, _ in self._entries]
+
+    def overlapping(self, first: int, last: int) -> Iterator[tuple[Shard, int]]:
+        """Yield those with any of the rows ``first`` to ``last``."""
+        begin = bisect.bisect_right(self._starts, first) - 1
+        yield from self._entries[begin : bisect.bisect_right(self._starts, last)]
+
+
 class _Holders:
     """Who holds which part of a matrix's blocks; where ranks have twins, those of the first replica."""
 
     def __init__(self, matrix: PlannedMatrix, have_twins: bool) -> None:
         self.width = matrix.shape[1]
-        self._replicas: list[tuple[list[int], list[tuple[Shard, int]]]] = []  # starts, and shards with their ranks
+        self._replicas: list[tuple[int, list[int], list[_Lane]]] = []  # stride, ends of lanes, lanes
         grouped: dict[int, list[tuple[Shard, int]]] = defaultdict(list)
         for rank, shard in enumerate(matrix.shards):
             if shard.start < shard.stop:
                 grouped[shard.replica].append((shard, rank))
         for _, entries in sorted(grouped.items())[: 1 if have_twins else None]:
-            entries.sort()
-            self._replicas.append(([shard.start for shard, _ in entries], entries))
+            ranks = dict(entries)
+            lanes = [
+                _Lane(*columns, [(shard, ranks[shard]) for shard in shards])
+                for columns, shards in sorted(_lanes(ranks).items())
+            ]
+            self._replicas.append((entries[0][0].stride, [lane.end for lane in lanes], lanes))
 
-    def pieces(self, block: Block) -> Iterator[tuple[int, Block]]:
+    def pieces(self, block: Block) -> Iterator[tuple[int, Rectangle]]:
         """Every rank's pieces of ``block``, rank by rank within a replica, in coordinates of the matrix."""
         first = block.row * self.width + block.column
-        end = (block.row + block.rows - 1) * self.width + block.column + block.columns
-        for starts, entries in self._replicas:
-            for shard, rank in entries[bisect.bisect_right(starts, first) - 1 :]:
-                if shard.start >= end:
+        last = (block.row + block.rows - 1) * self.width + block.column + block.columns - 1
+        for stride, ends, lanes in self._replicas:
+            unit = stride or 1
+            left, right = self._columns(block, first, last, unit)
+            for lane in lanes[bisect.bisect_right(ends, left) :]:
+                if lane.first >= right:
                     break
-                for piece in interval_pieces(block, self.width, shard.start, shard.stop):
-                    yield rank, piece
+                for shard, rank in lane.overlapping(first // unit, last // unit):
+                    for piece in shard_pieces(block, self.width, shard):
+                        yield rank, piece
+
+    def _columns(self, block: Block, first: int, last: int, stride: int) -> tuple[int, int]:
+        """Columns of the shards' table, with rows of ``stride`` elements, between which all of ``block`` lies."""
+        if self.width % stride == 0:  # all rows of the block are alike
+            first, last = block.column, block.column + block.columns - 1
+        same = first // stride == last // stride
+        return (first % stride, last % stride + 1) if same else (0, stride)
 
     def elements(self, block: Block) -> dict[int, int]:
         """How many elements of ``block`` each rank holds; ranks without any are left out."""

@@ -149,8 +149,9 @@ class Routes:
 
     def _in_shard(self, outgoing: Outgoing) -> Piece:
         matrix, piece = self._plan.matrices[outgoing.matrix], outgoing.piece
-        width, start = matrix.shape[1], matrix.shards[self._rank].start
-        return Piece(outgoing.matrix, piece.rows, piece.columns, width, piece.row * width + piece.column - start)
+        width, shard = matrix.shape[1], matrix.shards[self._rank]
+        offset = shard.place(piece.row * width + piece.column)
+        return Piece(outgoing.matrix, piece.rows, piece.columns, shard.row_width(width), offset)
 
 
 def _in_batch(incoming: Incoming, place: int, mine: Sequence[Owned]) -> Piece:

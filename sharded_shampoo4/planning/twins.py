@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
 
-from .blocks import Shard
+from .shards import Shard
 
 
 class Twins:
@@ -24,7 +24,7 @@ class Twins:
     def __init__(self, shards: Sequence[Sequence[Shard]], world_size: int) -> None:
         alike: dict[Hashable, list[int]] = defaultdict(list)
         for rank in range(world_size):
-            alike[tuple(of_ranks[rank][:2] for of_ranks in shards)].append(rank)
+            alike[tuple(of_ranks[rank].elements for of_ranks in shards)].append(rank)
         replicas = [{of_ranks[rank].replica for of_ranks in shards} for rank in range(world_size)]
         everywhere = sorted(set().union(*replicas))
         one_each = all(sorted(n for rank in twins for n in replicas[rank]) == everywhere for twins in alike.values())

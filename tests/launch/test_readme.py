@@ -12,7 +12,10 @@ from support.scripts.readme_script import Model
 
 from sharded_shampoo4 import estimate_memory
 
-HOSTS = ("One process, DDP, FSDP2, HSDP", "FSDP1", "DeepSpeed", "Accelerate", "HF Trainer", "Some of the ranks")
+HOSTS = (
+    *("One process, DDP, FSDP2, HSDP", "FSDP2 with tensor or expert parallelism", "FSDP1", "DeepSpeed"),
+    *("Accelerate", "HF Trainer", "Some of the ranks"),
+)
 
 
 def test_the_lines_for_every_host_train_with_shared_factors(tmp_path: Path) -> None:

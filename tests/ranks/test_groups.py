@@ -17,7 +17,7 @@ from support import worlds as hosts
 from support import zero_worlds as zero
 from support.contract import SMALL_BLOCKS
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
@@ -27,6 +27,7 @@ from sharded_shampoo4.integrations import fsdp
 
 OPTIONS = SMALL_BLOCKS
 STEPS = range(9)
+KINDS = ("mlp", "tied")  # of models on two halves of the ranks
 
 
 def make(model: nn.Module, host: str = "none", **options: Any) -> Shampoo4:
@@ -39,17 +40,17 @@ def with_buffer(value: float, seed: int = 0) -> nn.Module:
     return model
 
 
-def advance(model: nn.Module, host: str, optimizer: Any, steps: range, seed: int = 0) -> None:
+def advance(model: nn.Module, host: str, optimizer: Any, steps: range, seed: int = 0, kind: str = "mlp") -> None:
     for step in steps:
-        hosts.set_gradients(model, host, hosts.make_gradients("mlp", 100 * seed + step))
+        hosts.set_gradients(model, host, hosts.make_gradients(kind, 100 * seed + step))
         optimizer.step()
 
 
 @functools.cache
-def one_process(seed: int = 0) -> dict[str, Tensor]:
+def one_process(seed: int = 0, kind: str = "mlp", steps: range = STEPS) -> dict[str, Tensor]:
     with hosts.one_thread():
-        model = hosts.make_model("mlp")
-        advance(model, "none", make(model), STEPS, seed)
+        model = hosts.make_model(kind)
+        advance(model, "none", make(model), steps, seed, kind)
         return hosts.full_parameters(model, "none")
 
 
@@ -137,26 +138,64 @@ def test_two_models_on_groups_that_share_a_rank() -> None:
         assert_equal(found, one_process(seed))
 
 
-def hsdp_on_some(rank: int) -> tuple[str, dict[str, Tensor]]:
-    """HSDP on four of five ranks: there is a group of all of them only if it is given."""
+def halves(rank: int) -> dict[str, dict[str, Tensor]]:
+    """Four ranks: two models on two halves, two stages of a pipeline, and experts beside what all ranks have."""
+    half, group = rank // 2, dist.new_subgroups(2)[0]
+    found = {}
+    model = hosts.make_model("mlp")
+    advance(model, "none", make(model, process_group=group), STEPS, half)
+    found["two models"] = hosts.full_parameters(model, "none")
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pipeline", "data"))["data"]
+    kind = KINDS[half]
+    stage = hosts.wrap(hosts.make_model(kind), "fsdp2", mesh=mesh)  # other names and shapes than the other stage's
+    advance(stage, "fsdp2", make(stage, "fsdp2"), STEPS, kind=kind)
+    found["pipeline"] = hosts.full_parameters(stage, "fsdp2")
+
+    dense, experts = hosts.make_model("mlp"), hosts.make_model(kind)
+    ours, theirs = make(dense), make(experts, process_group=group)
+    for step in STEPS:
+        advance(dense, "none", ours, range(step, step + 1))
+        if half or step % 2:  # the experts of the first half are asked in some of the steps only
+            advance(experts, "none", theirs, range(step, step + 1), kind=kind)
+    found["dense"], found["experts"] = hosts.full_parameters(dense, "none"), hosts.full_parameters(experts, "none")
+    return found
+
+
+def test_halves_of_the_ranks_train_something_of_their_own() -> None:
+    ranks = hosts.run_ranks(4, halves)
+    for rank, found in enumerate(ranks):
+        half = rank // 2
+        assert_equal(found["two models"], one_process(half))
+        assert_equal(found["pipeline"], one_process(kind=KINDS[half]))
+        assert_equal(found["dense"], one_process())
+        assert_equal(found["experts"], one_process(kind=KINDS[half], steps=STEPS if half else STEPS[1::2]))
+
+
+def hsdp_on_some(rank: int) -> tuple[str, list[dict[str, Tensor]]]:
+    """HSDP on four of five ranks: there is a group of all of them only if it is given, or the mesh was flattened."""
     group = dist.new_group([1, 2, 3, 4])
     mesh = DeviceMesh("cpu", torch.tensor([[1, 2], [3, 4]]), mesh_dim_names=("replicate", "shard"))
     if rank == 0:
-        return "", {}
+        mesh._flatten("both")
+        return "", []
 
     def train(**options: Any) -> nn.Module:
         model = fully_shard(hosts.make_model("mlp"), mesh=mesh)
         advance(model, "fsdp2", make(model, "fsdp2", **options), STEPS)
         return model
 
-    return hosts.said(train), hosts.full_parameters(train(process_group=group), "fsdp2")
+    said, given = hosts.said(train), hosts.full_parameters(train(process_group=group), "fsdp2")
+    mesh._flatten("both")
+    return said, [given, hosts.full_parameters(train(), "fsdp2")]
 
 
 @pytest.mark.slow
 def test_hsdp_on_some_of_the_ranks() -> None:
     for said, found in hosts.run_ranks(5, hsdp_on_some)[1:]:
         assert "has only some of the 5 ranks, and more than one dimension: give process_group=" in said
-        assert_equal(found, one_process())
+        for parameters in found:
+            assert_equal(parameters, one_process())
 
 
 # -- each by itself ----------------------------------------------------------------------------------------------------

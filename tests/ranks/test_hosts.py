@@ -21,7 +21,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from sharded_shampoo4.hosts import Host
 from sharded_shampoo4.integrations import fsdp
 from sharded_shampoo4.placement import local_tensor, locate, process_group
-from sharded_shampoo4.planning.blocks import Shard as Held
+from sharded_shampoo4.planning.shards import Shard as Held
 
 # World size: variant: how many copies there are of every parameter.
 VARIANTS = {
@@ -165,7 +165,6 @@ def refusals(rank: int) -> dict[str, str]:
         device_id=torch.device("cpu"),
     )
     return {
-        "shard 1": refusal(locate, "w", placed((4, 6), (2,), Shard(1))),
         "partial": refusal(locate, "w", partial),
         "strided": refusal(locate, "w", strided),
         "unbound": refusal(unbound.locate, "w", held, held),
@@ -205,10 +204,11 @@ def meshes(rank: int) -> dict[str, Any]:
         "half": group_size(half),
         "world": group_size(world, hosts.wrap(hosts.make_model("mlp"), "hsdp")),
         "plain": group_size(hosts.make_model("mlp")),
-        "mixed": refusal(group_size, inner, world),
+        "mixed": group_size(inner, world),
+        "crossed": refusal(group_size, inner, fully_shard(hosts.make_model("mlp"), mesh=cube["outer"])),
         "both": group_size(fully_shard(hosts.make_model("mlp"), mesh=two["shard"])),
-        "tensor parallel": refusal(locate, "w", tensor_parallel.head.weight),
-        "columns": refusal(locate, "w", placed((4, 6), (2, 2), Shard(0), Shard(1))),
+        "tensor parallel": locate("w", tensor_parallel.head.weight),
+        "three": refusal(locate, "w", placed((2, 4, 6), (2, 2), Shard(1), Shard(2))),
         "rows": interval(placed((7, 3), (2, 2), Shard(0), Shard(0))),
         "long": interval(placed((1, 7, 3), (4,), Shard(1))),
         "copies": interval(placed((5, 3), (2, 2), Shard(0), Replicate())),
@@ -269,13 +269,14 @@ def test_the_intervals_of_every_replica_tile_every_parameter(size: int, variant:
             location = rank["located"][name]
             assert rank["shapes"][name] == parameter.shape
             start, stop = location.start, location.stop
+            assert (location.repeats, location.stride) == (1, 0)
             assert torch.equal(rank["local"][name].flatten(), rank["replayed"][name].flatten()[start:stop])
             replicas.setdefault(location.replica, [])
             if stop > start:
                 replicas[location.replica].append((start, stop))
             else:
                 assert (start, stop) == (0, 0)
-        assert sorted(replicas) == list(range(VARIANTS[size][variant]))
+        assert len(replicas) == VARIANTS[size][variant]
         for intervals in replicas.values():
             starts, stops = zip(*sorted(intervals), strict=True)
             assert (*starts, parameter.numel()) == (0, *stops)
@@ -308,10 +309,9 @@ def test_what_hosts_do_to_parameters_and_gradients(size: int, variant: str, kind
 def test_layouts_that_are_not_understood_are_refused() -> None:
     first, second = hosts.run_ranks(2, refusals)
     for said in (first, second):
-        for case in ("shard 1", "partial", "strided"):
+        for case in ("partial", "strided"):
             assert said[case].startswith("ValueError: w of shape (4, 6) has placements ("), said[case]
-            assert "Mesh(" in said[case] and "Shard(0)" in said[case]
-        assert "(Shard(dim=1),)" in said["shard 1"] and "not one interval" in said["shard 1"]
+            assert "Mesh(" in said[case] and "only Shard and Replicate are understood" in said[case]
         assert "Partial" in said["partial"] and "_StridedShard" in said["strided"]
         assert said["unbound"].startswith("ValueError: w is sharded by FSDP1")
         assert "call sharded_shampoo4.integrations.fsdp.bind(optimizer, model)" in said["unbound"]
@@ -328,17 +328,19 @@ def test_meshes_of_several_dimensions() -> None:
     ranks = hosts.run_ranks(4, meshes)
     for said in ranks:
         assert (said["inner"], said["half"], said["both"]) == (2, 2, 2)
-        assert (said["world"], said["plain"]) == (4, 4)
-        assert said["mixed"].startswith("ValueError: the parameters are on meshes of different ranks: DeviceMesh(")
-        assert "w of shape (10, 101) has placements (_StridedShard" in said["tensor parallel"]
-        assert "placements (Shard(dim=0), Shard(dim=1))" in said["columns"]
+        assert (said["world"], said["plain"], said["mixed"]) == (4, 4, 4)
+        assert said["crossed"].startswith("ValueError: the parameters are on meshes of different ranks: DeviceMesh(")
+        assert "placements (Shard(dim=1), Shard(dim=2))" in said["three"]
+        assert "no more than two dimensions are cut, the first and another one" in said["three"]
+    rows = [(said["tensor parallel"].start // 101, said["tensor parallel"].stop // 101) for said in ranks]
+    assert rows == [(0, 3), (5, 8), (3, 5), (8, 10)]  # tensor parallelism cuts first
     for case, numel, copies in (("rows", 21, 1), ("long", 21, 1), ("copies", 15, 2)):
         held: dict[int, list[float]] = {}
         for said in ranks:
             location, local = said[case]
             assert local.flatten().tolist() == list(range(location.start, location.stop))
             held.setdefault(location.replica, []).extend(local.flatten().tolist())
-        assert sorted(held) == list(range(copies))
+        assert len(held) == copies
         assert all(sorted(elements) == list(range(numel)) for elements in held.values())
 
 

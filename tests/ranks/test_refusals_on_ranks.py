@@ -12,7 +12,7 @@ from support import worlds as hosts
 from support import zero_worlds as zero
 from support.worlds import said
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
@@ -103,19 +103,19 @@ def test_complex_and_sparse_gradients_of_the_base_train_under_every_host(host: s
 
 # -- layouts that cannot be preconditioned -----------------------------------------------------------------------------
 
-TRAINED = {"by columns": (4, 6), "strided": (8, 6), "by rows": (8, 6)}
+TRAINED = {"in both": (4, 4, 6), "strided": (8, 6), "by rows": (8, 6)}
 
 
 def laid_out() -> dict[str, DTensor]:
-    """Weights by name: one by columns, one as FSDP2 and tensor parallelism together have it, and one by rows."""
-    mesh = init_device_mesh("cpu", (2,))
-    square = init_device_mesh("cpu", (1, 2))
+    """Weights by name: one cut in its last two dimensions, one as a view of rows may have it, and one by rows."""
+    mesh = init_device_mesh("cpu", (4,))
+    square = init_device_mesh("cpu", (2, 2))
     torch.manual_seed(0)
     whole = {name: torch.randn(shape) for name, shape in TRAINED.items()}
-    strided = (_StridedShard(0, split_factor=2), Shard(0))
+    strided = (_StridedShard(0, split_factor=2),)
     return {
-        "by columns": distribute_tensor(whole["by columns"], mesh, [Shard(1)], src_data_rank=None),
-        "strided": DTensor.from_local(whole["strided"].chunk(2)[dist.get_rank()], square, strided, run_check=False),
+        "in both": distribute_tensor(whole["in both"], square, [Shard(1), Shard(2)], src_data_rank=None),
+        "strided": DTensor.from_local(whole["strided"].chunk(4)[dist.get_rank()], mesh, strided, run_check=False),
         "by rows": distribute_tensor(whole["by rows"], mesh, [Shard(0)], src_data_rank=None),
     }
 
@@ -147,30 +147,37 @@ def layouts(rank: int) -> dict[str, Any]:
 
 
 def test_what_cannot_be_preconditioned_can_be_left_to_the_base() -> None:
-    for found in hosts.run_ranks(2, layouts):
-        for name in ("by columns", "strided"):
+    for found in hosts.run_ranks(4, layouts):
+        for name in ("in both", "strided"):
             assert "layer.weight of shape" in found[name], found[name]
-            assert "tensor and expert parallelism" in found[name] and "precondition=False" in found[name]
-        assert "(Shard(dim=1),)" in found["by columns"] and "_StridedShard" in found["strided"]
+            assert "leave it to the base optimizer" in found[name] and "precondition=False" in found[name]
+        assert "(Shard(dim=1), Shard(dim=2))" in found["in both"] and "_StridedShard" in found["strided"]
         assert found["by rows"] == "nothing was raised"
         assert found["as adam"]
-        assert "by columns of shape (4, 6)" in found["checkpoint"] and "a portable checkpoint" in found["checkpoint"]
+        assert "in both of shape (4, 4, 6)" in found["checkpoint"] and "a portable checkpoint" in found["checkpoint"]
 
 
-def on_two_meshes(rank: int) -> str:
+def on_two_meshes(rank: int) -> tuple[str, str]:
+    """Dense weights with experts of which each half of the ranks has its own, and with those of a crossing mesh."""
     whole = init_device_mesh("cpu", (4,))
-    half = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "expert"))["expert"]
-    parameters = [
-        (name, nn.Parameter(distribute_tensor(torch.ones(8, 6), mesh, [Shard(0)], src_data_rank=None)))
-        for name, mesh in (("dense.weight", whole), ("experts.weight", half))
-    ]
-    for _, parameter in parameters:
-        parameter.grad = torch.ones_like(parameter)
-    return said(Shampoo4(parameters, **OPTIONS).step)
+    square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "expert"))
+
+    def step(dense: DeviceMesh) -> None:
+        parameters = [
+            (name, nn.Parameter(distribute_tensor(torch.ones(8, 6), mesh, [Shard(0)], src_data_rank=None)))
+            for name, mesh in (("dense.weight", dense), ("experts.weight", square["expert"]))
+        ]
+        for (_, parameter), factor in zip(parameters, (1, 1 + rank // 2), strict=True):
+            parameter.grad = torch.ones_like(parameter) * factor
+        Shampoo4(parameters, **OPTIONS).step()
+
+    return said(lambda: step(whole)), said(lambda: step(square["data"]))
 
 
-def test_meshes_of_different_ranks_are_named_by_their_parameters() -> None:
-    for message in hosts.run_ranks(4, on_two_meshes):
+def test_experts_are_no_copies_and_crossing_meshes_are_named_by_their_parameters() -> None:
+    for experts, message in hosts.run_ranks(4, on_two_meshes):
+        assert "ranks 0 and 2 hold the same elements of experts.weight, but their gradients differ" in experts
+        assert "experts on parts of a mesh, which are no copies, to a Shampoo4 of their own" in experts
         assert message.startswith("ValueError: the parameters are on meshes of different ranks: DeviceMesh(")
         assert "(dense.weight, ...)" in message and "(experts.weight, ...)" in message
         assert "give the parameters of each mesh to a Shampoo4 of their own" in message

@@ -19,8 +19,9 @@ from sharded_shampoo4 import MemoryEstimate, Shampoo4, estimate_memory
 from sharded_shampoo4.distributor import Distributor
 from sharded_shampoo4.options import PreconditionerOptions
 from sharded_shampoo4.planning import plan
-from sharded_shampoo4.planning.blocks import Cutting, Shard, cut_blocks
+from sharded_shampoo4.planning.blocks import Cutting, cut_blocks
 from sharded_shampoo4.planning.plan import Plan, PlannedMatrix
+from sharded_shampoo4.planning.shards import Shard
 from sharded_shampoo4.planning.views import matrix_view
 
 Shapes = dict[str, tuple[int, ...]]

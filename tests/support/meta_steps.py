@@ -16,7 +16,7 @@ from sharded_shampoo4 import Shampoo4
 from sharded_shampoo4.comm import groups
 from sharded_shampoo4.comm.ranks import Ranks
 from sharded_shampoo4.memory import shard_all
-from sharded_shampoo4.planning.blocks import Shard
+from sharded_shampoo4.planning.shards import Shard
 
 from .kernels import Counts, CountWork
 from .vit import BASE, vit_shapes
@@ -79,7 +79,7 @@ class FakeRanks(contextlib.AbstractContextManager["FakeRanks"]):
         parameters = {}
         for name, shape in self.shapes.items():
             whole = torch.empty(shape, device="meta")
-            start, stop, _ = self.shards[name][self.rank]
+            start, stop = self.shards[name][self.rank][:2]
             local = torch.zeros((stop - start) // whole[0].numel(), *shape[1:], device=self.device)
             layout = {"shape": whole.shape, "stride": whole.stride(), "run_check": False}
             parameters[name] = nn.Parameter(DTensor.from_local(local, mesh, [Sharded(0)], **layout))

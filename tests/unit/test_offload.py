@@ -15,7 +15,7 @@ from sharded_shampoo4 import Shampoo4, placement
 from sharded_shampoo4.comm.ranks import Ranks
 from sharded_shampoo4.integrations import fsdp
 from sharded_shampoo4.placement import compute_device
-from sharded_shampoo4.planning.blocks import Shard as Held
+from sharded_shampoo4.planning.shards import Shard as Held
 
 SHAPES = {"wide": (64, 64), "narrow": (32, 16)}
 META = torch.device("meta")
@@ -30,7 +30,7 @@ def offloaded(ranks: FakeRanks) -> dict[str, nn.Parameter]:
     parameters = {}
     for name, shape in SHAPES.items():
         whole = torch.empty(shape, device=META)
-        start, stop, _ = ranks.shards[name][ranks.rank]
+        start, stop = ranks.shards[name][ranks.rank][:2]
         spec = DTensorSpec(mesh, (Shard(0),), TensorMeta(whole.shape, whole.stride(), whole.dtype))
         local = torch.zeros((stop - start) // shape[1], shape[1])
         parameters[name] = nn.Parameter(DTensor(local, spec, requires_grad=False))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Sequence
 from unittest import mock
@@ -14,9 +15,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sharded_shampoo4.planning import copies
-from sharded_shampoo4.planning.blocks import Block, Cutting, Shard, cut_blocks, interval_pieces
+from sharded_shampoo4.planning.blocks import Block, Cutting, cut_blocks
 from sharded_shampoo4.planning.plan import Plan, PlannedMatrix
 from sharded_shampoo4.planning.routes import Routes, Way
+from sharded_shampoo4.planning.shards import Shard, interval_pieces, make_shard, shard_pieces
 
 
 @settings(max_examples=300, deadline=None)
@@ -34,10 +36,68 @@ def test_pieces_of_an_interval(data: st.DataObject) -> None:
     assert len(pieces) <= 3
 
 
+def numbers_of(shard: Shard) -> Tensor:
+    """The elements of a shard, in the order of the local tensor."""
+    starts = [shard.start + number * shard.stride for number in range(shard.repeats)]
+    return torch.cat([torch.arange(start, start + shard.stop - shard.start) for start in starts])
+
+
+def boxes(shape: tuple[int, ...], cuts: Sequence[Sequence[int]]) -> list[Shard]:
+    """What ranks hold of a tensor whose first dimension and one more are cut at these places."""
+    first, *_, second = cuts
+    inner = math.prod(shape[len(cuts) :])
+    stride, rows = shape[len(cuts) - 1] * inner, math.prod(shape[1 : len(cuts) - 1])
+    return [
+        make_shard(
+            top * rows * stride + left * inner, top * rows * stride + right * inner, 0, (end - top) * rows, stride
+        )
+        for top, end in itertools.pairwise(first)
+        for left, right in itertools.pairwise(second)
+    ]
+
+
+def edges(draw: st.DrawFn, size: int, parts: int) -> list[int]:
+    return [0, *sorted(draw(st.lists(st.integers(0, size), min_size=parts - 1, max_size=parts - 1))), size]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_pieces_of_boxes(data: st.DataObject) -> None:
+    """Tensors cut in their first and in another dimension, seen as matrices: each element is in one piece."""
+    shape = tuple(data.draw(st.lists(st.integers(1, 5), min_size=2, max_size=4)))
+    second = data.draw(st.integers(1, len(shape) - 1))
+    places = [edges(data.draw, size, 2) for size in shape[: second + 1]]
+    columns = math.prod(shape[data.draw(st.integers(1, len(shape) - 1)) :])
+    matrix = (math.prod(shape) // columns, columns)
+    numbers, local = torch.arange(math.prod(shape)).view(shape), boxes(shape, places)
+    blocks = cut_blocks(matrix, Cutting(data.draw(st.integers(1, 6)), "even"))
+    plan = Plan([PlannedMatrix("w", matrix, tuple(blocks), tuple(local))], len(local))
+    seen = torch.zeros(len(local), numbers.numel(), dtype=torch.int)
+    for rank, shard in enumerate(local):
+        top, left = divmod(rank, len(places[-1]) - 1)
+        parts = [slice(None)] * len(shape)
+        parts[second], parts[0] = slice(*places[-1][left : left + 2]), slice(*places[0][top : top + 2])
+        held = numbers[tuple(parts)].flatten().clone()
+        assert torch.equal(numbers_of(shard), held) and shard.length == len(held)
+        for element in range(numbers.numel() + 1):
+            assert shard.before(element) == (held < element).sum()
+        for block in blocks:
+            pieces = shard_pieces(block, columns, shard)
+            assert pieces == [piece for holder, piece in plan._holders[0].pieces(block) if holder == rank]
+            for piece in pieces:
+                inside = numbers.view(matrix)[piece.slices]
+                strides = (shard.row_width(columns), 1)
+                assert torch.equal(held.as_strided(inside.shape, strides, shard.place(int(inside[0, 0]))), inside)
+                seen[rank, inside.flatten()] += 1
+        assert torch.equal(seen[rank].nonzero().flatten(), held.sort().values)
+    assert (seen.sum(0) == 1).all()
+
+
 @st.composite
 def plans(draw: st.DrawFn, twins: bool = False) -> Plan:
     """Random matrices over random replicas, each cut at random places: uneven and empty shards are ordinary.
 
+    Some are cut in two dimensions, at equal places in all replicas.
     ``twins``: all replicas of a matrix are cut at the same places, as under HSDP, or under DDP not at all.
     """
     replicas, ranks = draw(st.integers(2 if twins else 1, 3)), draw(st.integers(1, 4))
@@ -47,7 +107,13 @@ def plans(draw: st.DrawFn, twins: bool = False) -> Plan:
         size = shape[0] * shape[1]
         shards: list[Shard] = []
         cuts: list[int] = []
-        for replica in range(replicas):
+        across = draw(st.sampled_from([number for number in range(1, ranks + 1) if ranks % number == 0]))
+        if across > 1:
+            stride = draw(st.sampled_from([number for number in range(1, size + 1) if size % number == 0]))
+            table = (size // stride, stride)
+            one = boxes(table, [edges(draw, table[0], ranks // across), edges(draw, table[1], across)])
+            shards = [shard._replace(replica=replica) for replica in range(replicas) for shard in one]
+        for replica in range(replicas if across == 1 else 0):
             if replica == 0 or not twins:
                 cuts = sorted(draw(st.lists(st.integers(0, size), min_size=ranks - 1, max_size=ranks - 1)))
             shards += [Shard(*edges, replica) for edges in zip([0, *cuts], [*cuts, size], strict=True)]
@@ -97,7 +163,7 @@ def test_every_element_travels_once_there_and_back(plan: Plan) -> None:
     for rank in range(plan.world_size):
         for matrix, counts in zip(plan.matrices, returned[rank], strict=True):
             held = torch.zeros(counts.numel(), dtype=torch.int)
-            held[matrix.shards[rank].start : matrix.shards[rank].stop] = 1
+            held[numbers_of(matrix.shards[rank])] = 1
             assert torch.equal(counts.flatten(), held)
     assert sent == plan.elements_sent()
     owned = sorted(member for batches in plan.batches for batch in batches for member in batch)
@@ -145,7 +211,7 @@ def check_routes(plan: Plan, data: st.DataObject) -> None:
     active = data.draw(flags)
     directed = [a and d for a, d in zip(active, data.draw(flags), strict=True)]
     everyone = range(plan.world_size)
-    held = [[torch.arange(*matrix.shards[rank][:2]) for matrix in plan.matrices] for rank in everyone]
+    held = [[numbers_of(matrix.shards[rank]) for matrix in plan.matrices] for rank in everyone]
     padded = [[torch.cat([torch.zeros(2, dtype=torch.int64), shard])[2:] for shard in shards] for shards in held]
     written = [[torch.full_like(shard, -1) for shard in shards] for shards in held]
     numbers = [torch.arange(matrix.shape[0] * matrix.shape[1]).view(matrix.shape) for matrix in plan.matrices]
@@ -211,9 +277,30 @@ def test_a_thousand_ranks_plan_in_seconds() -> None:
     assert time.process_time() - start < 20
 
 
+@pytest.mark.parametrize("across", [8, 1024])
+def test_a_thousand_ranks_with_tensor_parallelism_plan_in_seconds(across: int) -> None:
+    start = time.process_time()
+    matrices = []
+    for layer in range(24):
+        for name, shape in {"q": (1024, 1024), "fc2": (1024, 4096)}.items():
+            cuts = [[number * size // parts for number in range(parts + 1)]
+                    for size, parts in zip(shape, (1024 // across, across), strict=True)]  # fmt: skip
+            blocks = tuple(cut_blocks(shape, Cutting(256, "even")))
+            matrices.append(PlannedMatrix(f"{layer}.{name}", shape, blocks, tuple(boxes(shape, cuts))))
+    plan = Plan(matrices, 1024)
+    for number in range(plan.rounds):
+        plan.round(517, number)
+    assert time.process_time() - start < 20
+
+
 def test_shards_that_do_not_tile() -> None:
     blocks = (Block(0, 0, 4, 4),)
     with pytest.raises(ValueError, match=r"shards of w in replica 0 do not tile its 16 elements: \[0, 8\), \[9, 16\)"):
         Plan([PlannedMatrix("w", (4, 4), blocks, (Shard(0, 8), Shard(9, 16)))], 2)
+    for third in (Shard(2, 3, 0, 4, 4), Shard(2, 4, 0, 3, 4), Shard(1, 4, 0, 4, 4), Shard(8, 16)):
+        shards = (Shard(0, 2, 0, 2, 4), Shard(8, 10, 0, 2, 4), third)
+        with pytest.raises(ValueError, match=r"do not tile its 16 elements: \[0, 2\) 2 times, each 4 on, \["):
+            Plan([PlannedMatrix("w", (4, 4), blocks, shards)], 3)
+    Plan([PlannedMatrix("w", (4, 4), blocks, (*shards[:2], Shard(2, 4, 0, 4, 4)))], 3)
     with pytest.raises(ValueError, match="no rank holds any element of w"):
         Plan([PlannedMatrix("w", (4, 4), blocks, (Shard(0, 0), Shard(0, 0)))], 2)

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from sharded_shampoo4 import Shampoo4
 from sharded_shampoo4.options import METHODS, PreconditionerOptions
-from sharded_shampoo4.planning.blocks import Shard
 from sharded_shampoo4.planning.plan import Plan, PlannedMatrix
 from sharded_shampoo4.planning.schedule import stagger
+from sharded_shampoo4.planning.shards import Shard
 from sharded_shampoo4.planning.views import View
 
 

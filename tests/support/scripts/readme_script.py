@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard  # noqa: F401
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module  # noqa: F401
 from torch.nn.parallel import DistributedDataParallel  # noqa: F401
 from transformers import TrainingArguments
 
@@ -61,7 +62,10 @@ def main() -> None:
     skip_cpu_compilation()
     for host, code in re.findall(r"^\*\*(.+?)\*\*.+?```python\n(.+?)```", README.read_text(), re.M | re.S):
         torch.manual_seed(0)
-        known.update(model=Model(), mesh=init_device_mesh("cpu", (2,)), data=items())
+        names = ("data", "tensor") if "tensor" in host else ("data",)
+        mesh = init_device_mesh("cpu", (1, 2)[-len(names) :], mesh_dim_names=names)
+        plan = {"layers.0": ColwiseParallel(), "layers.1": RowwiseParallel()}
+        known.update(model=Model(), mesh=mesh, plan=plan, data=items())
         known["group"] = dist.new_group([0, 1])
         known["loader"] = torch.utils.data.DataLoader(items(), batch_size=8)
         known["args"] = TrainingArguments(
