@@ -167,6 +167,43 @@ def test_the_same_training_as_in_one_process(layout: str) -> None:
             assert_equal(told[method][0], one_process(method), method)
 
 
+def make_experts(dimension: int | None, method: str) -> tuple[nn.Module, Shampoo4]:
+    """Experts on a 2 x 2 mesh, a ``dimension`` of which FSDP2 cuts; in one process without it."""
+    torch.manual_seed(0)
+    model: nn.Module = parallel.Experts()
+    if dimension is not None:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("shard", "ep"))
+        model = parallel.wrap_experts(model, dimension, mesh)
+    named = dict(model.named_parameters())
+    first = {"params": [("w1", named.pop("w1"))], "split_rows": (4, 6)}
+    return model, Shampoo4([first, {"params": list(named.items())}], **USUAL, **METHODS[method])
+
+
+def train_experts(rank: int, dimension: int | None) -> dict[str, dict[str, Tensor]]:
+    found = {}
+    for method in METHODS:
+        model, optimizer = make_experts(dimension, method)
+        for step in range(AFTER.stop):
+            generator = torch.Generator().manual_seed(step)
+            shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+            gradients = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+            hosts.set_gradients(model, "none" if dimension is None else "fsdp2", gradients)
+            optimizer.step()
+        found[method] = hosts.full_parameters(model, "none" if dimension is None else "fsdp2")
+        assert "as 4 + 6 + 4 + ... rows x 12" in optimizer.describe() and "as 5 of 12 x 10" in optimizer.describe()
+    return found
+
+
+@pytest.mark.parametrize("dimension", slow_but_for([1], [0, 1]))
+def test_experts_train_as_in_one_process(dimension: int) -> None:
+    """Each has its own factors, and its own norm where directions are grafted, on whatever ranks its rows are."""
+    with hosts.one_thread():
+        expected = train_experts(0, None)
+    for told in hosts.run_ranks(4, train_experts, dimension):
+        for method in METHODS:
+            assert_equal(told[method], expected[method], method)
+
+
 # -- states ------------------------------------------------------------------------------------------------------------
 
 
