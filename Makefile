@@ -4,7 +4,7 @@
 # make test-slow   those that make test leaves out
 # make test-gpu    the tests that need a CUDA device
 # make test-versions  `make test` with the least versions that setup.cfg allows, then with the newest: tests/versions
-# make test-peers  the tests that need other optimizers' packages, which it installs
+# make test-peers  the tests that need packages of other optimizers and programs, which it installs
 # make golden      record anew the bits that tests/golden holds, after a change that means to change numbers
 # make lint        ruff and mypy
 # make soak        runs killed and resumed for 30 minutes, by chance
@@ -52,10 +52,11 @@ test-minimum test-newest: test-%:
 golden: $(READY)
 	$(BIN)/python tests/golden/digests.py --write
 
-# With the packages of `make bench`, in a venv that has them.
+# torchtitan comes without what it requires, which is an older version of datasets among others.
 test-peers: $(READY)
-	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c $(CONSTRAINTS) -e '.[launch,test,bench]'
-	$(BIN)/python -m pytest tests/ranks/test_low_bit_bases.py tests/launch/test_benchmark.py
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c $(CONSTRAINTS) -e '.[launch,test,bench,peers]'
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c $(CONSTRAINTS) --no-deps torchtitan spmd_types
+	$(BIN)/python -m pytest tests/ranks/test_low_bit_bases.py tests/ranks/test_programs.py tests/launch/test_benchmark.py
 
 lint: $(READY)
 	$(BIN)/ruff check .
