@@ -157,4 +157,5 @@ def _missing_sides(matrix: Matrix) -> str:
     if len(found) > 1:
         return "some matrices on one side only"
     ((left, _),) = found
-    return f"{'rows' if left else 'columns'} only, max_aspect={matrix.options.max_aspect}"
+    exponent = "" if matrix.is_soap else ", exponent -1/2"
+    return f"{'rows' if left else 'columns'} only, max_aspect={matrix.options.max_aspect}{exponent}"

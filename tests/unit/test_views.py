@@ -106,6 +106,11 @@ def test_describe_tells_each_view_and_why() -> None:
     assert "as 65 x 64" in rows["position"]
 
 
+def test_describe_tells_the_exponent_of_roots_on_one_side() -> None:
+    rows = described({"adapter": (16, 4096), "layer": (64, 64)}, method="shampoo")
+    assert "rows only, max_aspect=7, exponent -1/2" in rows["adapter"] and "exponent" not in rows["layer"]
+
+
 def test_describe_tells_what_options_did() -> None:
     rows = described({"qkv": (96, 64)}, split_rows=(64, 16, 16))
     assert "as 64 + 16 + 16 rows x 64 (split_rows=64,16,16)" in rows["qkv"]
