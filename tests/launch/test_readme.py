@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import re
+import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from support import forked
 from support.launching import SCRIPTS
 from support.scripts.readme_script import Model
 
 from sharded_shampoo4 import estimate_memory
+
+README = Path(__file__).parents[2] / "README.md"
 
 HOSTS = (
     *("One process, DDP, FSDP2, HSDP", "FSDP2 with tensor or expert parallelism", "FSDP1", "DeepSpeed"),
@@ -29,3 +35,16 @@ def test_the_lines_for_every_host_train_with_shared_factors(tmp_path: Path) -> N
     for host in HOSTS:
         (name, held), (_, held_too) = first[host], second[host]
         assert name == "Shampoo4" and held + held_too == alone and min(held, held_too) > 0, (host, held, held_too)
+
+
+@pytest.mark.slow
+def test_the_script_shows_the_difference() -> None:
+    """Each optimizer at its own best learning rate; up to rounding, the losses are those that the page tells."""
+    (script,) = (code for code in re.findall(r"```python\n(.+?)```", README.read_text(), re.S) if "def train(" in code)
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=280)
+    assert found.returncode == 0, found.stderr[-3000:]
+    printed, told = found.stdout.splitlines(), re.findall(r"^# (.+)", script, re.M)
+    losses = [ast.literal_eval(line.partition(" ")[2]) for line in printed]
+    assert min(losses[1].values()) < 0.5 * min(losses[0].values())
+    for line, losses_now in zip(told, losses, strict=True):
+        assert losses_now == pytest.approx(ast.literal_eval(line.partition(" ")[2]), rel=0.05)
