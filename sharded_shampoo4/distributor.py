@@ -223,7 +223,7 @@ def _span(held: HeldParameter) -> tuple[int, int] | None:
 
 
 def _digest(values: Tensor) -> int:
-    """A number that differs where the bits of ``values`` do, but for coincidences."""
+    """Return a checksum of the bits of ``values``."""
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
     return int(values.contiguous().view(integers).sum(dtype=torch.int64))
 

@@ -148,7 +148,7 @@ def block_norms(blocks: Tensor) -> Tensor:
     """Frobenius norms of (k, m, n) ``blocks``, float64 (k,).
 
     Rows first: so they do not depend on the number of blocks. On a CPU rows in the blocks' own type, which is three
-    times as fast, but for blocks so large or small that squares of float32 values have no room.
+    times as fast. Norms of blocks whose squares float32 cannot hold are computed in float64.
     """
     if blocks.device.type != "cpu":
         return _exact_norms(blocks)

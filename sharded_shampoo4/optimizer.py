@@ -71,7 +71,7 @@ class Shampoo4(SavedStates):
 
     Args:
         params: Tensors, parameter groups, or ``model.named_parameters()``, whose names then stand in messages. A group
-            may give every option below itself, but for ``base``, ``total_steps`` and ``process_group``.
+            may give every option below itself, except ``base``, ``total_steps`` and ``process_group``.
         lr: Learning rate of the base optimizer. (default: 1e-3)
         base: ``"adamw"``, ``"sgd"``, ``"adagrad"``, or an elementwise torch optimizer class. Low-bit ones are among
             them, such as torchao's ``AdamW8bit`` and ``AdamW4bit`` and bitsandbytes' ``AdamW8bit``. They round their

@@ -104,7 +104,7 @@ def load(
     with ``model``, and is trained now gets its value and begins with fresh states.
 
     A low-bit base's states that can dequantize themselves, as torchao's do, are stored in float32 and quantized again,
-    in the blocks that this rank's shards have: training then goes on but for one more rounding, not bitwise, under the
+    in the blocks that this rank's shards have: training then goes on up to one more rounding, not bitwise, under the
     same host too. ``state_dict()`` keeps the codes.
 
     Args:

@@ -30,7 +30,7 @@ class Shard(NamedTuple):
 
     A ``stride`` of 0 is that of a plain interval, with a ``repeats`` of 1. Otherwise the parameter is a table with rows
     of ``stride`` elements, and the shard is the rectangle of ``repeats`` of these rows that has ``stop - start`` of the
-    columns. All shards of a parameter have the same stride, but for those without elements.
+    columns. All shards of a parameter have the same stride, except those without elements.
 
     ``replica`` tells the complete copies of the parameter apart: all shards of one replica together tile it. It is the
     rank where every rank holds everything, and the first rank of a copy that is a DTensor. An empty shard is from 0 to

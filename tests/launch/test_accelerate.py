@@ -19,7 +19,7 @@ from sklearn.datasets import load_digits
 from support import forked
 from support.configurations import BY_JSON, CONFIGS, HOSTS, LAUNCHERS
 from support.launching import LAUNCH, SCRIPTS, accelerate, losses, metrics, results, run_really, train
-from support.marks import slow_but_for
+from support.marks import slow_except
 from support.scripts.trainer_script import ARGUMENTS, INTERVALS, Classifier
 from transformers import Trainer, TrainingArguments, ViTForImageClassification
 
@@ -137,7 +137,7 @@ def one_process() -> Iterator[None]:
     reset_accelerate()
 
 
-@pytest.mark.parametrize("host", slow_but_for(["fsdp2"], HOSTS))
+@pytest.mark.parametrize("host", slow_except(["fsdp2"], HOSTS))
 def test_two_processes_train_as_one_does(runs: Runs, single: Path, host: str) -> None:
     folder, process = runs(host)
     found, alone = results(folder), results(single)
@@ -164,7 +164,7 @@ def test_two_processes_train_as_one_does(runs: Runs, single: Path, host: str) ->
     assert trained.keys() == weights.keys() and away < 0.1 * size, away / size
 
 
-@pytest.mark.parametrize("name", slow_but_for(["named in the file"], BY_JSON))
+@pytest.mark.parametrize("name", slow_except(["named in the file"], BY_JSON))
 def test_other_launchers_with_a_deepspeed_configuration(runs: Runs, single: Path, name: str) -> None:
     folder, process = runs(name)
     found = results(folder)
@@ -176,7 +176,7 @@ def test_other_launchers_with_a_deepspeed_configuration(runs: Runs, single: Path
     ViTForImageClassification.from_pretrained(folder / "model")
 
 
-@pytest.mark.parametrize("host", slow_but_for(["fsdp2"], HOSTS))
+@pytest.mark.parametrize("host", slow_except(["fsdp2"], HOSTS))
 def test_a_resumed_launch_is_the_same_run(runs: Runs, host: str) -> None:
     (full, _), (resumed, process) = runs(host), runs(f"{host}-resumed")
     assert f"Resumed from {resumed / 'checkpoint-9'}" in process.stderr
@@ -185,7 +185,7 @@ def test_a_resumed_launch_is_the_same_run(runs: Runs, host: str) -> None:
     assert all(torch.equal(weights[name], again[name]) for name in weights)
 
 
-@pytest.mark.parametrize("name", slow_but_for(["fsdp2 to one process"], MOVES))
+@pytest.mark.parametrize("name", slow_except(["fsdp2 to one process"], MOVES))
 def test_a_run_goes_on_under_another_host_and_rank_count(runs: Runs, single: Path, name: str) -> None:
     folder, process = runs(name)
     assert f"Resumed from {folder / 'checkpoint-9'}" in process.stderr
@@ -194,7 +194,7 @@ def test_a_run_goes_on_under_another_host_and_rank_count(runs: Runs, single: Pat
     assert losses(folder) == pytest.approx(losses(single), abs=TOLERANCE)
 
 
-@pytest.mark.parametrize("config", slow_but_for(["ddp"], CONFIGS))
+@pytest.mark.parametrize("config", slow_except(["ddp"], CONFIGS))
 def test_every_configuration_runs_what_it_says_or_is_refused(runs: Runs, config: str) -> None:
     asked, (_, process) = CONFIGS[config], runs(f"small-{config}")
     assert "shampoo4 trained in both orders and in mixed precision" in process.stdout

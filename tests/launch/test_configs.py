@@ -22,7 +22,7 @@ import pytest
 from support import forked
 from support.configurations import BY_JSON, CONFIGS, HOSTS
 from support.launching import LAUNCH, SCRIPTS, free_port, results
-from support.marks import slow_but_for
+from support.marks import slow_except
 
 Process = subprocess.CompletedProcess[str]
 Runs = Callable[[str], tuple[Path, str]]
@@ -141,7 +141,7 @@ def test_every_file_is_launched() -> None:
     assert {path.name for path in (LAUNCH / "configs").iterdir()} == files | ELSEWHERE
 
 
-@pytest.mark.parametrize("name", slow_but_for(["fsdp1.yaml", "zero3-offload.json"], CLAIMS))
+@pytest.mark.parametrize("name", slow_except(["fsdp1.yaml", "zero3-offload.json"], CLAIMS))
 def test_a_file_runs_what_it_claims(runs: Runs, name: str) -> None:
     claim, (folder, printed) = CLAIMS[name], runs(name)
     found = results(folder)
@@ -169,7 +169,7 @@ def trainer_losses(folder: Path) -> list[float]:
     return [line["loss"] for line in state["log_history"] if "loss" in line]
 
 
-@pytest.mark.parametrize("name", slow_but_for(["fsdp2"], TRAINERS))
+@pytest.mark.parametrize("name", slow_except(["fsdp2"], TRAINERS))
 def test_the_example_of_the_trainer(runs: Runs, name: str) -> None:
     folder, printed = runs(name)
     assert f"{TRAINERS[name][2]}, Shampoo4: " in printed

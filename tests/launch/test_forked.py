@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from support import configurations, forked
 from support.launching import LAUNCH, SCRIPTS, accelerate, run_really
-from support.marks import slow_but_for
+from support.marks import slow_except
 
 SCRIPT = SCRIPTS / "environment_script.py"
 LAUNCHERS = {
@@ -37,7 +37,7 @@ def told(run: Callable[..., Any], folder: Path, launcher: tuple[object, ...]) ->
     return found
 
 
-@pytest.mark.parametrize("name", slow_but_for(["fsdp2"], LAUNCHERS))
+@pytest.mark.parametrize("name", slow_except(["fsdp2"], LAUNCHERS))
 def test_a_forked_worker_has_the_environment_of_a_launched_one(name: str, tmp_path: Path) -> None:
     really = told(run_really, tmp_path / "really", LAUNCHERS[name])
     forked_ones = told(forked.run, tmp_path / "forked", LAUNCHERS[name])

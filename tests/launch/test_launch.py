@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from support import forked
 from support.launching import losses, metrics, results, train, write_idx
-from support.marks import slow_but_for
+from support.marks import slow_except
 
 # isort: split
 import train_vit  # found through launching, as the others are
@@ -95,7 +95,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return finished
 
 
-@pytest.mark.parametrize("name", slow_but_for(["shampoo32"], IN_PROCESS))
+@pytest.mark.parametrize("name", slow_except(["shampoo32"], IN_PROCESS))
 def test_every_other_optimizer_trains(name: str, tmp_path: Path, one_process: None) -> None:
     train_vit.main(["--output_dir", str(tmp_path), "--optimizer", name, *map(str, IN_PROCESS[name])])
     assert losses(tmp_path)[-1] < losses(tmp_path)[0] - 0.02
@@ -142,7 +142,7 @@ def test_what_a_run_leaves_behind(runs: Any) -> None:
     assert {path.name for path in folder.glob("checkpoint-*")} == {"checkpoint-33", "checkpoint-44"}, "the limit is 2"
 
 
-@pytest.mark.parametrize("name", slow_but_for(["shampoo4"], LAUNCHED))
+@pytest.mark.parametrize("name", slow_except(["shampoo4"], LAUNCHED))
 def test_a_resumed_run_is_the_same_run(runs: Any, name: str) -> None:
     full, _ = runs(name)
     assert len(set(losses(full))) == len(losses(full)), "no two stretches of a training are alike"

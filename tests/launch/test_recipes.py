@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.launching import LAUNCH
-from support.marks import slow_but_for
+from support.marks import slow_except
 
 # isort: split
 from vit.args import parse_args  # found through launching, as the others are
@@ -41,7 +41,7 @@ def joined(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     return found
 
 
-@pytest.mark.parametrize("name", slow_but_for(["cifar100-vit-small", "cifar100-swin-tiny"], RECIPES))
+@pytest.mark.parametrize("name", slow_except(["cifar100-vit-small", "cifar100-swin-tiny"], RECIPES))
 def test_a_recipe_trains_and_keeps_the_papers_bytes(name: str) -> None:
     classes, published = RECIPES[name]
     args = parse_args(["--recipe", str(LAUNCH / "recipes" / f"{name}.yaml")])

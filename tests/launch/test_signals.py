@@ -13,7 +13,7 @@ import pytest
 from safetensors.torch import load_file
 from support import forked
 from support.launching import LAUNCH, accelerate, environment, free_port, losses, train
-from support.marks import slow_but_for
+from support.marks import slow_except
 
 FLAGS = (
     *("--max_train_steps", 24, "--max_train_samples", 640, "--max_eval_samples", 128, "--num_hidden_layers", 2),
@@ -69,7 +69,7 @@ def start_by_hand(rank: int, port: int, folder: Path, fsdp: bool, *flags: object
 
 
 @pytest.mark.parametrize(
-    ("number", "timeout"), slow_but_for([(signal.SIGKILL, 1800)], [(signal.SIGKILL, 1800), (signal.SIGSTOP, 8)])
+    ("number", "timeout"), slow_except([(signal.SIGKILL, 1800)], [(signal.SIGKILL, 1800), (signal.SIGSTOP, 8)])
 )
 def test_no_process_waits_for_one_that_is_gone(number: signal.Signals, timeout: int, tmp_path: Path) -> None:
     """Killed: its connections break at once. Stuck: within --ddp_timeout."""
@@ -96,7 +96,7 @@ def test_no_process_waits_for_one_that_is_gone(number: signal.Signals, timeout: 
 
 
 @pytest.mark.parametrize(
-    ("number", "host"), slow_but_for([(signal.SIGTERM, None)], [(signal.SIGTERM, None), (signal.SIGUSR1, "fsdp2")])
+    ("number", "host"), slow_except([(signal.SIGTERM, None)], [(signal.SIGTERM, None), (signal.SIGUSR1, "fsdp2")])
 )
 def test_a_run_that_is_asked_to_stop_saves_itself_and_goes_on(
     number: signal.Signals, host: str | None, tmp_path: Path

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from support import forked
 from support.launching import SCRIPTS
-from support.marks import slow_but_for
+from support.marks import slow_except
 from support.scripts.trainer_script import IN_32_BITS, INTERVALS, MOVES, PORTABLE, SAVED, STEPS, WAYS
 
 Result = list[dict[str, Any]]  # of each process
@@ -42,7 +42,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Re
     return lambda host, way: [found[way] for found in finished(host)]
 
 
-@pytest.mark.parametrize(("host", "way"), slow_but_for(QUICK, CASES))
+@pytest.mark.parametrize(("host", "way"), slow_except(QUICK, CASES))
 def test_the_host_runs_that_was_asked_for(results: Callable[[str, str], Result], host: str, way: str) -> None:
     found = results(host, way)
     assert len(found) == 2
@@ -63,7 +63,7 @@ def test_the_host_runs_that_was_asked_for(results: Callable[[str, str], Result],
             assert (f"global_step{SAVED}" if host.startswith("zero") else optimizer[way]) in process["files"]
 
 
-@pytest.mark.parametrize(("host", "way"), slow_but_for(QUICK, CASES))
+@pytest.mark.parametrize(("host", "way"), slow_except(QUICK, CASES))
 def test_the_losses_fall(results: Callable[[str, str], Result], host: str, way: str) -> None:
     for process in results(host, way):
         losses = [line["loss"] for line in process["full"]]
@@ -71,7 +71,7 @@ def test_the_losses_fall(results: Callable[[str, str], Result], host: str, way: 
         assert sum(losses[-4:]) < 0.6 * sum(losses[:4])
 
 
-@pytest.mark.parametrize(("host", "way"), slow_but_for(QUICK, CASES))
+@pytest.mark.parametrize(("host", "way"), slow_except(QUICK, CASES))
 def test_a_resumed_run_goes_on_as_the_uninterrupted_one(
     results: Callable[[str, str], Result], host: str, way: str
 ) -> None:

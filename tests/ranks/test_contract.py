@@ -17,7 +17,7 @@ import torch
 from support import worlds as hosts
 from support import zero_worlds as zero
 from support.contract import CASES, make_optimizer, train_case, train_case_as_zero_does
-from support.marks import slow_but_for
+from support.marks import slow_except
 from torch import Tensor
 
 from sharded_shampoo4.planning import copies
@@ -126,7 +126,7 @@ def train_all_for_real(rank: int) -> dict[str, dict[str, Tensor]]:
     return {host: train_for_real(host) for host in hosts.HOSTS}
 
 
-@pytest.mark.parametrize("world_size", slow_but_for([2], [2, 3]))
+@pytest.mark.parametrize("world_size", slow_except([2], [2, 3]))
 def test_accumulation_and_clipping(world_size: int) -> None:
     """Equal up to rounding: hosts average gradients, and add up their norm, in another order than one process."""
     expected = train_for_real("none")

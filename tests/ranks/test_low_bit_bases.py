@@ -392,7 +392,7 @@ def tolerance_of(name: str) -> float:
 
 @pytest.mark.parametrize("host", hosts.HOSTS)
 @each(*AO)
-def test_ranks_train_what_one_process_does_but_for_rounding(name: str, host: str, ranks: Any) -> None:
+def test_ranks_train_what_one_process_does_up_to_rounding(name: str, host: str, ranks: Any) -> None:
     """Bitwise where blocks are the same; elsewhere they are others, and small shards are not quantised at all."""
     expected = by_one_process(name)
     for rank in ranks:

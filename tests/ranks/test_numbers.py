@@ -11,7 +11,7 @@ import torch
 from support import worlds as hosts
 from support import zero_worlds as zero
 from support.contract import make_optimizer
-from support.marks import slow_but_for
+from support.marks import slow_except
 from torch import Tensor
 
 from sharded_shampoo4 import Shampoo4
@@ -125,7 +125,7 @@ def test_deepspeed_skips_gradients_gone_wrong_and_ranks_raise_together(world_siz
             assert len(errors) == 1 and "failed to update 3 times in a row (max_failures=3)" in errors.pop()
 
 
-@pytest.mark.parametrize("world_size", slow_but_for([2], [2, 3]))
+@pytest.mark.parametrize("world_size", slow_except([2], [2, 3]))
 def test_every_rank_goes_on_or_raises_the_same(world_size: int) -> None:
     ranks = hosts.run_ranks(world_size, on_ranks)
     for case in ranks[0]:

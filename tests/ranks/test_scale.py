@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support import worlds as hosts
-from support.marks import slow_but_for
+from support.marks import slow_except
 from support.vit import BASE, LARGE, vit_shapes
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -183,7 +183,7 @@ def on_a_rank(rank: int) -> tuple[dict[tuple[str, str], Any], dict[tuple[str, in
         return measured, {flight: most_in_flight(*flight, monkeypatch) for flight in FLIGHTS}
 
 
-@pytest.fixture(scope="module", params=slow_but_for([3], [2, 3, 4]))
+@pytest.fixture(scope="module", params=slow_except([3], [2, 3, 4]))
 def results(request: pytest.FixtureRequest) -> list[Any]:
     """What every rank has measured; one launch for all tests."""
     return hosts.run_ranks(request.param, on_a_rank)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from support import worlds as hosts
 from support.contract import make_optimizer
-from support.marks import slow_but_for
+from support.marks import slow_except
 from support.worlds import said
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
@@ -113,7 +113,7 @@ def transfers(rank: int) -> dict[tuple[str, ...], bool]:
     }
 
 
-@pytest.mark.parametrize("world_size", slow_but_for([2], [2, 3]))
+@pytest.mark.parametrize("world_size", slow_except([2], [2, 3]))
 def test_states_continue_bitwise(world_size: int) -> None:
     for found in hosts.run_ranks(world_size, transfers):
         assert len(found) == 22 and all(found.values()), found

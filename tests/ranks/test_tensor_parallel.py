@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from support import parallel
 from support import worlds as hosts
-from support.marks import slow_but_for
+from support.marks import slow_except
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
@@ -157,7 +157,7 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor], what: An
     assert list(found) == list(expected) and not differing, (what, differing)
 
 
-@pytest.mark.parametrize("layout", slow_but_for(["tp"], ["tp", "tp alone", "hsdp and tp", "all of them"]))
+@pytest.mark.parametrize("layout", slow_except(["tp"], ["tp", "tp alone", "hsdp and tp", "all of them"]))
 def test_the_same_training_as_in_one_process(layout: str) -> None:
     ranks = hosts.run_ranks(math.prod(parallel.LAYOUTS[layout]), train, layout)
     for method in METHODS:
@@ -194,7 +194,7 @@ def train_experts(rank: int, dimension: int | None) -> dict[str, dict[str, Tenso
     return found
 
 
-@pytest.mark.parametrize("dimension", slow_but_for([1], [0, 1]))
+@pytest.mark.parametrize("dimension", slow_except([1], [0, 1]))
 def test_experts_train_as_in_one_process(dimension: int) -> None:
     """Each has its own factors, and its own norm where directions are grafted, on whatever ranks its rows are."""
     with hosts.one_thread():
@@ -247,7 +247,7 @@ def went_on(model: nn.Module, optimizer: Shampoo4, method: str) -> dict[str, Ten
     return parallel.advance(third, last, AFTER[1:])
 
 
-@pytest.mark.parametrize("method", slow_but_for(["shampoo"], METHODS))
+@pytest.mark.parametrize("method", slow_except(["shampoo"], METHODS))
 def test_states_move_to_and_from_other_layouts(method: str, tmp_path: Path) -> None:
     with hosts.one_thread():
         save("none", tmp_path / "none" / method)

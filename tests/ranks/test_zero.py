@@ -13,7 +13,7 @@ import pytest
 import torch
 from support import worlds as hosts
 from support import zero_worlds as zero
-from support.marks import batch_of, slow_but_for
+from support.marks import batch_of, slow_except
 from support.zero_cases import CASES, Case, groups_of, make_gradients, make_model, start, train
 from torch import Tensor
 
@@ -89,8 +89,8 @@ def run_alone(
     return {n: p.detach().to(dtypes[n]) for n, p in named}, optimizer.state_bytes()["preconditioner"]
 
 
-@pytest.mark.parametrize("world_size", slow_but_for([2], [2, 3]))
-@pytest.mark.parametrize("name", slow_but_for(QUICK, CASES))
+@pytest.mark.parametrize("world_size", slow_except([2], [2, 3]))
+@pytest.mark.parametrize("name", slow_except(QUICK, CASES))
 def test_the_weights_are_those_of_one_process(name: str, world_size: int) -> None:
     case = CASES[name]
     ranks = results(world_size, name)

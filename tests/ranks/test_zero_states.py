@@ -20,7 +20,7 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from support import worlds as hosts
 from support import zero_worlds as zero
-from support.marks import batch_of, slow_but_for
+from support.marks import batch_of, slow_except
 from support.worlds import said
 from support.zero_cases import BF16, CASES, CPU, OPTIONS, Case, groups_of, make_gradients, make_model, start, train
 from torch import Tensor, nn
@@ -100,7 +100,7 @@ def save_for_zero_to_fp32(rank: int) -> dict[int, Any]:
     return {stage: float32_weights(stage) for stage in (1, 2, 3)}
 
 
-@pytest.mark.parametrize("name", slow_but_for(QUICK, SAVED))
+@pytest.mark.parametrize("name", slow_except(QUICK, SAVED))
 def test_a_checkpoint_of_deepspeed_continues_bitwise(name: str) -> None:
     for rank in hosts.run_ranks_once(2, save_cases, batch_of(name, QUICK, SAVED)):
         expected, found = rank[name]
@@ -228,7 +228,7 @@ def shares(rank: int) -> dict[str, dict[str, int]]:
     return held
 
 
-@pytest.mark.parametrize("world_size", slow_but_for([2], [2, 3]))
+@pytest.mark.parametrize("world_size", slow_except([2], [2, 3]))
 def test_every_rank_keeps_an_even_share(world_size: int) -> None:
     ranks = hosts.run_ranks(world_size, shares)
     for name in ranks[0]:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 
-def slow_but_for(quick: Container[Any], values: Iterable[Any]) -> list[Any]:
+def slow_except(quick: Container[Any], values: Iterable[Any]) -> list[Any]:
     """Mark as slow each of ``values``, for parametrize, that is not among the ``quick`` ones."""
     return [value if value in quick else _slow(value) for value in values]
 

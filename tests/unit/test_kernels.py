@@ -12,7 +12,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from support.kernels import Counts, CountWork, launches
-from support.marks import slow_but_for
+from support.marks import slow_except
 from support.meta_steps import (
     LAYOUTS,
     RANK,
@@ -134,7 +134,7 @@ def test_staggered_steps_wait_at_the_end_of_an_interval_only() -> None:
     assert not any(counts.copies for step, counts in steps.items() if step > 16)
 
 
-@pytest.mark.parametrize("world_size", slow_but_for([8], SOAP_BOUNDS))
+@pytest.mark.parametrize("world_size", slow_except([8], SOAP_BOUNDS))
 def test_steps_of_soap(world_size: int) -> None:
     """An ordinary one waits for nothing and copies nothing; a refresh reads back a number for each order of factors."""
     counted = count_soap_of_vit_b(world_size)

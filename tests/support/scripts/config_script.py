@@ -29,7 +29,7 @@ def watch(run: train_vit.Run) -> dict[str, Any]:
             seen["computes in"] = str(output.dtype)
 
     def after_model(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        # FSDP2's parameters are DTensors, but for the time in which they are gathered.
+        # FSDP2's parameters are DTensors, except while they are gathered.
         if module.training:
             seen["sharded between forward and backward"] = isinstance(layer.weight, DTensor)
 
