@@ -4,6 +4,7 @@
     python launch/compare.py --output_dir runs/fashion --seeds 0 1 2 -- --dataset_name fashion-mnist --decay_all
     python launch/compare.py --output_dir runs/ablation --ablation -- --dataset_name fashion-mnist --decay_all
     python launch/compare.py --output_dir runs/rivals --tasks vit gpt --seeds 0 1 2      # with other optimizers, tuned
+    python launch/compare.py --output_dir runs/widths --tasks vit gpt --hidden_sizes 64 128 256    # learning rates
     python launch/compare.py --output_dir runs/modes --modes -- --dataset_name fashion-mnist --decay_all
 
 What stands after ``--`` goes to train_vit.py. A run that has finished is not made again, one that was cut off goes on.
@@ -235,6 +236,8 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, l
         ("--modes", "roots, scales, levels, QR steps, staggered factors, bfloat16 products, compact settings"),
     ):
         sets.add_argument(name, action="store_true", help=help)
+    add("--hidden_sizes", nargs="+", type=int, help="with --tasks: find the best learning rate at each width")
+    add("--steps", type=int, default=150, help="with --hidden_sizes: of every run (150)")
     add("--workers", type=int, default=1, help="with --tasks: runs at a time, as many as cores at most (1)")
     add("--output", type=Path, help="the picture (default: comparison.png in --output_dir, or here)")
     given = list(sys.argv[1:] if argv is None else argv)
@@ -242,6 +245,8 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, l
     args = parser.parse_args(given[: given.index("--")] if "--" in given else given)
     if bool(args.runs) == bool(args.output_dir):
         parser.error("give either folders of finished runs, or --output_dir to make runs in")
+    if args.hidden_sizes and not args.tasks:
+        parser.error("--hidden_sizes needs --tasks")
     if args.runs and (flags or args.ablation or args.modes):
         parser.error("--ablation, --modes and flags for train_vit.py need --output_dir")
     args.output = args.output or (args.output_dir or Path()) / "comparison.png"
@@ -251,6 +256,11 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, l
 def main(argv: Sequence[str] | None = None) -> None:
     """Train if asked to, then compare."""
     args, flags = parse_args(argv)
+    if args.hidden_sizes:
+        from rivals.widths import compare_widths
+
+        compare_widths(args.tasks, args.hidden_sizes, args.steps, args.seeds, args.output_dir, args.workers)
+        return
     if args.tasks:
         from rivals.contest import RIVALS, compare  # needs the optimizers' packages
 

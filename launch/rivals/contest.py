@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -29,7 +30,7 @@ Result = dict[str, Any]
 def run(task: Task, rival: Rival, lr: float, seed: int, steps: int) -> Result:
     """Train once. Returns losses and figures; the loss is infinite where training diverges."""
     torch.set_num_threads(1)
-    model, batches = task.make_model(seed).to(DEVICE), task.batches(seed)
+    model, batches = task.make_model(seed, task.hidden_size).to(DEVICE), task.batches(seed)
     optimizers = rival.make(model, task)
     losses, seconds, started = [], 0.0, _now()
     for step in range(steps):
@@ -69,12 +70,21 @@ def _now() -> float:
     return time.perf_counter()
 
 
-def run_and_store(task: str, name: str, lr: float, seed: int, steps: int, path: Path) -> None:
+def run_and_store(
+    task: str, hidden_size: int, whole: int, name: str, lr: float, seed: int, steps: int, path: Path
+) -> None:
     """Train once, by names that a process of its own can look up, and write the result."""
-    print(f"{task}: {name}, learning rate {lr:g}, seed {seed}, {steps} steps", flush=True)
+    print(f"{task}: {name}, hidden size {hidden_size}, learning rate {lr:g}, seed {seed}, {steps} steps", flush=True)
+    own = dataclasses.replace(TASKS[task], hidden_size=hidden_size, steps=whole)
     draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps(run(TASKS[task], RIVALS[name], lr, seed, steps)))
+    draft.write_text(json.dumps(run(own, RIVALS[name], lr, seed, steps)))
     draft.replace(path)
+
+
+def make_workers(count: int) -> Executor:
+    """Make what runs ``count`` trainings at a time: processes, or this one for a single one."""
+    spawn = multiprocessing.get_context("spawn")
+    return ThreadPoolExecutor(1) if count == 1 else ProcessPoolExecutor(count, spawn)
 
 
 class Contest:
@@ -96,21 +106,55 @@ class Contest:
         for lr, seed in itertools.product(rates, seeds):
             paths.append(self.folder / f"{name}-{lr:g}-seed{seed}-{steps}steps.json")
             if not paths[-1].exists():
-                awaited.append(self.workers.submit(run_and_store, self.task.name, name, lr, seed, steps, paths[-1]))
+                own = (self.task.name, self.task.hidden_size, self.task.steps, name, lr, seed, steps, paths[-1])
+                awaited.append(self.workers.submit(run_and_store, *own))
         for future in awaited:
             future.result()
         return [json.loads(path.read_text()) for path in paths]
 
     def best_rate(self, name: str) -> float:
         """Find the learning rate that is better than its half and its double, in runs of a third of the length."""
-        lowest, highest = _RATES
-        best = self.task.start * RIVALS[name].multiple
+        losses = self.search(name, self.first_rate(name), 1, [0], self.task.steps // 3, _RATES)
+        return min(losses, key=losses.__getitem__)
+
+    def first_rate(self, name: str) -> float:
+        """Return the learning rate at which a search begins."""
+        return self.task.start * RIVALS[name].multiple
+
+    def search(
+        self,
+        name: str,
+        first: float,
+        beside: int,
+        seeds: Sequence[int],
+        steps: int,
+        limits: tuple[float, float] = (0.0, math.inf),
+    ) -> dict[float, float]:
+        """Try learning rates by factors of two until the best one has ``beside`` others on each side.
+
+        Args:
+            name: of the optimizer.
+            first: the learning rate at which to begin.
+            beside: how many rates on each side, unless they are beyond ``limits``.
+            seeds: whose mean loss is taken.
+            steps: of each run.
+            limits: lowest and highest learning rate.
+
+        Returns:
+            The loss of each learning rate.
+        """
+        lowest, highest = limits
+        losses: dict[float, float] = {}
+        best = first
         while True:
-            near = [lr for lr in (best / 2, best, best * 2) if lowest * 0.99 < lr < highest * 1.01]
-            losses = [result[self.task.judged_by] for result in self.train(name, near, [0], self.task.steps // 3)]
-            found = near[losses.index(min(losses))]
+            near = [best * 2.0**power for power in range(-beside, beside + 1)]
+            new = [lr for lr in near if lowest * 0.99 < lr < highest * 1.01 and lr not in losses]
+            results = iter(self.train(name, new, seeds, steps))
+            for lr in new:
+                losses[lr] = statistics.mean(next(results)[self.task.judged_by] for _ in seeds)
+            found = min(losses, key=losses.__getitem__)
             if found == best:
-                return best
+                return dict(sorted(losses.items()))
             best = found
 
     def results(self, name: str, seeds: Sequence[int]) -> tuple[float, list[Result]]:
@@ -132,11 +176,9 @@ def compare(names: Sequence[str], tasks: Sequence[str], seeds: Sequence[int], fo
     Raises:
         ImportError: an optimizer's package is missing.
     """
-    for name, task in itertools.product(names, tasks):
-        RIVALS[name].make(TASKS[task].make_model(0), TASKS[task])  # what is missing shows now, not after hours
-    spawn = multiprocessing.get_context("spawn")
-    pool: Executor = ThreadPoolExecutor(1) if workers == 1 else ProcessPoolExecutor(workers, spawn)
-    with pool, ThreadPoolExecutor(len(names) * len(tasks)) as searches:
+    for name, own in itertools.product(names, [TASKS[task] for task in tasks]):
+        RIVALS[name].make(own.make_model(0, own.hidden_size), own)  # what is missing shows now, not after hours
+    with make_workers(workers) as pool, ThreadPoolExecutor(len(names) * len(tasks)) as searches:
         started: dict[tuple[str, str], Future[tuple[float, list[Result]]]] = {}
         for task, name in itertools.product(tasks, names):
             started[task, name] = searches.submit(Contest(TASKS[task], folder, pool).results, name, seeds)

@@ -20,6 +20,7 @@ from vit.sources import load_image_data
 DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 Batch = tuple[Tensor, Tensor]  # inputs and labels
 _CONTEXT = 128  # bytes that the language model sees
+_HEAD = 32  # size of an attention head
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class Task:
         start: the learning rate at which a search begins.
         judged_by: key of the result that tells which learning rate is best; less is better.
         schedule: of the learning rate after the warm-up, from 1 to 0 as its argument goes from 0 to 1.
-        make_model: of a seed.
+        hidden_size: of the model. Heads keep their size, and the feed-forward layers their share.
+        make_model: of a seed and a hidden size.
         batches: an endless stream of training batches, of a seed.
         loss: of a model and a batch.
         evaluate: figures of a trained model.
@@ -49,7 +51,8 @@ class Task:
     start: float
     judged_by: str
     schedule: Callable[[float], float]
-    make_model: Callable[[int], nn.Module]
+    hidden_size: int
+    make_model: Callable[[int, int], nn.Module]
     batches: Callable[[int], Iterator[Batch]]
     loss: Callable[[nn.Module, Batch], Tensor]
     evaluate: Callable[[nn.Module], dict[str, float]]
@@ -70,11 +73,11 @@ def _images() -> tuple[Batch, Batch]:
     return pairs[0], pairs[1]
 
 
-def _make_vit(seed: int) -> nn.Module:
+def _make_vit(seed: int, hidden: int) -> nn.Module:
     torch.manual_seed(seed)
     config = ViTConfig(
-        image_size=28, patch_size=7, num_channels=1, hidden_size=128, num_hidden_layers=4, num_attention_heads=4,
-        intermediate_size=256, hidden_dropout_prob=0.0, num_labels=10,
+        image_size=28, patch_size=7, num_channels=1, hidden_size=hidden, num_hidden_layers=4,
+        num_attention_heads=hidden // _HEAD, intermediate_size=2 * hidden, hidden_dropout_prob=0.0, num_labels=10,
     )  # fmt: skip
     return ViTForImageClassification(config)
 
@@ -113,11 +116,12 @@ def _texts() -> tuple[Tensor, Tensor]:
     return torch.from_numpy(train.copy()), torch.from_numpy(validation.copy())
 
 
-def _make_llama(seed: int) -> nn.Module:
+def _make_llama(seed: int, hidden: int) -> nn.Module:
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=256, hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=6,
-        max_position_embeddings=_CONTEXT, tie_word_embeddings=True, use_cache=False,
+        vocab_size=256, hidden_size=hidden, intermediate_size=hidden * 8 // 3, num_hidden_layers=4,
+        num_attention_heads=hidden // _HEAD, max_position_embeddings=_CONTEXT, tie_word_embeddings=True,
+        use_cache=False,
     )  # fmt: skip
     return LlamaForCausalLM(config)
 
@@ -150,11 +154,12 @@ TASKS = {
     for task in (
         Task(
             "vit", "ViT of 0.6 M parameters on Fashion-MNIST, 4 epochs", 4 * 468, 0.05, 0.999, 1e-3, "training loss",
-            lambda done: (1 + math.cos(math.pi * done)) / 2, _make_vit, _image_batches, _image_loss, _evaluate_images,
+            lambda done: (1 + math.cos(math.pi * done)) / 2, 128, _make_vit, _image_batches, _image_loss,
+            _evaluate_images,
         ),
         Task(
             "gpt", "Llama of 1.8 M parameters on Python's standard library, 1,500 steps", 1500, 0.1, 0.95, 4e-3,
-            "validation loss", lambda done: 1 - done, _make_llama, _text_batches, _text_loss, _evaluate_text,
+            "validation loss", lambda done: 1 - done, 192, _make_llama, _text_batches, _text_loss, _evaluate_text,
         ),
     )
 }  # fmt: skip

@@ -16,7 +16,7 @@ from support import launching  # noqa: F401  finds launch/
 from torch import Tensor, nn
 
 # isort: split
-from rivals import contest
+from rivals import contest, widths
 from rivals.optimizers import RIVALS, state_bytes
 from rivals.tasks import TASKS, Batch, Task
 
@@ -29,9 +29,9 @@ def batches(seed: int) -> Iterator[Batch]:
         yield inputs, inputs @ truth
 
 
-def make_model(seed: int) -> nn.Module:
+def make_model(seed: int, hidden: int = 16) -> nn.Module:
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 4))
+    return nn.Sequential(nn.Linear(8, hidden), nn.Linear(hidden, 4))
 
 
 def loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -39,7 +39,7 @@ def loss(model: nn.Module, batch: Batch) -> Tensor:
 
 
 TINY = Task(
-    "tiny", "two layers", 24, 0.0, 0.95, 4e-3, "validation loss", lambda done: 1 - done, make_model, batches, loss,
+    "tiny", "two layers", 24, 0.0, 0.95, 4e-3, "validation loss", lambda done: 1 - done, 16, make_model, batches, loss,
     lambda model: {"validation loss": loss(model, next(batches(99))).item()},
 )  # fmt: skip
 
@@ -85,6 +85,30 @@ def test_table_and_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     printed = capsys.readouterr().out
     assert "AdamW" in printed and "Shampoo4" in printed and "validation loss" in printed
     assert (tmp_path / "rivals.png").stat().st_size > 10_000
+
+
+def test_every_width_has_its_own_best_rate_with_others_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(TASKS, "tiny", TINY)
+    found = widths.compare_widths(["tiny"], [8, 16], 24, [0], tmp_path)["tiny"]
+    assert list(found) == [(name, hidden) for name in widths.NAMES for hidden in (8, 16)]
+    for losses in found.values():
+        place = min(losses, key=losses.__getitem__)
+        assert all(place * near in losses for near in (0.25, 0.5, 2, 4))
+    for hidden, parameters in ((8, 8 * 8 + 8 + 8 * 4 + 4), (16, 8 * 16 + 16 + 16 * 4 + 4)):
+        run = json.loads(next((tmp_path / f"hidden{hidden}" / "tiny").iterdir()).read_text())
+        assert run["parameters"] == parameters and len(run["losses"]) == 24
+    assert capsys.readouterr().out.count("*") == 6
+
+
+def test_heads_keep_their_size_at_every_width() -> None:
+    for task in (TASKS["vit"], TASKS["gpt"]):
+        for hidden in (64, task.hidden_size, 256):
+            config = task.make_model(0, hidden).config
+            assert config.hidden_size == hidden and config.hidden_size // config.num_attention_heads == 32
+            shown = config.intermediate_size / hidden
+            assert shown == pytest.approx({"vit": 2, "gpt": 8 / 3}[task.name], rel=0.01)
 
 
 def test_state_bytes_are_those_of_all_optimizers() -> None:
