@@ -125,7 +125,8 @@ class Shampoo4(SavedStates):
             sizes that differ by at most 1; with "remainder" into full parts and a rest. One of "aligned", "even",
             "remainder". (default: "aligned")
         max_aspect: A side of a matrix more than this many times as long as the other has no factors: the matrix is
-            preconditioned on the other side only. 0 gives every side factors. (default: 7)
+            preconditioned on the other side only. Four times as many in matrices of fewer than 4096 elements. 0 gives
+            every side factors. (default: 7)
         batch_dims: Leading dimensions that count matrices, each of which has its own factors: 1 for experts of shape
             [experts, rows, columns]. -1 finds stacks by their shape, and leaves stacked biases and depthwise
             convolutions to the base optimizer. (default: -1)

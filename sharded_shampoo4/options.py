@@ -113,7 +113,8 @@ class PreconditionerOptions:
     max_aspect: int = _option(
         7,
         "A side of a matrix more than this many times as long as the other has no factors: the matrix is "
-        "preconditioned on the other side only. 0 gives every side factors.",
+        "preconditioned on the other side only. Four times as many in matrices of fewer than 4096 elements. 0 gives "
+        "every side factors.",
         lowest=0,
     )
     split: Split = _option(

@@ -47,8 +47,9 @@ OPTIMIZERS = {
     "shampoo4": "Shampoo4",
     "shampoo4_compact": "Shampoo4, compact",
 }
+_FORMER: dict[str, Any] = {"max_aspect": 0, "batch_dims": 0}  # what others do: each parameter is one matrix
 _OPTIONS: dict[str, dict[str, Any]] = {
-    "shampoo32": {"method": "shampoo", "bits": 32},
+    "shampoo32": {"method": "shampoo", "bits": 32, **_FORMER},
     "shampoo4": {},
     "shampoo4_compact": {"preset": "compact"},
 }
@@ -185,7 +186,10 @@ def _estimate(shapes: tuple[tuple[str, Size], ...], layout: Layout, optimizer: s
 
 def packed(shapes: Shapes, layout: Layout) -> list[int]:
     """Count AdamW's states and packed factors. Each rank has the same share of packed factors as of square ones."""
-    whole = sum(count * 2 * _FLOAT * triangle(order) for order, count in orders_of(blocks_of(shapes.values())).items())
+    whole = sum(
+        count * 2 * _FLOAT * triangle(order)
+        for order, count in orders_of(blocks_of(shapes.values(), **_FORMER)).items()
+    )
     square = shampoo(shapes, layout, "shampoo32")
     every = sum(square.preconditioner)
     shares = [round(whole * mine / every) if every else 0 for mine in square.preconditioner]

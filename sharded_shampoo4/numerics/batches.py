@@ -105,10 +105,10 @@ class BlockBatch:
         dtype = getattr(torch, self._options.matmul_dtype) if gradients.dtype == torch.float32 else gradients.dtype
         if self.moments is None:
             found = gradients.to(dtype)
-            for side, where in zip(self._sides, self._places(chosen), strict=True):
+            for number, (side, where) in enumerate(zip(self._sides, self._places(chosen), strict=True)):
                 if side is not None and where is not None:
                     root = side[0].root(where, dtype)
-                    found = root.left_of(found) if side is self._sides[0] else root.right_of(found)
+                    found = root.right_of(found) if number else root.left_of(found)
             return found.to(gradients.dtype)
         bases = refreshed[:2] if refreshed else self.bases(chosen, gradients.dtype)
         left, right = (None if basis is None else basis.to(dtype) for basis in bases)

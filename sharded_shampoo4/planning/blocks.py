@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 _ALIGNED = (64, 32, 16, 8)  # elements: tiles of matrix products, on GPUs and in the caches of CPUs
+_SMALL = 4096  # elements of a matrix
 _LONG_BLOCKS = 8  # times as long as others may blocks be on a side without factors
 
 
@@ -96,12 +97,16 @@ class Cutting(NamedTuple):
     def sides(self, rows: int, columns: int) -> tuple[bool, bool]:
         """Whether a matrix has left factors, and whether it has right ones.
 
-        >>> Cutting(256, "aligned", 7).sides(16, 4096), Cutting(256, "aligned", 7).sides(3072, 768)
-        ((True, False), (True, True))
+        A small matrix may be four times as long: its factors cost little.
+
+        >>> cutting = Cutting(256, "aligned", 7)
+        >>> cutting.sides(16, 4096), cutting.sides(3072, 768), cutting.sides(10, 128)
+        ((True, False), (True, True), (True, True))
         """
         if not self.max_aspect:
             return True, True
-        return rows <= self.max_aspect * columns, columns <= self.max_aspect * rows
+        aspect = self.max_aspect * (4 if rows * columns < _SMALL else 1)
+        return rows <= aspect * columns, columns <= aspect * rows
 
     def lengths(self, rows: int, columns: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
         """The sizes of the parts of a matrix's rows and of its columns, and how many parts there are of each."""

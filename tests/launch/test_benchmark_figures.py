@@ -14,13 +14,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 # isort: split
 import benchmark  # found through launching
-from bench.blocks import blocks_of, step_flops
+from bench.blocks import blocks_of, orders_of, step_flops
 from bench.growth import stack_shapes
 from bench.measure import Contender, most_allocated, state_bytes, watched
 from bench.optimizers import Choice, Products, is_ordinary, vit
 from bench.ranks import PROFILED, parts_of, rank_row
 
 from sharded_shampoo4 import Shampoo4
+from sharded_shampoo4.planning.blocks import Block
 
 assert Path(benchmark.__file__).parent == LAUNCH
 
@@ -145,9 +146,10 @@ def test_a_refresh_allocates_no_more_than_it_holds_at_once() -> None:
 
 
 def test_the_floor_is_every_blocks_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    shapes = ((2048, 30), (1024, 30), (6, 4, 5), (6, 20), (7,), (1, 9))
+    shapes = ((2048, 300), (1024, 300), (6, 4, 5), (6, 20), (7,), (1, 9), (5000, 3))
     parameters = [torch.zeros(shape) for shape in shapes]
-    assert blocks_of(p.shape for p in parameters) == {(1024, 30): 3, (6, 20): 2}
+    experts, square, thin = Block(0, 0, 4, 5), Block(0, 0, 1024, 300), Block(0, 0, 5000, 3, left=False)
+    assert blocks_of(p.shape for p in parameters) == {square: 3, experts: 6, Block(0, 0, 6, 20): 1, thin: 1}
     products = Products(parameters)
     bmm, made = torch.bmm, []
 
@@ -157,11 +159,14 @@ def test_the_floor_is_every_blocks_product(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(torch, "bmm", counted)
     products.step()
-    assert [tuple(product.shape) for product in made] == 2 * [(3, 1024, 30)] + 2 * [(2, 6, 20)]
-    for (left, gradients, right), product in zip(products.batches, made[1::2], strict=True):
+    assert [tuple(product.shape) for product in made] == [
+        *2 * [(3, 1024, 300)], *2 * [(6, 4, 5)], *2 * [(1, 6, 20)], (1, 5000, 3)
+    ]  # fmt: skip
+    for (gradients, left, right), product in zip(products.batches, [*made[1::2], made[-1]], strict=True):
         assert product.dtype == torch.float32
         for block in range(len(gradients)):
-            torch.testing.assert_close(product[block], left[block] @ gradients[block] @ right[block])
+            half = gradients[block] if left is None else left[block] @ gradients[block]
+            torch.testing.assert_close(product[block], half @ right[block])
 
 
 def test_the_floor_has_the_blocks_that_ours_preconditions() -> None:
@@ -225,7 +230,7 @@ def test_ordinary_steps() -> None:
 
 def test_flops_are_those_that_torch_counts() -> None:
     """torch counts products; a factorization has 8/3 n^3, or 9 n^3 where a factor stays in float32."""
-    shapes = [(70, 150), (128, 128), (20, 65), (6, 4, 5), (9,)]
+    shapes = [(70, 150), (128, 128), (20, 65), (6, 4, 5), (9,), (2000, 4)]
     parameters = [nn.Parameter(torch.zeros(shape)) for shape in shapes]
     optimizer = Shampoo4(
         parameters, method="shampoo", max_preconditioner_dim=80, statistics_interval=2, root_interval=2
@@ -238,11 +243,9 @@ def test_flops_are_those_that_torch_counts() -> None:
             optimizer.step()
         counted.append(counter.get_total_flops())
     blocks = blocks_of(shapes, 80)
-    assert blocks.total() == 2 + 4 + 1 + 1
+    assert blocks.total() == 2 + 4 + 1 + 6 + 4
     flops = step_flops(blocks)
-    factorized = sum(
-        count * (8 / 3 if order >= 64 else 9) * order**3 for block, count in blocks.items() for order in block
-    )
+    factorized = sum(count * (8 / 3 if order >= 64 else 9) * order**3 for order, count in orders_of(blocks).items())
     both = flops["ordinary"] + flops["refresh"] - factorized
     assert counted == pytest.approx([0, both, flops["ordinary"], both])
 

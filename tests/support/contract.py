@@ -96,7 +96,7 @@ def make_optimizer(model: torch.nn.Module, host: str, options: dict[str, Any]) -
     if options.pop("heads", False):
         qkv = [(name, parameter) for name, parameter in named if name == "qkv.weight"]
         others = [(name, parameter) for name, parameter in named if name != "qkv.weight"]
-        optimizer = Shampoo4([{"params": qkv, "split_rows": (20, 12, 12)}, {"params": others}], **options)
+        optimizer = Shampoo4([{"params": qkv, "split_rows": (48, 24, 24)}, {"params": others}], **options)
     elif options.pop("split_groups", False):
         half = len(named) // 2
         groups = [{"params": named[:half], "bits": 8, "statistics_interval": 3}, {"params": named[half:], "lr": 1e-3}]

@@ -115,7 +115,8 @@ def root_by_eigh(matrix: Tensor, matrix_eps: float, root: int = 4) -> Tensor:
 
 def sides(rows: int, columns: int, max_aspect: int) -> tuple[bool, bool]:
     """Whether the rows of a matrix have factors, and whether its columns have: not a side that is much the longer."""
-    return not 0 < max_aspect < rows / columns, not 0 < max_aspect < columns / rows
+    aspect = 4 * max_aspect if rows * columns < 4096 else max_aspect
+    return not 0 < aspect < rows / columns, not 0 < aspect < columns / rows
 
 
 def chunks(size: int, largest: int, split: str) -> list[tuple[int, int]]:

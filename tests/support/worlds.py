@@ -314,8 +314,8 @@ class Experts(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.qkv, self.down, self.up = nn.Linear(20, 44), nn.Linear(44, 3, bias=False), nn.Linear(3, 44, bias=False)
-        self.experts = nn.Parameter(torch.randn(3, 13, 44))
+        self.qkv, self.down, self.up = nn.Linear(20, 96), nn.Linear(96, 3, bias=False), nn.Linear(3, 96, bias=False)
+        self.experts = nn.Parameter(torch.randn(3, 13, 96))
         self.experts_bias = nn.Parameter(torch.randn(3, 13))
         self.head = nn.Linear(13, 10)
         self.units = [self.qkv]
