@@ -7,6 +7,7 @@
 # make test-peers  the tests that need packages of other optimizers and programs, which it installs
 # make golden      record anew the bits that tests/golden holds, after a change that means to change numbers
 # make lint        ruff and mypy
+# make docs       the pages and an API page from docstrings, as a site: build/docs/index.html
 # make soak        runs killed and resumed for 30 minutes, by chance
 # make bench       step times, state bytes and memory of every mode of this optimizer and of others, which it installs
 PYTHON ?= python3
@@ -25,7 +26,7 @@ export TOKENIZERS_PARALLELISM = false
 # DeepSpeed compiles nothing when it is installed.
 export DS_BUILD_OPS = 0
 
-.PHONY: train test test-all test-slow test-gpu test-versions test-minimum test-newest test-peers golden lint soak bench clean
+.PHONY: train test test-all test-slow test-gpu test-versions test-minimum test-newest test-peers golden lint docs soak bench clean
 
 # 4e-3 is the best learning rate of both, by factors of two.
 TRAIN = $(BIN)/accelerate launch --config_file launch/configs/fsdp2.yaml --num_processes 2 --main_process_port 0 \
@@ -67,6 +68,10 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(READY)
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c $(CONSTRAINTS) -e '.[launch,docs]'
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going -c launch/docs -d build/doctrees . build/docs
 
 soak: $(READY)
 	$(BIN)/python tests/soak.py --minutes 30

@@ -1,5 +1,7 @@
 """Accelerate: save states that go on under any host.
 
+::
+
     accelerator = PortableAccelerator()  # save_state() here, load_state() on other hosts and numbers of processes
 
 States that a plain ``Accelerator`` saves belong to the host that wrote them, and FSDP1's are refused; a program that

@@ -1,5 +1,7 @@
 """DeepSpeed: importing this makes ``"Shampoo4"`` an optimizer type of its configuration, under ZeRO 0, 1, 2 and 3.
 
+::
+
     import sharded_shampoo4.integrations.deepspeed
 
     {"optimizer": {"type": "Shampoo4", "params": {"lr": 1e-3, "weight_decay": 0.05}}, ...}

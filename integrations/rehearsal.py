@@ -1,5 +1,7 @@
 """Accelerate on machines without an accelerator, and checks of what runs; for launch scripts.
 
+::
+
     rehearse_on_cpu()                                        # before the Accelerator is made
     accelerator = PortableAccelerator()
     adjust_deepspeed(accelerator, gradient_clipping=1.0)     # before prepare(); does nothing without DeepSpeed

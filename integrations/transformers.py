@@ -1,5 +1,7 @@
 """The Trainer of transformers: an optimizer factory, and checkpoints that go on under any host and rank count.
 
+::
+
     trainer = PortableTrainer(
         model,
         args,

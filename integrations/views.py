@@ -1,5 +1,7 @@
 """Reads off a model which of its parameters are several matrices: fused projections, heads, experts, convolutions.
 
+::
+
     optimizer = Shampoo4(split_groups(model), lr=1e-3)
     print(optimizer.describe())                 # says how each parameter is seen
 

@@ -7,7 +7,7 @@ from .memory import MemoryEstimate, estimate_memory
 from .optimizer import Shampoo4
 
 __all__ = ["MemoryEstimate", "Shampoo4", "checkpoint", "estimate_memory"]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def __getattr__(name: str) -> Any:

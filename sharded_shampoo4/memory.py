@@ -42,6 +42,7 @@ class MemoryEstimate:
 
     @property
     def total(self) -> list[int]:
+        """Bytes of all states on each rank."""
         return [preconditioner + base for preconditioner, base in zip(self.preconditioner, self.base, strict=True)]
 
     def __str__(self) -> str:
@@ -72,7 +73,7 @@ def estimate_memory(
             ``"zero0"`` to ``"zero3"``, there with all parameters in one group and, at stage 3, one sub-group.
         replicas: under ``"hsdp"``, the number of complete copies of the model: the first size of its mesh.
         dtype: type of the parameters, which is that of most base optimizers' states. DeepSpeed's are in float32.
-        lr, base, weight_decay, **shampoo4_options: as :class:`Shampoo4` takes them.
+        lr, base, weight_decay, ``**shampoo4_options``: as :class:`Shampoo4` takes them.
 
     Raises:
         TypeError, ValueError: as :class:`Shampoo4` does; a host that is not known, or cannot have so many ranks.

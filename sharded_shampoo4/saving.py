@@ -31,7 +31,7 @@ class SavedStates(SteppingTogether):
 
     @property
     def host(self) -> Host:
-        """The framework that arranges the parameters: known for good from the first step on."""
+        """The framework that arranges the parameters. It is known for good from the first step on."""
         return self._members.host
 
     def _current(self) -> list[Tensor]:

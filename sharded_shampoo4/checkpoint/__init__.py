@@ -1,5 +1,7 @@
 """One portable checkpoint: the same directory whatever the host and the number of ranks, for any other to load.
 
+::
+
     save(optimizer, directory)      # collective: every rank calls it
     load(optimizer, directory)      # under any host, on any number of ranks; also collective
     async_save(optimizer, directory).result()       # written while training goes on

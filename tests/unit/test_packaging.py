@@ -1,17 +1,20 @@
-"""What `pip install .` brings: both packages, and torch as the only requirement; and what is said of versions."""
+"""What is published: both packages in the wheel, with torch as the only requirement, and all files in the sdist."""
 
 from __future__ import annotations
 
 import ast
 import configparser
+import importlib.util
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from collections.abc import Iterator
 from email.parser import Parser
 from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
@@ -26,16 +29,63 @@ CONSTRAINTS = {
 }
 
 
-def test_the_wheel(tmp_path: Path) -> None:
-    source = tmp_path / "source"  # a build leaves files behind
-    source.mkdir()
-    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+FOLDERS = ("sharded_shampoo4", "integrations", "launch", "tests", ".ci", ".github")
+FILES = (
+    *("setup.cfg", "pyproject.toml", "MANIFEST.in", "ruff.toml", "Makefile", "constraints.txt", ".gitignore"),
+    *("README.md", "CHANGELOG.md", "LICENSE", "CITATION.cff", ".pre-commit-config.yaml"),
+)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files of the repository: a build leaves others behind."""
+    source = tmp_path_factory.mktemp("source")
+    ignored = shutil.ignore_patterns(*(line.rstrip("/") for line in (ROOT / ".gitignore").read_text().splitlines()))
+    for name in FILES:
         shutil.copy(ROOT / name, source)
-    for name in ("sharded_shampoo4", "integrations"):
-        shutil.copytree(ROOT / name, source / name)
-    options = ["--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path)]
-    subprocess.run([sys.executable, "-m", "pip", "wheel", *options, str(source)], check=True, cwd=tmp_path)
-    (wheel,) = tmp_path.glob("*.whl")
+    for name in FOLDERS:
+        shutil.copytree(ROOT / name, source / name, ignore=ignored)
+    return source
+
+
+@pytest.fixture(scope="module")
+def sdist(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sdist")
+    program = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", program, str(folder)], check=True, cwd=source, stdout=subprocess.DEVNULL)
+    (sdist,) = folder.glob("*.tar.gz")
+    return sdist
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from the sdist, as `python -m build` does."""
+    folder = tmp_path_factory.mktemp("wheel")
+    options = ["--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder)]
+    subprocess.run([sys.executable, "-m", "pip", "wheel", *options, str(sdist)], check=True, cwd=folder)
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+def test_the_sdist_has_all_files(source: Path, sdist: Path) -> None:
+    """Tests can run from it: scripts, configurations and recorded digests are there."""
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    files = {path.relative_to(source).as_posix() for name in FOLDERS for path in (source / name).rglob("*")}
+    assert files | set(FILES) <= names
+
+
+def test_twine_has_no_objection(sdist: Path, wheel: Path) -> None:
+    if importlib.util.find_spec("twine") is None:
+        pytest.skip("twine is not installed")
+    subprocess.run([sys.executable, "-m", "twine", "check", "--strict", str(sdist), str(wheel)], check=True)
+
+
+def test_the_citation_has_the_version() -> None:
+    assert f"\nversion: {sharded_shampoo4.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_the_wheel(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         metadata = Parser().parsestr(archive.read(next(n for n in names if n.endswith("METADATA"))).decode())
@@ -49,6 +99,7 @@ def test_the_wheel(tmp_path: Path) -> None:
     expected = {str(path.relative_to(ROOT)) for path in (ROOT / "sharded_shampoo4").rglob("*.py")}
     expected |= {f"sharded_shampoo4/integrations/{path.name}" for path in (ROOT / "integrations").glob("*.py")}
     assert modules == expected and "sharded_shampoo4/py.typed" in names
+    assert {name.partition("/")[0].partition("-")[0] for name in names} == {"sharded_shampoo4"}
 
 
 def declared() -> dict[str, SpecifierSet]:
