@@ -52,9 +52,12 @@ test-minimum test-newest: test-%:
 golden: $(READY)
 	$(BIN)/python tests/golden/digests.py --write
 
+# timm brings torchvision. One that is made for another build of torch, as pip's is for torch+cpu, keeps transformers from
+# being imported: it is taken away again, and the tests of timm are skipped.
 # torchtitan and axolotl come without what they require, which is older versions of datasets and transformers among others.
 test-peers: $(READY)
 	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c $(CONSTRAINTS) -e '.[launch,test,bench,peers]'
+	$(BIN)/python -c "import torchvision" 2>/dev/null || $(BIN)/python -m pip uninstall --quiet --yes torchvision
 	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c $(CONSTRAINTS) --no-deps torchtitan spmd_types axolotl addict
 	$(BIN)/python -m pytest tests/ranks/test_low_bit_bases.py tests/ranks/test_programs.py tests/launch/test_benchmark.py \
 		tests/unit/test_timm.py tests/unit/test_lightning.py tests/unit/test_axolotl.py tests/unit/test_trainer_logs.py
