@@ -58,11 +58,13 @@ test-minimum test-newest: test-%:
 golden: $(READY)
 	$(BIN)/python tests/golden/digests.py --write
 
-# torchtitan comes without what it requires, which is an older version of datasets among others.
+# Three packages come without what they require. torchtitan and axolotl ask for older versions of datasets and transformers,
+# timm for a torchvision, which must be made for the same build of torch. Without one, the tests of timm are skipped.
 test-peers: $(READY)
 	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c $(CONSTRAINTS) -e '.[launch,test,bench,peers]'
-	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c $(CONSTRAINTS) --no-deps torchtitan spmd_types
-	$(BIN)/python -m pytest tests/ranks/test_low_bit_bases.py tests/ranks/test_programs.py tests/launch/test_benchmark.py
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c $(CONSTRAINTS) --no-deps torchtitan spmd_types axolotl addict timm
+	$(BIN)/python -m pytest tests/ranks/test_low_bit_bases.py tests/ranks/test_programs.py tests/launch/test_benchmark.py \
+		tests/unit/test_timm.py tests/unit/test_lightning.py tests/unit/test_axolotl.py tests/unit/test_trainer_logs.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

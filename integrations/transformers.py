@@ -14,6 +14,8 @@ A Trainer of one's own becomes such a one by ``class MyTrainer(PortableStates, T
 callback ``ConsolidateStates()``, and its checkpoints go on under the host and, with DeepSpeed, the number of processes
 that wrote them.
 
+``trainer.add_callback(LogOptimizer(trainer))`` adds the health of the optimizer, its bytes and its time to the logs.
+
 ``Trainer(optimizers=...)`` works as well, but not under FSDP. To rehearse FSDP2 on a machine without an accelerator,
 set ``ACCELERATE_USE_FSDP=true``, call ``rehearse_on_cpu()`` before ``TrainingArguments(...)`` and give those
 ``accelerator_config={"use_configured_state": True}``: the Trainer falls back to DDP without a word otherwise.
@@ -23,9 +25,11 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 import re
+import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +37,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import get_parameter_names
@@ -63,7 +68,9 @@ def shampoo4(args: TrainingArguments | None = None, **options: Any) -> tuple[typ
             ``"preset=compact, rectify_steps=(1, 2)"``.
         **options: of :class:`Shampoo4`. They win over ``args``. ``weight_decay`` acts on the parameters that the
             Trainer itself would decay. ``split_fused=True`` gives the parts of fused projections factors of their own:
-            see :func:`sharded_shampoo4.integrations.views.views_of`.
+            see :func:`sharded_shampoo4.integrations.views.views_of`. ``exclude=`` leaves parameters to the base, as
+            ``precondition=False`` does: a regular expression that is searched in their names (``"embed|lm_head"``), a
+            type of module whose parameters they are (``nn.Embedding``), or a list of both.
 
     Raises:
         TypeError: neither ``args`` nor ``lr`` is given. The Trainer does not pass its learning rate on.
@@ -104,9 +111,14 @@ class Shampoo4Factory:
     """Builds the optimizer once the Trainer has its model; under FSDP1 that is the sharded one."""
 
     def __call__(self, model: nn.Module, **options: Any) -> Shampoo4:
-        """``Shampoo4`` over the parameters that require gradients, in a group with decay and one without."""
+        """``Shampoo4`` over the parameters that require gradients, in a group with decay and one without.
+
+        Raises:
+            ValueError: a part of ``exclude`` that is true of no parameter.
+        """
         weight_decay = options.pop("weight_decay", 0.0)
         views = views_of(model) if to_boolean(options.pop("split_fused", False)) else {}
+        views |= {name: {"precondition": False} for name in _excluded(model, options.pop("exclude", ()))}
         decayed = set(get_parameter_names(model, [nn.LayerNorm], _NOT_DECAYED))  # type: ignore[no-untyped-call]
         named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         groups = [
@@ -120,6 +132,22 @@ class Shampoo4Factory:
 
             bind(optimizer, model)
         return optimizer
+
+
+def _excluded(model: nn.Module, exclude: str | type[nn.Module] | Iterable[str | type[nn.Module]]) -> set[str]:
+    """Plain names of the parameters that ``exclude`` is true of, by any of the names of those that are shared."""
+    found: set[int] = set()
+    for wanted in (exclude,) if isinstance(exclude, (str, type)) else exclude:
+        if isinstance(wanted, str):
+            named = model.named_parameters(remove_duplicate=False)
+            matched = {id(parameter) for name, parameter in named if re.search(wanted, plain_name(name))}
+        else:
+            modules = [module for module in model.modules() if isinstance(module, wanted)]
+            matched = {id(parameter) for module in modules for parameter in module.parameters()}
+        if not matched:
+            raise ValueError(f"exclude={wanted!r} is true of no parameter of the model")
+        found |= matched
+    return {plain_name(name) for name, parameter in model.named_parameters() if id(parameter) in found}
 
 
 class PortableStates:
@@ -195,10 +223,7 @@ class PortableStates:
 
     def _inner_optimizer(self: Any) -> Shampoo4 | None:
         """The Shampoo4 that trains, in whatever wrappers."""
-        found: Any = self.optimizer
-        while found is not None and not isinstance(found, Shampoo4):
-            found = getattr(found, "optimizer", None)
-        return found
+        return _unwrapped(self.optimizer)
 
     def _portable_in(self, folder: str | None) -> bool:
         return folder is not None and (Path(folder) / self._FOLDER).is_dir()
@@ -237,6 +262,130 @@ class ConsolidateStates(TrainerCallback):
             _consolidate_if(args.save_strategy == SaveStrategy.BEST, kwargs["optimizer"])
 
 
+_WORST = {
+    "orthogonality_error": max,
+    "rectified_error": max,
+    "smallest_eigenvalue": min,
+    "largest_eigenvalue": max,
+    "failures": max,
+}
+
+
+class LogOptimizer(TrainerCallback):
+    """Adds the optimizer's figures to the Trainer's logs, whatever ``report_to`` says.
+
+        trainer.add_callback(LogOptimizer(trainer))
+
+    The worst of :meth:`Shampoo4.health` over all parameters (``optimizer_orthogonality_error`` and so on), the bytes of
+    the states on the process that logs (``optimizer_state_bytes``), and the optimizer's own part of a step
+    (``optimizer_ms_per_step``, the mean since the last log). Only steps that are logged look at the states.
+
+    Args:
+        trainer: whose logs they are added to.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self._figures: dict[str, float] = {}  # that wait for the log
+        self._clock = _Clock()
+        self._last = 0  # step that was logged
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take a place before all callbacks that report, and start the clock."""
+        callbacks = self._trainer.callback_handler.callbacks
+        callbacks.remove(self)
+        callbacks.insert(1, self)  # after the one that decides which steps are logged
+        self._clock.watch(self._optimizer(kwargs["optimizer"]))
+        self._last = state.global_step
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Measure, in a step that is logged."""
+        if control.should_log:
+            self._measure(self._optimizer(kwargs["optimizer"]), state.global_step)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Measure, where epochs are logged."""
+        self.on_step_end(args, state, control, **kwargs)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Add what was measured to the log, and to the Trainer's history."""
+        kwargs["logs"].update(self._figures)
+        state.log_history[-1].update(self._figures)
+        self._figures = {}
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Stop the clock."""
+        self._clock.stop()
+
+    def _optimizer(self, wrapped: Any) -> Shampoo4:
+        optimizer = _unwrapped(wrapped)
+        if optimizer is None:
+            raise TypeError(f"LogOptimizer knows the figures of Shampoo4, and the Trainer trains with {wrapped!r}")
+        return optimizer
+
+    def _measure(self, optimizer: Shampoo4, step: int) -> None:
+        if step == self._last:
+            return
+        health = list(optimizer.health().values())
+        for name, worst in _WORST.items():
+            values = [found[name] for found in health if not math.isnan(found[name])]
+            if values:
+                self._figures[f"optimizer_{name}"] = float(worst(values))
+        self._figures["optimizer_state_bytes"] = sum(optimizer.state_bytes().values())
+        self._figures["optimizer_ms_per_step"] = self._clock.milliseconds() / (step - self._last)
+        self._last = step
+
+
+class _Clock:
+    """The time of an optimizer's steps. On accelerators their events are read when the sum is asked for."""
+
+    def __init__(self) -> None:
+        self._begun: Any = None
+        self._spans: list[tuple[Any, Any]] = []
+        self._hooks: list[RemovableHandle] = []
+
+    def watch(self, optimizer: Shampoo4) -> None:
+        """Measure the steps of ``optimizer`` from now on."""
+        self.stop()
+        self._hooks = [optimizer.register_step_pre_hook(self._begin), optimizer.register_step_post_hook(self._end)]
+
+    def stop(self) -> None:
+        """Leave the optimizer alone."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self._spans = [], []
+
+    def milliseconds(self) -> float:
+        """Sum up all steps since the last call."""
+        spans, self._spans = self._spans, []
+        if not spans or isinstance(self._begun, float):
+            return float(sum(end - begin for begin, end in spans) * 1e3)
+        spans[-1][1].synchronize()
+        return float(sum(begin.elapsed_time(end) for begin, end in spans))
+
+    def _begin(self, optimizer: Optimizer, *_: Any) -> None:
+        self._begun = _now(optimizer)
+
+    def _end(self, optimizer: Optimizer, *_: Any) -> None:
+        self._spans.append((self._begun, _now(optimizer)))
+
+
+def _now(optimizer: Optimizer) -> Any:
+    """Seconds on the host or, where the optimizer works on an accelerator, an event in its stream."""
+    device = next(parameter.device for group in optimizer.param_groups for parameter in group["params"])
+    if device.type == "cpu":
+        return time.perf_counter()
+    event = torch.Event(device, enable_timing=True)
+    event.record()
+    return event
+
+
 def _newest(folder: Path) -> Path:
     """The checkpoint with the most steps; those that were cut off lack the Trainer's state, which it writes last."""
     found = sorted(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), key=lambda path: int(path.name.rpartition("-")[2]))
@@ -258,6 +407,13 @@ def _load_scheduler(scheduler: Any, file: Path) -> None:
                 raise ValueError(f"{file} has {name} = {values}, for other groups than the {len(own[name])} here")
             state[name] = values[:1] * len(own[name])
     scheduler.load_state_dict(state)
+
+
+def _unwrapped(optimizer: Any) -> Shampoo4 | None:
+    """The Shampoo4 in the wrappers of Accelerate and DeepSpeed, if there is one."""
+    while optimizer is not None and not isinstance(optimizer, Shampoo4):
+        optimizer = getattr(optimizer, "optimizer", None)
+    return optimizer
 
 
 def _consolidate_if(due: bool, optimizer: Optimizer) -> None:

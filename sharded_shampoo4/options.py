@@ -8,6 +8,7 @@ lines follow this file; ``tests/unit/test_options.py`` compares them.
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -447,10 +448,18 @@ _Constructor = TypeVar("_Constructor", bound=Callable[..., None])
 
 
 def takes_preset(constructor: _Constructor) -> _Constructor:
-    """Wrap a constructor: options that a call does not give are those of its ``preset``, where that has them."""
+    """Wrap a constructor: options that a call does not give are those of its ``preset``, where that has them.
+
+    Parsers of command lines, such as LightningCLI's, give every option there is. In a call that does, options with the
+    default value count as not given.
+    """
+    parameters = inspect.signature(constructor).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
 
     @functools.wraps(constructor)
     def constructed(*args: Any, **options: Any) -> None:
+        if defaults.keys() <= options.keys():
+            options = {k: value for k, value in options.items() if k not in defaults or value != defaults[k]}
         constructor(*args, **apply_preset(options))
 
     return cast(_Constructor, constructed)

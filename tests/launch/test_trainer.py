@@ -64,6 +64,21 @@ def test_the_host_runs_that_was_asked_for(results: Callable[[str, str], Result],
 
 
 @pytest.mark.parametrize(("host", "way"), slow_except(QUICK, CASES))
+def test_the_figures_of_the_optimizer_are_in_the_logs(
+    results: Callable[[str, str], Result], host: str, way: str
+) -> None:
+    """By the callback LogOptimizer; the resumed run, which has none, goes on as this one."""
+    found = results(host, way)
+    own = ("optimizer_state_bytes", "optimizer_ms_per_step", "loss", "grad_norm")  # of the process
+    for lines in zip(*(process["figures"] for process in found), strict=True):
+        assert len({json.dumps({k: v for k, v in line.items() if k not in own}) for line in lines}) == 1
+        assert all("loss" in line and line["optimizer_ms_per_step"] > 0 for line in lines)
+    for process in found:
+        assert len(process["figures"]) == STEPS
+        assert process["figures"][-1]["optimizer_state_bytes"] == sum(process["state_bytes"].values())
+
+
+@pytest.mark.parametrize(("host", "way"), slow_except(QUICK, CASES))
 def test_the_losses_fall(results: Callable[[str, str], Result], host: str, way: str) -> None:
     for process in results(host, way):
         losses = [line["loss"] for line in process["full"]]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import warnings
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from support import worlds as hosts
 from support import zero_worlds as zero
+from support.marks import needs
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import fully_shard
@@ -24,11 +24,6 @@ SIZES: dict[str, Any] = {
     "vocab_size": WORDS, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "tie_word_embeddings": False,
 }  # fmt: skip
-
-
-def needs(*packages: str) -> pytest.MarkDecorator:
-    missing = [name for name in packages if importlib.util.find_spec(name) is None]
-    return pytest.mark.skipif(bool(missing), reason=f"needs {' and '.join(missing)}")
 
 
 def words(step: int) -> Tensor:
@@ -46,22 +41,19 @@ def whole(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def titans_container(model: nn.Module, **options: Any) -> Any:
     """Its own container, which knows one optimizer more."""
-    from torchtitan.components.optimizer import OptimizersContainer, ParamGroupConfig
+    from torchtitan.components.optimizer import ParamGroupConfig
 
-    class Container(OptimizersContainer):
-        @staticmethod
-        def _resolve_optimizer_factory(name: str) -> Any:
-            return Shampoo4 if name == "Shampoo4" else OptimizersContainer._resolve_optimizer_factory(name)
+    from sharded_shampoo4.integrations.torchtitan import Shampoo4Container
 
     groups = [
         ParamGroupConfig(pattern="norm", optimizer_name="AdamW", optimizer_kwargs={"lr": 1e-3}),
         ParamGroupConfig(pattern=r"[qkv]_proj", optimizer_name="Shampoo4", optimizer_kwargs={"split_rows": (2,)}),
         ParamGroupConfig(pattern=".*", optimizer_name="Shampoo4"),
     ]
-    config = Container.Config(
+    config = Shampoo4Container.Config(
         param_groups=groups, implementation="foreach", optimizer_factory_kwargs_by_name={"Shampoo4": options}
     )
-    return Container(config, model_parts=[model])
+    return config.build(model_parts=[model])
 
 
 def titans_training(seed: int, **options: Any) -> tuple[nn.Module, Any]:

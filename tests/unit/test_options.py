@@ -101,6 +101,22 @@ def test_the_signature_has_every_option_with_its_type_and_default() -> None:
     assert set(CHANGED) == set(DEFAULTS) and all(CHANGED[name] != DEFAULTS[name] for name in DEFAULTS)
 
 
+@pytest.mark.parametrize("chosen", [{"preset": "compact"}, {"method": "shampoo"}, {"preset": "compact", "bits": 3}])
+def test_a_call_that_gives_every_option_follows_its_preset_and_method(chosen: dict[str, Any]) -> None:
+    """Command lines made of the signature, such as LightningCLI's, cannot tell what was given."""
+
+    def options_of(**given: Any) -> dict[str, Any]:
+        group = Shampoo4([nn.Parameter(torch.zeros(4, 4))], **given).param_groups[0]
+        return {name: group[name] for name in DEFAULTS}
+
+    parameters = inspect.signature(Shampoo4).parameters.values()
+    every = {p.name: p.default for p in parameters if p.default is not p.empty} | chosen
+    assert options_of(**every) == options_of(**chosen)
+    del every["process_group"]
+    assert options_of(**every)["momentum_dtype"] == DEFAULTS["momentum_dtype"], "in other calls what is given wins"
+    assert options_of(**every)["bits"] == every["bits"]
+
+
 def written(value: Any) -> str:
     if isinstance(value, float) and 0 < value < 0.01:
         return f"{value:.0e}".replace("e-0", "e-")

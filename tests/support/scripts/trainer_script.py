@@ -39,7 +39,7 @@ from transformers import (
 import sharded_shampoo4.integrations.deepspeed  # noqa: F401  makes "Shampoo4" a type of optimizer
 from sharded_shampoo4.integrations.accelerate import consolidate
 from sharded_shampoo4.integrations.rehearsal import rehearse_on_cpu
-from sharded_shampoo4.integrations.transformers import ConsolidateStates, PortableTrainer, shampoo4
+from sharded_shampoo4.integrations.transformers import ConsolidateStates, LogOptimizer, PortableTrainer, shampoo4
 from sharded_shampoo4.state_dict import own_pieces
 
 TIME_OUT = 240  # seconds
@@ -179,6 +179,7 @@ def whole(trainer: Trainer) -> dict[str, torch.Tensor]:
 def train_and_resume(folder: Path, host: str, way: str) -> dict[str, Any]:
     asking = Asking()
     full = make_trainer(folder, host, way, 0, asking)
+    full.add_callback(LogOptimizer(full))
     full.train()
     resumed = make_trainer(folder, host, way, 1)  # other weights, which the checkpoint must replace
     resumed.train(resume_from_checkpoint=str(folder / f"checkpoint-{SAVED}"))
@@ -201,6 +202,7 @@ def train_and_resume(folder: Path, host: str, way: str) -> dict[str, Any]:
         "state_bytes": optimizer.state_bytes(),
         "asked_for_states": asking.answer,
         "full": lines(full),
+        "figures": [line for line in full.state.log_history if "optimizer_failures" in line],
         "resumed": lines(resumed),
         "preconditioners": sum(name.startswith("preconditioner") for name in values),
         "differences": [name for name in values if not torch.equal(values[name], again[name])],
