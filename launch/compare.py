@@ -29,7 +29,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from plots import LIGHT_GRAY, SERIES, format_bytes, picture
+from plots import LIGHT_GRAY, SERIES, format_bytes, label_logarithms, picture
 from rich.console import Console
 from rich.table import Table
 from vit.optim import OPTIMIZERS as NAMED
@@ -192,9 +192,7 @@ def draw(runs: Runs, path: Path) -> None:
             _band(by_epoch, *_together(logs, "epoch", "eval_accuracy"), color, label)
         for panel, name in ((by_step, "step"), (by_time, "seconds, all things included")):
             panel.set(xlabel=name, ylabel="training loss", xlim=(0, None), yscale="log")
-            panel.yaxis.set_major_formatter("{x:g}")
-            panel.yaxis.set_minor_formatter("{x:g}")
-            panel.grid(which="both")
+            label_logarithms(panel)
         by_epoch.set(xlabel="epoch", ylabel="accuracy on the evaluation images")
         by_step.legend(fontsize=9)
 

@@ -68,6 +68,15 @@ def format_bytes(count: float) -> str:
     return f"{count / 1000**power:.{2 if power else 0}f} {units[power]}"
 
 
+def label_logarithms(panel: Any) -> None:
+    """Label a logarithmic y axis, once everything is drawn: powers of ten, and over a short range 2 and 5 between."""
+    low, high = panel.get_ylim()
+    between = "25" if high / low < 100 else ""
+    panel.yaxis.set_major_formatter("{x:g}")
+    panel.yaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in between else "")
+    panel.grid(which="both")
+
+
 def number_table(title: str, first: str, columns: Iterable[str], width: int | None = None) -> Table:
     """Make a table with a column ``first`` of names, at least ``width`` characters wide, and columns of numbers."""
     found = Table(title=title, title_justify="left")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from plots import SERIES, number_table, picture
+from plots import SERIES, label_logarithms, number_table, picture
 from rich.console import Console
 
 from .optimizers import RIVALS, Rival, state_bytes
@@ -232,8 +232,7 @@ def draw(found: dict[str, dict[str, tuple[float, list[Result]]]], path: Path) ->
             drawn = [line.get_ydata() for line in panel.get_lines()]
             panel.set(title=TASKS[task].title.replace(", ", "\n"), xlabel="step", ylabel="training loss", yscale="log")
             panel.set_ylim(top=max(losses[len(losses) // 10] for losses in drawn))  # of the time after the warm-up
-            panel.yaxis.set_major_formatter("{x:g}")
-            panel.yaxis.set_minor_formatter("{x:g}")
+            label_logarithms(panel)
         last, bars = list(found.values())[-1], panels[-1]
         held = {name: results[0]["state bytes"] / results[0]["parameters"] for name, (_, results) in last.items()}
         bars.barh([RIVALS[name].label for name in held], list(held.values()), color=[colors[name] for name in held])
