@@ -44,7 +44,7 @@ def test_a_run_writes_a_table_and_figures(tmp_path: Path, capsys: pytest.Capture
     assert alone["sent_bytes"] == {"mean": 0, "most": 0} and not any(alone["collectives"].values())
     for ranks in (2, 4):  # every direction goes from its owner to all others
         found = rows["ddp", ranks]["sent_bytes"]["mean"] / (4 * elements * (ranks - 1) / ranks)
-        assert 1 <= found < 1.5, "filled up to the longest of a round; there are few"
+        assert 1 <= found < 2, "filled up to the longest of a round; there are few, and a block is a third of the model"
         assert rows["ddp", ranks]["most_receivers"] == 0
     for (host, ranks), row in rows.items():
         estimate = estimate_memory(shapes, ranks, host=host, replicas=row["replicas"])

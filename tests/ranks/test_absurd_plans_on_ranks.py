@@ -15,6 +15,7 @@ from torch import nn
 from sharded_shampoo4 import Shampoo4
 from sharded_shampoo4.integrations import fsdp
 
+BOTH_SIDES: dict[str, Any] = {"max_aspect": 0, "batch_dims": 0}  # one matrix each, with factors of both sides
 HOSTS = ("ddp", "fsdp1", "fsdp2", "zero.Init", "zero3")
 
 
@@ -32,7 +33,11 @@ def told(function: Callable[[], Any]) -> tuple[Any, list[str]]:
         warnings.simplefilter("always")
         result = function()
     texts = [str(warning.message) for warning in found]
-    return result, [text for text in texts if "stacks of matrices" in text or "the factors of" in text]
+    return result, [text for text in texts if "the factors of" in text]
+
+
+def make(parameters: Any) -> Shampoo4:
+    return Shampoo4(parameters, **BOTH_SIDES)
 
 
 def warned(rank: int) -> dict[str, list[str]]:
@@ -40,14 +45,14 @@ def warned(rank: int) -> dict[str, list[str]]:
     found = {}
     for host in ("ddp", "fsdp1", "fsdp2"):
         model = hosts.wrap(Adapter(), host)
-        optimizer, found[host] = told(lambda model=model, host=host: Shampoo4(hosts.named(model, host).items()))
+        optimizer, found[host] = told(lambda model=model, host=host: make(hosts.named(model, host).items()))
         if host == "fsdp1":
             assert not found[host], "it does not know shapes yet"
             _, found[host] = told(lambda model=model, optimizer=optimizer: fsdp.bind(optimizer, model))
-    config = zero.configuration("zero3", optimizer={"type": "Shampoo4", "params": {}})
+    config = zero.configuration("zero3", optimizer={"type": "Shampoo4", "params": BOTH_SIDES})
     with zero.deepspeed.zero.Init(config_dict_or_path=config):
         model = Adapter()
-    _, found["zero.Init"] = told(lambda: Shampoo4(model.named_parameters()))
+    _, found["zero.Init"] = told(lambda: make(model.named_parameters()))
     engine, found["zero3"] = told(lambda: zero.start(zero.Replay(Adapter()), config))
     engine.destroy()
     return found
@@ -56,8 +61,7 @@ def warned(rank: int) -> dict[str, list[str]]:
 @pytest.mark.parametrize("host", HOSTS)
 def test_whole_shapes_are_told(host: str) -> None:
     for found in hosts.run_ranks_once(2, warned):
-        stacks, costs = found[host]
-        assert "(4, 32, 16) as 4 x 512" in stacks
+        (costs,) = found[host]
         assert "3 of 3 parameters take 1.2 MiB, and the parameters themselves 136.0 KiB" in costs
         assert "(8, 2048) has 538.4 KiB of factors for 64.0 KiB of values" in costs
         assert "(2048, 8) has 538.4 KiB" in costs
