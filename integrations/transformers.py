@@ -25,9 +25,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-import math
 import re
-import time
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -37,7 +35,6 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import get_parameter_names
@@ -49,6 +46,8 @@ from sharded_shampoo4.names import plain_name
 from sharded_shampoo4.values import to_boolean
 
 from .accelerate import consolidate
+from .trainer_logs import LogOptimizer as LogOptimizer
+from .trainer_logs import unwrapped
 from .views import grouped, views_of
 
 logger = logging.getLogger(__name__)
@@ -114,7 +113,7 @@ class Shampoo4Factory:
         """``Shampoo4`` over the parameters that require gradients, in a group with decay and one without.
 
         Raises:
-            ValueError: a part of ``exclude`` that is true of no parameter.
+            ValueError: a part of ``exclude`` matches no parameter.
         """
         weight_decay = options.pop("weight_decay", 0.0)
         views = views_of(model) if to_boolean(options.pop("split_fused", False)) else {}
@@ -135,7 +134,7 @@ class Shampoo4Factory:
 
 
 def _excluded(model: nn.Module, exclude: str | type[nn.Module] | Iterable[str | type[nn.Module]]) -> set[str]:
-    """Plain names of the parameters that ``exclude`` is true of, by any of the names of those that are shared."""
+    """Return the plain names of the parameters that ``exclude`` matches, by any name of a shared one."""
     found: set[int] = set()
     for wanted in (exclude,) if isinstance(exclude, (str, type)) else exclude:
         if isinstance(wanted, str):
@@ -145,7 +144,7 @@ def _excluded(model: nn.Module, exclude: str | type[nn.Module] | Iterable[str | 
             modules = [module for module in model.modules() if isinstance(module, wanted)]
             matched = {id(parameter) for module in modules for parameter in module.parameters()}
         if not matched:
-            raise ValueError(f"exclude={wanted!r} is true of no parameter of the model")
+            raise ValueError(f"exclude={wanted!r} matches no parameter of the model")
         found |= matched
     return {plain_name(name) for name, parameter in model.named_parameters() if id(parameter) in found}
 
@@ -223,7 +222,7 @@ class PortableStates:
 
     def _inner_optimizer(self: Any) -> Shampoo4 | None:
         """The Shampoo4 that trains, in whatever wrappers."""
-        return _unwrapped(self.optimizer)
+        return unwrapped(self.optimizer)
 
     def _portable_in(self, folder: str | None) -> bool:
         return folder is not None and (Path(folder) / self._FOLDER).is_dir()
@@ -262,128 +261,9 @@ class ConsolidateStates(TrainerCallback):
             _consolidate_if(args.save_strategy == SaveStrategy.BEST, kwargs["optimizer"])
 
 
-_WORST = {
-    "orthogonality_error": max,
-    "rectified_error": max,
-    "smallest_eigenvalue": min,
-    "largest_eigenvalue": max,
-    "failures": max,
-}
-
-
-class LogOptimizer(TrainerCallback):
-    """Adds the optimizer's figures to the Trainer's logs, whatever ``report_to`` says.
-
-        trainer.add_callback(LogOptimizer(trainer))
-
-    The worst of :meth:`Shampoo4.health` over all parameters (``optimizer_orthogonality_error`` and so on), the bytes of
-    the states on the process that logs (``optimizer_state_bytes``), and the optimizer's own part of a step
-    (``optimizer_ms_per_step``, the mean since the last log). Only steps that are logged look at the states.
-
-    Args:
-        trainer: whose logs they are added to.
-    """
-
-    def __init__(self, trainer: Trainer) -> None:
-        self._trainer = trainer
-        self._figures: dict[str, float] = {}  # that wait for the log
-        self._clock = _Clock()
-        self._last = 0  # step that was logged
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Take a place before all callbacks that report, and start the clock."""
-        callbacks = self._trainer.callback_handler.callbacks
-        callbacks.remove(self)
-        callbacks.insert(1, self)  # after the one that decides which steps are logged
-        self._clock.watch(self._optimizer(kwargs["optimizer"]))
-        self._last = state.global_step
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Measure, in a step that is logged."""
-        if control.should_log:
-            self._measure(self._optimizer(kwargs["optimizer"]), state.global_step)
-
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Measure, where epochs are logged."""
-        self.on_step_end(args, state, control, **kwargs)
-
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Add what was measured to the log, and to the Trainer's history."""
-        kwargs["logs"].update(self._figures)
-        state.log_history[-1].update(self._figures)
-        self._figures = {}
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Stop the clock."""
-        self._clock.stop()
-
-    def _optimizer(self, wrapped: Any) -> Shampoo4:
-        optimizer = _unwrapped(wrapped)
-        if optimizer is None:
-            raise TypeError(f"LogOptimizer knows the figures of Shampoo4, and the Trainer trains with {wrapped!r}")
-        return optimizer
-
-    def _measure(self, optimizer: Shampoo4, step: int) -> None:
-        if step == self._last:
-            return
-        health = list(optimizer.health().values())
-        for name, worst in _WORST.items():
-            values = [found[name] for found in health if not math.isnan(found[name])]
-            if values:
-                self._figures[f"optimizer_{name}"] = float(worst(values))
-        self._figures["optimizer_state_bytes"] = sum(optimizer.state_bytes().values())
-        self._figures["optimizer_ms_per_step"] = self._clock.milliseconds() / (step - self._last)
-        self._last = step
-
-
-class _Clock:
-    """The time of an optimizer's steps. On accelerators their events are read when the sum is asked for."""
-
-    def __init__(self) -> None:
-        self._begun: Any = None
-        self._spans: list[tuple[Any, Any]] = []
-        self._hooks: list[RemovableHandle] = []
-
-    def watch(self, optimizer: Shampoo4) -> None:
-        """Measure the steps of ``optimizer`` from now on."""
-        self.stop()
-        self._hooks = [optimizer.register_step_pre_hook(self._begin), optimizer.register_step_post_hook(self._end)]
-
-    def stop(self) -> None:
-        """Leave the optimizer alone."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks, self._spans = [], []
-
-    def milliseconds(self) -> float:
-        """Sum up all steps since the last call."""
-        spans, self._spans = self._spans, []
-        if not spans or isinstance(self._begun, float):
-            return float(sum(end - begin for begin, end in spans) * 1e3)
-        spans[-1][1].synchronize()
-        return float(sum(begin.elapsed_time(end) for begin, end in spans))
-
-    def _begin(self, optimizer: Optimizer, *_: Any) -> None:
-        self._begun = _now(optimizer)
-
-    def _end(self, optimizer: Optimizer, *_: Any) -> None:
-        self._spans.append((self._begun, _now(optimizer)))
-
-
-def _now(optimizer: Optimizer) -> Any:
-    """Seconds on the host or, where the optimizer works on an accelerator, an event in its stream."""
-    device = next(parameter.device for group in optimizer.param_groups for parameter in group["params"])
-    if device.type == "cpu":
-        return time.perf_counter()
-    event = torch.Event(device, enable_timing=True)
-    event.record()
-    return event
+def _consolidate_if(due: bool, optimizer: Optimizer) -> None:
+    if due:
+        consolidate(optimizer)
 
 
 def _newest(folder: Path) -> Path:
@@ -407,15 +287,3 @@ def _load_scheduler(scheduler: Any, file: Path) -> None:
                 raise ValueError(f"{file} has {name} = {values}, for other groups than the {len(own[name])} here")
             state[name] = values[:1] * len(own[name])
     scheduler.load_state_dict(state)
-
-
-def _unwrapped(optimizer: Any) -> Shampoo4 | None:
-    """The Shampoo4 in the wrappers of Accelerate and DeepSpeed, if there is one."""
-    while optimizer is not None and not isinstance(optimizer, Shampoo4):
-        optimizer = getattr(optimizer, "optimizer", None)
-    return optimizer
-
-
-def _consolidate_if(due: bool, optimizer: Optimizer) -> None:
-    if due:
-        consolidate(optimizer)
