@@ -29,7 +29,7 @@ class Grafting:
         self._matrix_of_block = [owned.matrix for owned in plan.blocks]
         *starts, self._sums = accumulate((len(matrix.edges) - 1 for matrix in matrices), initial=0)
         self._sum_of_block = [start + unit for start, m in zip(starts, matrices, strict=True) for unit in m.units]
-        # Of every matrix, the sum and the part of this rank's shard for each of the matrices that it is.
+        # For each parameter: numbers of sums, and where in this rank's shard the matrices with these sums are.
         self._spans: list[list[tuple[int, slice]]] = []
         for start, matrix, planned in zip(starts, matrices, plan.matrices, strict=True):
             places = pairwise(map(planned.shards[rank].before, matrix.edges))

@@ -33,7 +33,7 @@ class MemberGroup:
 
     group: dict[str, Any]
     members: list[Member]
-    options: dict[str, Any]  # as they were, without those that change all the time
+    options: dict[str, Any]  # when the group was added, without learning rate and the like
 
     def parameters(self) -> list[Tensor]:
         """Those that were given and are still there."""

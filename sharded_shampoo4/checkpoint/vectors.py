@@ -1,4 +1,4 @@
-"""What torch.distributed.checkpoint (DCP) stores: vectors of which each rank has a shard, and their keys.
+"""Vectors that are sharded over the ranks, as torch.distributed.checkpoint (DCP) stores them, and their keys.
 
 A key is a kind and a name: ``values/NAME``, ``STATE/NAME`` for a state of the base optimizer, ``untrained/NAME``, and
 ``factors/NAME/ROW,COLUMN`` for the factors of a block.

@@ -204,7 +204,7 @@ class Ranks:
     def start_all_gather(self, joined: Tensor, own: Tensor, twins: Sequence[int]) -> dist.Work:
         """Start to put what each of the ranks ``twins`` has as ``own`` one after another into ``joined``."""
         whole = len(twins) == self.size
-        self.join_twins(twins, own.device)  # a process group that was made anew has none yet
+        self.join_twins(twins, own.device)  # makes a group after the process group was replaced; otherwise does nothing
         group = self.on(own.device) if whole else self._twins[tuple(twins), self._backend(own.device)]
         with self.explaining():
             work: dist.Work = _all_gather(joined, own, group=group, async_op=True)

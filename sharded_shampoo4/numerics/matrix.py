@@ -37,7 +37,7 @@ class Matrix:
         roots: root intervals that have passed; before the first, every inverse root is taken for the identity. With
             method="soap", which has no roots, statistics intervals and the first step.
         phases: steps at which factors are due, where they are staggered.
-        parts: rows of each of the matrices that it is, if it is several.
+        parts: rows of each matrix, if the parameter is seen as several.
         whole: shape of the parameter.
     """
 
@@ -74,13 +74,15 @@ class Matrix:
 
     @functools.cached_property
     def units(self) -> list[int]:
-        """The number of the matrix, of those that it is, that each of the blocks is in."""
-        ends = list(itertools.accumulate(self.parts or (self.shape[0],)))
+        """Which of the ``parts`` each block is in, counted from 0."""
+        if not self.parts:
+            return [0] * len(self.blocks)
+        ends = list(itertools.accumulate(self.parts))
         return [bisect.bisect_right(ends, block.row) for block in self.blocks]
 
     @property
     def edges(self) -> list[int]:
-        """Where the matrices that it is begin and end in the flattened parameter."""
+        """Where the ``parts`` begin and end in the flattened parameter."""
         rows = itertools.accumulate(self.parts or (self.shape[0],), initial=0)
         return [row * self.shape[1] for row in rows]
 

@@ -35,24 +35,17 @@ class Block(NamedTuple):
         return slice(self.row, self.row + self.rows), slice(self.column, self.column + self.columns)
 
 
-def split_dimension(size: int, limit: int, split: str) -> list[int]:
-    """Cut ``size`` into parts of at most ``limit``.
+def count_parts(size: int, limit: int, split: str) -> list[tuple[int, int]]:
+    """Cut ``size`` into parts of at most ``limit``: return their sizes, and how many parts there are of each.
 
     ``"aligned"``: as few parts as possible. All but the last are multiples of 64; of 32, 16 or 8, if the last part
     would else be shorter than three quarters of the first. ``"even"``: as few parts, whose sizes differ by at most 1.
     ``"remainder"``: parts of ``limit`` and what remains, as in the paper. The largest parts come first.
 
-    >>> split_dimension(1600, 1024, "aligned"), split_dimension(1600, 1024, "even")
-    ([832, 768], [800, 800])
-    >>> split_dimension(1536, 1200, "even"), split_dimension(1536, 1200, "remainder")
-    ([768, 768], [1200, 336])
-    """
-    return [part for part, count in count_parts(size, limit, split) for _ in range(count)]
-
-
-def count_parts(size: int, limit: int, split: str) -> list[tuple[int, int]]:
-    """The sizes of the parts of :func:`split_dimension`, and how many parts there are of each.
-
+    >>> count_parts(1600, 1024, "aligned"), count_parts(1600, 1024, "even")
+    ([(832, 1), (768, 1)], [(800, 2)])
+    >>> count_parts(1536, 1200, "even"), count_parts(1536, 1200, "remainder")
+    ([(768, 2)], [(1200, 1), (336, 1)])
     >>> count_parts(2500, 1024, "aligned"), count_parts(2500, 1024, "even"), count_parts(2500, 1024, "remainder")
     ([(896, 1), (832, 1), (772, 1)], [(834, 1), (833, 2)], [(1024, 2), (452, 1)])
     """
@@ -85,7 +78,7 @@ class Cutting(NamedTuple):
 
     Attributes:
         limit: most rows or columns of a block, on a side with factors.
-        split: see :func:`split_dimension`.
+        split: see :func:`count_parts`.
         max_aspect: a side more than this many times as long as the other has no factors, and longer blocks; 0: all
             sides have factors.
     """

@@ -1,4 +1,4 @@
-"""What a rank holds of a parameter, and which pieces of a block that are: integers only, the same on every rank."""
+"""The elements of a parameter, and of a block, that a rank holds: integers only, the same on every rank."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def test_the_lines_for_every_host_train_with_shared_factors(tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_the_script_shows_the_difference() -> None:
-    """Each optimizer at its own best learning rate; up to rounding, the losses are those that the page tells."""
+    """Compare the best losses of both optimizers, and all losses with those in the README."""
     (script,) = (code for code in re.findall(r"```python\n(.+?)```", README.read_text(), re.S) if "def train(" in code)
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=280)
     assert found.returncode == 0, found.stderr[-3000:]

@@ -158,7 +158,7 @@ def test_what_cannot_be_preconditioned_can_be_left_to_the_base() -> None:
 
 
 def on_two_meshes(rank: int) -> tuple[str, str]:
-    """Dense weights with experts of which each half of the ranks has its own, and with those of a crossing mesh."""
+    """Return the errors for dense weights beside experts on half of the ranks, and on a crossing mesh."""
     whole = init_device_mesh("cpu", (4,))
     square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "expert"))
 

@@ -96,7 +96,7 @@ def options_of(optimizer: Shampoo4) -> dict[str, Any]:
 
 
 def test_the_command_line_knows_presets() -> None:
-    """It gives the constructor every option, also those that nobody has written."""
+    """LightningCLI passes every option to the constructor, with its default where the command line has none."""
     optimizer = by_command_line("--optimizer.lr", "1e-2", "--optimizer.preset", "compact")
     assert optimizer.param_groups[0]["lr"] == 1e-2 and optimizer.health()["parameter 0 of group 0"]["steps"] == 2
     by_hand = Shampoo4([nn.Parameter(torch.zeros(4, 4))], lr=1e-2, preset="compact")

@@ -74,7 +74,7 @@ def test_exclude_that_is_true_of_nothing(exclude: Any, tmp_path: Path) -> None:
 
 
 class Reports(TrainerCallback):
-    """Stands for those that report: it sees what they do."""
+    """Records the logs, as callbacks for TensorBoard or W&B receive them."""
 
     def __init__(self) -> None:
         self.seen: list[dict[str, float]] = []
