@@ -149,10 +149,8 @@ class Distributor:
         part, gradients = arrived.part, arrived.gradients
         if gradients is None:
             return None
-        absorb = self.preconditioner.absorb
-        refreshed = absorb(part.number, part.chosen, gradients) if due.statistics else None
-        if due.root:
-            self.preconditioner.invert(part.number, part.chosen)
+        is_due = due.statistics or due.root
+        refreshed = self.preconditioner.refresh(part.number, part.chosen, gradients) if is_due else None
         directions = self.preconditioner.precondition(part.number, part.chosen, gradients, refreshed)
         if directions is None:
             return gradients

@@ -15,7 +15,8 @@ _Label: Any = getattr(getattr(torch._C, "_profiler", None), "_RecordFunctionFast
 def label(part: str) -> contextlib.AbstractContextManager[Any]:
     """Show what runs inside as ``shampoo4::<part>`` to torch.profiler; costs next to nothing without one.
 
-    The parts are ``gather``, ``statistics``, ``roots``, ``precondition``, ``graft``, ``send_back`` and ``base``.
+    The parts are ``gather``, ``statistics`` (with the roots of new eigenbases), ``roots`` (the others),
+    ``precondition``, ``graft``, ``send_back`` and ``base``.
     """
     made: contextlib.AbstractContextManager[Any] = _Label(f"shampoo4::{part}")
     return made

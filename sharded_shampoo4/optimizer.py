@@ -97,8 +97,10 @@ class Shampoo4(SavedStates):
             with scales of least squared error. One of "linear2", "dynamic_tree", "normal". (default: "linear2")
         quant_block_size: Elements that share one scale. (default: 64)
         scale_dtype: Type of the stored scales. One of "float32", "bfloat16". (default: "bfloat16")
-        root: Whether inverse roots are stored; "implicit" computes directions from the rectified eigenbases in every
-            step. One of "stored", "implicit". (default: "stored")
+        root: Inverse roots are stored. In a step that also renews the eigenbasis they are computed before it is
+            quantized; with "rectified" always from the stored eigenbasis, as in the paper. "implicit" stores none:
+            every step computes directions from the rectified eigenbases. One of "stored", "rectified", "implicit".
+            (default: "stored")
         protect: Keep one in sixteen eigenvectors, those of the largest eigenvalues, in 8 bits, and the others, in 3 or
             4 bits, orthogonal to them. (default: False)
         min_quant_numel: Least elements of a factor that is quantized; smaller ones stay in float32. (default: 4096)

@@ -25,7 +25,7 @@ CodeBook = Literal["linear2", "dynamic_tree", "normal"]
 RefreshDtype = Literal["float64", "float32"]
 Refresh = Literal["together", "staggered"]
 RefreshIterations = Literal[1, 2]
-Root = Literal["stored", "implicit"]
+Root = Literal["stored", "rectified", "implicit"]
 ScaleDtype = Literal["float32", "bfloat16"]
 LowDtype = Literal["float32", "bfloat16"]
 Split = Literal["aligned", "even", "remainder"]
@@ -76,7 +76,9 @@ class PreconditionerOptions:
     scale_dtype: ScaleDtype = _option("bfloat16", "Type of the stored scales.")
     root: Root = _option(
         "stored",
-        'Whether inverse roots are stored; "implicit" computes directions from the rectified eigenbases in every step.',
+        "Inverse roots are stored. In a step that also renews the eigenbasis they are computed before it is quantized; "
+        'with "rectified" always from the stored eigenbasis, as in the paper. "implicit" stores none: every step '
+        "computes directions from the rectified eigenbases.",
     )
     protect: bool = _option(
         False,
@@ -193,8 +195,8 @@ class PreconditionerOptions:
             raise ValueError(
                 f"protect=True is for eigenbases in 3 or 4 bits, got bits={self.bits}, quantize={self.quantize!r}"
             )
-        if self.root != "stored" and self.bits == 32:
-            raise ValueError(f"root={self.root!r} is about low precision: bits=32 keeps its roots as they are")
+        if self.root == "implicit" and self.bits == 32:
+            raise ValueError("root='implicit' is about low precision: bits=32 keeps its roots as they are")
         if self.root == "implicit" and self.quantize != "eigenbasis":
             raise ValueError(f"root='implicit' needs quantize='eigenbasis', got {self.quantize!r}")
 
@@ -230,7 +232,10 @@ class PreconditionerOptions:
             names += ["quantize", "codebook", "quant_block_size", "scale_dtype", "root", "protect", "min_quant_numel"]
         elif "int8" in (self.momentum_dtype, self.second_moment_dtype):
             names += ["quant_block_size", "scale_dtype"]
-        return {name: getattr(self, name) for name in names}
+        found = {name: getattr(self, name) for name in names}
+        if found.get("root") == "rectified":
+            found["root"] = "stored"  # in the same bytes
+        return found
 
     @property
     def cutting(self) -> Cutting:
@@ -370,6 +375,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "statistics_interval": 100,
         "root_interval": 500,
         "interval_warmup": False,
+        "root": "rectified",
         "rectify_steps": (1, 4),
         "max_preconditioner_dim": 1200,
         "max_aspect": 0,

@@ -55,8 +55,16 @@ class BlockBatch:
         left, right = self._sides
         return left is not None and right is not None and left[0] is right[0]
 
-    def absorb(self, chosen: Sequence[int], due: Sides, gradients: Tensor) -> Refreshed | None:
-        """Statistics step of those of the ``chosen`` members that are ``due``, by sides.
+    @property
+    def roots_are_fresh(self) -> tuple[bool, bool]:
+        """Whether inverse roots of the left and right factors can be computed by :meth:`absorb`."""
+        left, right = (side is not None and side[0].roots_are_fresh for side in self._sides)
+        return left, right
+
+    def absorb(
+        self, chosen: Sequence[int], due: Sides, gradients: Tensor, *, with_roots: bool = False
+    ) -> Refreshed | None:
+        """Statistics step of those of the ``chosen`` members that are ``due``, by sides, perhaps with inverse roots.
 
         ``gradients`` (k, rows, columns) are those of the chosen ones. Moments follow their bases: the new ones are
         returned then.
@@ -70,11 +78,13 @@ class BlockBatch:
         changed: list[Tensor | None] = [None, None]
         if self._is_shared:
             where = torch.cat([places for _, places in found.values()])
-            both = found[0][0].absorb(where, torch.cat(seen), torch.cat(old) if old else None)
+            known = torch.cat(old) if old else None
+            both = found[0][0].absorb(where, torch.cat(seen), known, with_roots=with_roots)
             changed = list(both.split([len(due[0]), len(due[1])]))
         else:
             for side, (pool, where) in found.items():
-                changed[side] = pool.absorb(where, seen[side], old[side] if old else None)
+                known = old[side] if old else None
+                changed[side] = pool.absorb(where, seen[side], known, with_roots=with_roots)
         if self.moments is None:
             return None
         new = self.bases(chosen, gradients.dtype)

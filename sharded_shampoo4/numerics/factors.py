@@ -172,10 +172,17 @@ class FactorPool(Pool):
         failures[where] = torch.where(finite, 0, failures[where] + 1)
         return changed
 
-    def absorb(self, where: Tensor, gradients: Tensor, bases: Tensor | None = None) -> Tensor:
+    @property
+    def roots_are_fresh(self) -> bool:
+        """Whether :meth:`absorb` can compute roots, of the new eigenbasis before it is quantized."""
+        return self.has_roots and "eigenvalues" in self.tensors and self.options.root == "stored"
+
+    def absorb(
+        self, where: Tensor, gradients: Tensor, bases: Tensor | None = None, *, with_roots: bool = False
+    ) -> Tensor:
         """Statistics step: absorb G G^T of each of ``gradients`` (k, n, any) into the factors ``where``.
 
-        ``bases`` is what :meth:`basis` gives for them, if it is at hand.
+        ``bases`` is what :meth:`basis` gives for them, if it is at hand. ``with_roots`` recomputes inverse roots too.
 
         A gradient of zeros leaves its factor as it is, as a gradient that is missing does. If the average decayed
         instead, the first gradient of a layer that wakes up would be scaled without bound. Returns which factors have
@@ -196,27 +203,33 @@ class FactorPool(Pool):
                 values = self.tensors["eigenvalues"][chunk].to(self.refresh_dtype)
                 basis = next(known) if known else self._eigenbasis(chunk, self._rectify_steps[0])[1]
                 iterations = self.options.refresh_iterations
-                values, basis = eigenbasis.refresh(values, basis, statistic, beta, iterations, ridge)
-                new = {"eigenvalues": values.to(torch.float32), **self._encode_basis(basis.mT, values)}
+                found = eigenbasis.refresh(values, basis, statistic, beta, iterations, ridge)
+                new = {"eigenvalues": found[0].to(torch.float32), **self._encode_basis(found[1].mT, found[0])}
             else:
                 old = self.decode("statistics", chunk, self.order).to(self.refresh_dtype)
                 new = self.encode("statistics", beta * old + (1 - beta) * statistic)
-            changed.append(self._commit(chunk, new, _STATISTICS, gradient.flatten(1).any(1)))
+            kept = self._commit(chunk, new, _STATISTICS, gradient.flatten(1).any(1))
+            changed.append(kept)
+            if with_roots:
+                values = torch.where(kept.view(-1, 1), found[0], values)
+                self._commit_roots(chunk, values, torch.where(kept.view(-1, 1, 1), found[1], basis))
         return torch.cat(changed)
+
+    def _commit_roots(self, where: Tensor, eigenvalues: Tensor, basis: Tensor) -> None:
+        root = eigenbasis.inverse_root(eigenvalues, basis, self.options.matrix_eps, self._root)
+        self._commit(where, self.encode("root", root), _ROOT)
 
     def invert(self, where: Tensor) -> None:
         """Root step: recompute the inverse roots of the factors ``where``, if they are stored."""
         if not self.has_roots:
             return
-        eps = self.options.matrix_eps
         for chunk in self._chunks(where):
             if "eigenvalues" in self.tensors:
-                root = eigenbasis.inverse_root(*self._eigenbasis(chunk, self._rectify_steps[1]), eps, self._root)
+                self._commit_roots(chunk, *self._eigenbasis(chunk, self._rectify_steps[1]))
             else:
-                root = eigenbasis.inverse_root_of(
-                    self.decode("statistics", chunk, self.order).to(self.refresh_dtype), eps, self._root
-                )
-            self._commit(chunk, self.encode("root", root), _ROOT)
+                statistics = self.decode("statistics", chunk, self.order).to(self.refresh_dtype)
+                root = eigenbasis.inverse_root_of(statistics, self.options.matrix_eps, self._root)
+                self._commit(chunk, self.encode("root", root), _ROOT)
 
     def root(self, where: Index, dtype: torch.dtype) -> InverseRoot:
         """The inverse roots (k, n, n) of the factors ``where``, to multiply with blocks of ``dtype``."""

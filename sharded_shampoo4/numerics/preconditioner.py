@@ -5,7 +5,7 @@ Knows tensors and numbers, not how parameters or gradients are laid out over ran
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -60,8 +60,8 @@ class Preconditioner:
             return None
         return MomentPool((block.rows, block.columns), len(members), matrix.options, matrix.device)
 
-    def absorb(self, number: int, chosen: Sequence[int], gradients: Tensor) -> Refreshed | None:
-        """Absorb gradients into the statistics that are due in this step.
+    def refresh(self, number: int, chosen: Sequence[int], gradients: Tensor) -> Refreshed | None:
+        """Absorb gradients into the statistics, and recompute the inverse roots, that are due in this step.
 
         Args:
             number: of a batch.
@@ -71,18 +71,17 @@ class Preconditioner:
         Returns:
             what :meth:`precondition` takes, where it has been computed.
         """
-        due = self._sides(number, chosen, Matrix.statistics_due)
-        if not any(due):
-            return None
+        batch, refreshed = self.batches[number], None
+        statistics, both, roots = self._due(batch, chosen)
         with label("statistics"):
-            return self.batches[number].absorb(chosen, due, gradients)
-
-    def invert(self, number: int, chosen: Sequence[int]) -> None:
-        """Recompute the inverse roots of the ``chosen`` blocks of a batch that are due in this step."""
-        due = self._sides(number, chosen, Matrix.root_due)
-        if any(due):
+            if any(both):
+                batch.absorb(chosen, both, gradients, with_roots=True)
+            if any(statistics):
+                refreshed = batch.absorb(chosen, statistics, gradients)
+        if any(roots):
             with label("roots"):
-                self.batches[number].invert(chosen, due)
+                batch.invert(chosen, roots)
+        return refreshed
 
     def precondition(
         self, number: int, chosen: Sequence[int], gradients: Tensor, refreshed: Refreshed | None = None
@@ -97,16 +96,24 @@ class Preconditioner:
         with label("precondition"):
             return batch.precondition(chosen, gradients, refreshed)
 
-    def _sides(self, number: int, chosen: Sequence[int], is_due: Callable[[Matrix, Block, int], bool]) -> Sides:
-        """Which of the ``chosen`` blocks of a batch have a left factor that is due, and which a right one."""
-        members = [self.batches[number].members[position] for position in chosen]
+    def _due(self, batch: BlockBatch, chosen: Sequence[int]) -> tuple[Sides, Sides, Sides]:
+        """Which of the ``chosen`` blocks absorb statistics, which take new roots with them, and which only new roots.
 
-        def due(side: int) -> list[int]:
-            if not members or not members[0].block.orders[side]:
-                return []
-            return [k for k, (index, block) in enumerate(members) if is_due(self.matrices[index], block, side)]
-
-        return due(0), due(1)
+        Each by sides: the blocks whose left factor is due, and those whose right one is.
+        """
+        found: tuple[Sides, Sides, Sides] = ([], []), ([], []), ([], [])
+        for side, fresh in enumerate(batch.roots_are_fresh):
+            for k, position in enumerate(chosen):
+                index, block = batch.members[position]
+                if not block.orders[side]:
+                    break  # as in all of them
+                matrix = self.matrices[index]
+                statistics, root = matrix.statistics_due(block, side), matrix.root_due(block, side)
+                both = statistics and root and fresh
+                for sides, due in zip(found, (statistics and not both, both, root and not both), strict=True):
+                    if due:
+                        sides[side].append(k)
+        return found
 
     def failure(self) -> RuntimeError | None:
         """What to say if a factor's statistics or roots have failed ``max_failures`` times in a row.

@@ -77,9 +77,7 @@ TOGETHER = (Phase(), Phase())
 def stagger(matrices: Sequence[tuple[View, PreconditionerOptions]]) -> list[Phases]:
     """Spread the factors of ``matrices``, those with refresh="staggered", over their intervals.
 
-    Costly factors first, each takes the steps at which least is due so far. Its roots are a step after its statistics,
-    so that these two, which cost about the same, are no stall together; those of phase 0 are in the same step, or the
-    first root would be before the first statistics.
+    Costly factors first, each takes the steps at which least is due so far. Its roots are in steps of its statistics.
     """
     found: list[dict[Block, list[Phase]]] = [{} for _ in matrices]
     by_intervals: dict[tuple[int, int], list[tuple[int, int, int, Block, int]]] = {}
@@ -116,7 +114,7 @@ def _work(order: int, options: PreconditionerOptions) -> tuple[int, int]:
     if not options.is_quantized(order) or options.quantize != "eigenbasis":
         return order**2, order**3  # eigh; statistics are a product only
     cost = order**2 * (order + 128)
-    return cost, 0 if options.root == "implicit" else cost
+    return cost, {"stored": cost // 4, "rectified": cost, "implicit": 0}[options.root]
 
 
 class _Calendar:
@@ -128,23 +126,15 @@ class _Calendar:
         self.roots = [[0] * max(1, root_every // every) for _ in range(every)]
 
     def place(self, statistics: int, root: int) -> Phase:
-        """Enter a factor where the fuller of its two steps is least full."""
+        """Enter a factor where the fullest of its steps is least full."""
 
         def peaks(phase: int) -> tuple[int, int]:
-            after = self._after(phase)
-            absorbing = self.statistics[phase] + statistics + max(self.roots[phase])
-            inverting = self.statistics[after] + root + min(self.roots[after])
-            if after == phase:
-                inverting += statistics
-            return max(absorbing, inverting), absorbing + inverting
+            roots = self.roots[phase]
+            done = self.statistics[phase] + statistics
+            return done + max(*roots, min(roots) + root), done + min(roots)
 
         phase = min(range(self.every), key=peaks)
-        after = self._after(phase)
-        turn = min(range(len(self.roots[after])), key=self.roots[after].__getitem__)
+        turn = min(range(len(self.roots[phase])), key=self.roots[phase].__getitem__)
         self.statistics[phase] += statistics
-        self.roots[after][turn] += root
-        # From statistics to root is a step, or none; past the end of an interval it counts on.
-        return Phase(phase, (phase + (after != phase) + turn * self.every) % self.root_every)
-
-    def _after(self, phase: int) -> int:
-        return (phase + 1) % self.every if phase else 0
+        self.roots[phase][turn] += root
+        return Phase(phase, (phase + turn * self.every) % self.root_every)

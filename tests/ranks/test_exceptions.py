@@ -50,7 +50,7 @@ PLACES: dict[str, tuple[Any, str, int]] = {
     "first batch": (Distributor, "_directions", 0),
     "last batch": (Distributor, "_directions", -1),
     "statistics": (FactorPool, "absorb", 0),
-    "roots": (FactorPool, "invert", 0),
+    "roots": (FactorPool, "_commit_roots", 0),
     "products": (Preconditioner, "precondition", 1),
     "gradients that stay": (Copies, "run", 0),
     "packing": (Exchange, "_pack", 0),

@@ -246,6 +246,8 @@ def continue_files(rank: int, ran: tuple[str, ...]) -> dict[str, dict[str, str]]
 
 def _go_on(training: Training) -> dict[str, str]:
     loaded = digest(training.parameters())
+    for group in training.optimizer.param_groups:
+        group["root"] = "rectified"  # the only way to compute roots that the early version knew
     found = {"loaded": loaded, "continued": digest(training.train(THEN))}
     training.end()
     return found

@@ -212,6 +212,8 @@ class Factor:
     def update(self, statistic: Tensor) -> None:
         """Alg. 1 (eigenbasis) or L <- beta L + (1 - beta) M (the others); a result that is not finite is dropped."""
         t1 = self.rectify_steps[0]
+        if self.kind == "eigenbasis":
+            self.latest = self.eigenvalues.to(self.dtype), rectify(self.vectors().to(self.dtype), t1)
         a = self.beta * self.preconditioner(t1) + (1 - self.beta) * statistic.to(self.dtype)
         if not a.float().isfinite().all():
             return
@@ -223,16 +225,22 @@ class Factor:
             p = rectify(self.vectors().to(self.dtype), t1)
             for _ in range(self.iterations):
                 p = torch.linalg.qr(a @ p).Q  # one step of subspace iteration, started from the old basis (App. B)
-            eigenvalues = (p.T @ a @ p).diagonal().float()
-            if p.isfinite().all() and eigenvalues.isfinite().all():
-                self.eigenvalues = eigenvalues.clone()
+            eigenvalues = (p.T @ a @ p).diagonal()
+            if p.isfinite().all() and eigenvalues.float().isfinite().all():
+                self.latest = eigenvalues, p
+                self.eigenvalues = eigenvalues.float().clone()
                 self.codes, self.scales = quantize(p.T, self.codebook, self.block, **self.way)
 
-    def invert(self) -> None:
-        """Alg. 2 (eigenbasis), or the root by eigh; a result that is not finite is dropped."""
+    def invert(self, fresh: bool = False) -> None:
+        """Alg. 2 (eigenbasis), or the root by eigh; a result that is not finite is dropped.
+
+        With `fresh` the root is that of the eigenbasis before it was quantized: of the one that was there, dequantized
+        and rectified, if the update has dropped the new one.
+        """
         if self.kind == "eigenbasis":
-            v = rectify(self.vectors().to(self.dtype), self.rectify_steps[1])
-            root = v @ torch.diag(damped_root(self.eigenvalues.to(self.dtype), self.matrix_eps, self.power)) @ v.T
+            eigenvalues, v = self.eigenvalues.to(self.dtype), self.vectors().to(self.dtype)
+            eigenvalues, v = self.latest if fresh else (eigenvalues, rectify(v, self.rectify_steps[1]))
+            root = v @ torch.diag(damped_root(eigenvalues, self.matrix_eps, self.power)) @ v.T
         else:
             try:
                 root = root_by_eigh(self.preconditioner(), self.matrix_eps, self.power)
@@ -263,7 +271,7 @@ class Reference:
         codebook: Literal["linear2", "dynamic_tree"] | Tensor = "linear2",
         quant_block_size: int = 64,
         scale_dtype: Literal["float32", "bfloat16"] = "float32",
-        root: Literal["stored", "implicit"] = "stored",
+        root: Literal["stored", "rectified", "implicit"] = "stored",
         min_quant_numel: int = 4096,
         shampoo_beta: float = 0.95,
         matrix_eps: float = 1e-6,
@@ -280,6 +288,7 @@ class Reference:
     ) -> None:
         self.phases = phases or {}
         self.statistics_interval, self.root_interval, self.grafting = statistics_interval, root_interval, grafting
+        self.fresh_roots = root == "stored"
         self.dtype: torch.dtype = getattr(torch, refresh_dtype)
         self.shapes = [tuple(shape) for shape in shapes]
         self.t = [0] * len(self.shapes)
@@ -333,10 +342,11 @@ class Reference:
                 if factor is None:
                     continue
                 statistics_phase, root_phase = self.phases.get((index, r0, c0, side), (0, 0))
-                if t % self.statistics_interval == statistics_phase:
+                updated = t % self.statistics_interval == statistics_phase
+                if updated:
                     factor.update(statistic)
                 if t % self.root_interval == root_phase:
-                    factor.invert()
+                    factor.invert(self.fresh_roots and updated)
             d = g if left is None else left.root() @ g
             d = d if right is None else d @ right.root()
             out[r0:r1, c0:c1] = graft(d, g) if self.grafting == "block" else d

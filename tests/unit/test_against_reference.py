@@ -28,6 +28,7 @@ OPTIONS = {
     "no grafting, other constants": {
         "grafting": "none", "shampoo_beta": 0.8, "matrix_eps": 1e-4, "rectify_steps": (0, 2)
     },
+    "rectified roots": {"root": "rectified"},
     "implicit roots": {"root": "implicit"},
     "implicit roots, everything quantized": {"root": "implicit", "min_quant_numel": 0, "bits": 8},
     "normal code book, bfloat16 scales": {"codebook": "normal", "scale_dtype": "bfloat16"},

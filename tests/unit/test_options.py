@@ -225,7 +225,7 @@ def test_a_group_s_preset_wins_over_the_call_s_options() -> None:
     optimizer = Shampoo4(groups, preset="paper", rectify_steps=(2, 2), quant_block_size=32)
     call = {**OF_SHAMPOO, **PRESETS["paper"], "rectify_steps": (2, 2), "quant_block_size": 32}
     assert resolved(optimizer, 0) == {**call, **PRESETS["shampoo-compact"], "bits": 3}
-    of_soap = {name: DEFAULTS[name] for name in (*METHODS["shampoo"], "statistics_interval", "root_interval")}
+    of_soap = {name: DEFAULTS[name] for name in (*METHODS["shampoo"], "statistics_interval", "root_interval", "root")}
     assert resolved(optimizer, 1) == {**call, **of_soap, **LOW, **PRESETS["compact"]}
     assert resolved(optimizer, 2) == {**call, "split": "even"}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -180,9 +181,13 @@ def test_first_eigenbasis_update_by_hand() -> None:
     torch.testing.assert_close(direction, (d * gradient.norm() / d.norm()).float())
 
 
-def test_eigenbasis_updates_are_those_of_algorithms_1_and_2() -> None:
-    """Two refreshes and a root in numpy; the second starts from what the first stored, at 8 bits."""
-    reference = Reference([(65, 70)], bits=8, statistics_interval=1, root_interval=2, matrix_eps=1e-2,
+@pytest.mark.parametrize("root", ["rectified", "stored"])
+def test_eigenbasis_updates_are_those_of_algorithms_1_and_2(root: Literal["rectified", "stored"]) -> None:
+    """Two refreshes and a root in numpy; the second starts from what the first stored, at 8 bits.
+
+    Algorithm 2 takes the root of what is stored, rectified; the default is the root of what was not yet stored.
+    """
+    reference = Reference([(65, 70)], bits=8, statistics_interval=1, root_interval=2, matrix_eps=1e-2, root=root,
                           refresh_dtype="float64")  # fmt: skip
     factor = reference.factors[0, 0, 0, "L"]
     lam, v = np.full(65, np.float64(np.float32(1e-2))), np.eye(65)
@@ -197,12 +202,14 @@ def test_eigenbasis_updates_are_those_of_algorithms_1_and_2() -> None:
         stored = dequantize(factor.codes, factor.scales, linear2(8)).double().numpy()  # each row an eigenvector
         assert 0 < np.linalg.norm(stored.T - p) / np.linalg.norm(p) < 0.01
         assert (np.abs(stored).max(axis=1) == np.float32(np.abs(p).max(axis=0))).all()
+        fresh = p, lam
         v, lam = stored.T, factor.eigenvalues.double().numpy()
     for _ in range(2):
         v = 1.5 * v - 0.5 * v @ v.T @ v
-    root = v @ np.diag((lam + 1e-2 * lam.max()) ** -0.25) @ v.T
-    np.testing.assert_allclose(factor.root_off.diagonal.numpy(), np.diag(root), rtol=1e-6)
-    assert 0 < np.linalg.norm(factor.root().numpy() - root) / np.linalg.norm(root) < 0.01
+    v, lam = fresh if root == "stored" else (v, lam)
+    expected = v @ np.diag((lam + 1e-2 * lam.max()) ** -0.25) @ v.T
+    np.testing.assert_allclose(factor.root_off.diagonal.numpy(), np.diag(expected), rtol=1e-6)
+    assert 0 < np.linalg.norm(factor.root().numpy() - expected) / np.linalg.norm(expected) < 0.01
 
 
 def run(gradients: list[Tensor], **options: object) -> Tensor:

@@ -29,7 +29,7 @@ def options(every: int, root_every: int, size: int = 1024) -> PreconditionerOpti
 
 @settings(max_examples=100, deadline=None)
 @given(st.data())
-def test_first_statistics_are_never_after_the_first_root(data: st.DataObject) -> None:
+def test_roots_are_in_steps_of_statistics(data: st.DataObject) -> None:
     every, times, rest = data.draw(st.integers(1, 7)), data.draw(st.integers(1, 4)), data.draw(st.integers(0, 3))
     root_every = every * times + min(rest, every - 1)
     shapes = data.draw(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=20))
@@ -39,19 +39,20 @@ def test_first_statistics_are_never_after_the_first_root(data: st.DataObject) ->
             first_statistics, first_root = phase.statistics or every, phase.root or root_every
             assert first_statistics <= first_root
             if root_every % every == 0:
-                assert (first_root - first_statistics) % every <= 1, "roots are of statistics a step old"
+                assert (first_root - first_statistics) % every == 0
 
 
 VIT_B = [(768, 768)] * 48 + [(3072, 768), (768, 3072)] * 12 + [(1000, 768)]
 
 
 @pytest.mark.parametrize(("every", "root_every", "world_size", "most"), [
-    (10, 10, 1, 1.02), (10, 10, 8, 1.15), (100, 500, 1, 1.9), (100, 500, 4, 5.5),
+    (10, 10, 1, 1.02), (10, 10, 8, 1.35), (100, 500, 1, 1.2), (100, 500, 4, 3.4),
 ])  # fmt: skip
 def test_work_is_spread_evenly(every: int, root_every: int, world_size: int, most: float) -> None:
     """Of a ViT-B over steps and, by the choice of owners, over ranks: the most that a rank has to do in a step.
 
-    The greatest factor is half of an even share with intervals of 100 and 500 on one rank, and twice it on four.
+    The root of a factor costs a quarter of its statistics. The greatest factor alone is half of an even share with
+    intervals of 100 and 500 on one rank, and twice it on four.
     """
     given = options(every, root_every)
     phases = stagger([(View(shape), given) for shape in VIT_B])
@@ -65,24 +66,11 @@ def test_work_is_spread_evenly(every: int, root_every: int, world_size: int, mos
         for order, phase in zip((block.rows, block.columns), phases[index][block], strict=True):
             for step in range(phase.statistics, root_every, every):
                 spent[owner][step] += order**3
-            spent[owner][phase.root] += order**3
+            spent[owner][phase.root] += order**3 // 4
     mean = sum(map(sum, spent)) / root_every / world_size
     assert max(map(max, spent)) <= most * mean
-    assert world_size > 1 or max(spent[0]) <= 1.2 * statistics.median(spent[0]), "no stall"
+    assert world_size > 1 or max(spent[0]) <= 1.3 * statistics.median(spent[0]), "no stall"
     assert max(plan.loads()) <= 1.06 * sum(plan.loads()) / world_size
-
-
-def test_statistics_and_root_of_a_great_factor_are_in_different_steps() -> None:
-    """Four factors among small ones, in ten steps: eight of them have one thing to do."""
-    phases = stagger([(View(shape), options(10, 10)) for shape in ((768, 192), (192, 768), (768, 768))])
-    great = [
-        phase
-        for blocks in phases
-        for block, both in blocks.items()
-        for order, phase in zip((block.rows, block.columns), both, strict=True)
-        if order == 768
-    ]
-    assert len({phase.statistics for phase in great} | {phase.root for phase in great}) == 8
 
 
 def test_together_and_staggered_groups() -> None:
@@ -128,14 +116,14 @@ def test_intervals_of_a_group_may_change() -> None:
     """The factors are kept, and due at new steps."""
     parameter = torch.nn.Parameter(torch.zeros(12, 8))
     intervals = {"statistics_interval": 2, "root_interval": 2}
-    optimizer = Shampoo4([parameter], method="shampoo", refresh="staggered", **intervals)
+    optimizer = Shampoo4([parameter], method="shampoo", refresh="staggered", interval_warmup=False, **intervals)
     for step in range(6):
         if step == 4:
             optimizer.param_groups[0].update(statistics_interval=7, root_interval=7)
             kept = optimizer.state_dict()["state"][0]["preconditioner"]
         parameter.grad = torch.randn(12, 8)
         optimizer.step()
-        if step == 4:  # t = 5: of 7 steps, the first four have something to do
+        if step == 4:  # t = 5: of 7 steps, the first two have something to do
             assert torch.equal(optimizer.state_dict()["state"][0]["preconditioner"][16:], kept[16:])
 
 

@@ -27,6 +27,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "compact, 3 bits": {"preset": "shampoo-compact", "bits": 3},
     "compact, 8 bits": {"preset": "shampoo-compact", "bits": 8},
     "implicit roots": {"root": "implicit"},
+    "rectified roots": {"root": "rectified"},
     "staggered": {"refresh": "staggered"},
     "blocks": {"max_preconditioner_dim": 100},
     "block grafting": {"grafting": "block", "max_preconditioner_dim": 100},
@@ -115,6 +116,19 @@ def test_a_block_that_wakes_up_does_not_outweigh_the_others(options: str) -> Non
     assert found is not None
     share = float(found[:32, :32].norm() / found.norm())
     assert 0.4 < share < 0.6, share
+
+
+@pytest.mark.parametrize("root", ["stored", "rectified"])
+def test_roots_of_a_step_without_gradients_are_those_of_the_statistics_that_are_kept(root: str) -> None:
+    fast = {"statistics_interval": 1, "root_interval": 2, "shampoo_beta": 0.5, "bits": 8, "grafting": "none"}
+    gradients = torch.randn(3, 64, 64, generator=torch.Generator().manual_seed(0))
+    slept, awake = (Directions([(64, 64)], **fast, root=root) for _ in range(2))
+    for gradient in (*gradients[:2], torch.zeros(64, 64), torch.zeros(64, 64)):
+        slept.step([gradient])
+    for gradient in gradients[:2]:
+        awake.step([gradient])
+    (found,), (expected,) = slept.step([gradients[2]]), awake.step([gradients[2]])
+    assert (found - expected).norm() < 0.05 * expected.norm()  # decayed statistics differ by 0.4
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
