@@ -68,10 +68,8 @@ def main():
     total = 0.0
     for step in range(1, args.steps + 1):
         starts = torch.randint(len(text) - CONTEXT, (args.batch_size,), generator=generator).tolist()
-        rows = [
-            text[start : start + CONTEXT] for start in starts[accelerator.process_index :: accelerator.num_processes]
-        ]
-        tokens = torch.stack(rows).long().to(accelerator.device)
+        mine = starts[accelerator.process_index :: accelerator.num_processes]
+        tokens = torch.stack([text[start : start + CONTEXT] for start in mine]).long().to(accelerator.device)
         loss = model(input_ids=tokens, labels=tokens).loss
         accelerator.backward(loss)
         optimizer.step()
