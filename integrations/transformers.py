@@ -45,9 +45,8 @@ from sharded_shampoo4.base_options import base_class
 from sharded_shampoo4.names import plain_name
 from sharded_shampoo4.values import to_boolean
 
-from .accelerate import consolidate
+from .accelerate import consolidate, unwrapped
 from .trainer_logs import LogOptimizer as LogOptimizer
-from .trainer_logs import unwrapped
 from .views import grouped, views_of
 
 logger = logging.getLogger(__name__)
@@ -202,6 +201,7 @@ class PortableStates:
         inner = self._inner_optimizer()
         if inner is not None:
             inner.warn_if_short(max_steps)
+            inner._saving_is_arranged = True
         if portable:
             self._portable_load(resume_from_checkpoint)
             self._load_scaler(resume_from_checkpoint)
@@ -244,6 +244,13 @@ class ConsolidateStates(TrainerCallback):
     Under DDP the Trainer asks the main process alone for the optimizer's state. A callback that requests checkpoints by
     itself must stand before this one.
     """
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Tell the optimizer that its state will be whole."""
+        if (inner := unwrapped(kwargs["optimizer"])) is not None:
+            inner._saving_is_arranged = True
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Before a checkpoint at this step."""
