@@ -1,7 +1,7 @@
-"""How Accelerate and the Trainer of transformers will save an optimizer, found out while they call its step.
+"""Frameworks, found among the callers of an optimizer. Nothing here imports them.
 
-Under DDP they save ``state_dict()`` without :meth:`Shampoo4.consolidate_state_dict`, which fails. Nothing here imports
-them.
+Accelerate and the Trainer of transformers are looked for because under DDP they save ``state_dict()`` without
+:meth:`Shampoo4.consolidate_state_dict`, which fails.
 """
 
 from __future__ import annotations
@@ -14,7 +14,17 @@ from torch.optim import Optimizer
 
 from sharded_shampoo4.hosts import Host
 
+DEEPSPEED_ENGINE = "deepspeed.runtime.engine"
 _SAVED_IN_PARTS = ("FSDP", "DEEPSPEED")  # Accelerate's types: there every rank saves what it has
+
+
+def callers(module: str) -> Iterator[Any]:
+    """Give the objects whose methods, defined in ``module``, are running, the innermost first."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if frame.f_globals.get("__name__") == module and "self" in frame.f_locals:
+            yield frame.f_locals["self"]
 
 
 class AccelerateHost(Host):
@@ -23,10 +33,10 @@ class AccelerateHost(Host):
     @staticmethod
     def saving_advice(optimizer: Optimizer) -> str:
         """Return what to do if an Accelerator or a Trainer that is calling ``optimizer`` will fail to save it."""
-        handle = next((handle for handle in _callers("accelerate.optimizer") if handle.optimizer is optimizer), None)
+        handle = next((handle for handle in callers("accelerate.optimizer") if handle.optimizer is optimizer), None)
         if handle is None or handle.accelerator_state.distributed_type.value in _SAVED_IN_PARTS:
             return ""
-        trainer = next(_callers("transformers.trainer"), None)
+        trainer = next(callers("transformers.trainer"), None)
         if trainer is None:
             return (
                 "accelerator.save_state() will fail: each rank has a part of Shampoo4's states. Use the "
@@ -39,12 +49,3 @@ class AccelerateHost(Host):
             "the Trainer's first checkpoint will fail: each rank has a part of Shampoo4's states. Use the "
             "PortableTrainer of sharded_shampoo4.integrations.transformers, or its callback ConsolidateStates()"
         )
-
-
-def _callers(module: str) -> Iterator[Any]:
-    """Give the objects whose methods, defined in ``module``, are running."""
-    frame = sys._getframe(1)
-    while frame.f_back is not None:
-        frame = frame.f_back
-        if frame.f_globals.get("__name__") == module and "self" in frame.f_locals:
-            yield frame.f_locals["self"]

@@ -47,7 +47,7 @@ from sharded_shampoo4.values import to_boolean
 
 from .accelerate import consolidate, unwrapped
 from .trainer_logs import LogOptimizer as LogOptimizer
-from .views import grouped, views_of
+from .views import grouped, matched, views_of
 
 logger = logging.getLogger(__name__)
 
@@ -133,19 +133,12 @@ class Shampoo4Factory:
 
 
 def _excluded(model: nn.Module, exclude: str | type[nn.Module] | Iterable[str | type[nn.Module]]) -> set[str]:
-    """Return the plain names of the parameters that ``exclude`` matches, by any name of a shared one."""
-    found: set[int] = set()
-    for wanted in (exclude,) if isinstance(exclude, (str, type)) else exclude:
-        if isinstance(wanted, str):
-            named = model.named_parameters(remove_duplicate=False)
-            matched = {id(parameter) for name, parameter in named if re.search(wanted, plain_name(name))}
-        else:
-            modules = [module for module in model.modules() if isinstance(module, wanted)]
-            matched = {id(parameter) for module in modules for parameter in module.parameters()}
-        if not matched:
-            raise ValueError(f"exclude={wanted!r} matches no parameter of the model")
-        found |= matched
-    return {plain_name(name) for name, parameter in model.named_parameters() if id(parameter) in found}
+    """Return the plain names of the parameters that ``exclude`` matches."""
+    try:
+        parts = (exclude,) if isinstance(exclude, (str, type)) else exclude
+        return {name for wanted in parts for name in matched(model, wanted)}
+    except ValueError as error:
+        raise ValueError(f"exclude: {error}") from None
 
 
 class PortableStates:
