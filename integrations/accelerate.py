@@ -69,8 +69,10 @@ class PortableAccelerator(Accelerator):  # type: ignore[misc]
         sharded = [model for model in together if isinstance(model, FullyShardedDataParallel)]
         for handle in together:
             optimizer = getattr(handle, "optimizer", None)
-            if isinstance(optimizer, Shampoo4) and sharded:
-                bind(optimizer, _as_one(_models_of(optimizer, sharded) or sharded[:1]))
+            if isinstance(optimizer, Shampoo4):
+                optimizer._saving_is_arranged = True
+                if sharded:
+                    bind(optimizer, _as_one(_models_of(optimizer, sharded) or sharded[:1]))
         if self._models:
             self._portable_pairs()
         return prepared
@@ -208,6 +210,13 @@ def _as_one(models: list[Any]) -> nn.Module:
     return one
 
 
+def unwrapped(optimizer: Any) -> Shampoo4 | None:
+    """Return the Shampoo4 in the wrappers of Accelerate and DeepSpeed, if there is one."""
+    while optimizer is not None and not isinstance(optimizer, Shampoo4):
+        optimizer = getattr(optimizer, "optimizer", None)
+    return optimizer
+
+
 def consolidate(optimizer: Optimizer) -> None:
     """Collect an optimizer's state on the process that saves it, if this host needs that. Collective.
 
@@ -228,5 +237,7 @@ def consolidate_before_saving(accelerator: Accelerator, optimizer: Optimizer) ->
     def hook(models: list[nn.Module], weights: list[dict[str, Any]], output_dir: str) -> None:
         consolidate(optimizer)
 
+    if (inner := unwrapped(optimizer)) is not None:
+        inner._saving_is_arranged = True
     handle: RemovableHandle = accelerator.register_save_state_pre_hook(hook)
     return handle

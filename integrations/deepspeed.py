@@ -6,6 +6,10 @@
 
     {"optimizer": {"type": "Shampoo4", "params": {"lr": 1e-3, "weight_decay": 0.05}}, ...}
 
+``"groups"`` among the params gives some parameters other options, by patterns of their names::
+
+    "groups": [{"pattern": "embed|lm_head", "precondition": false}, {"pattern": "qkv", "split_rows": 3}]
+
 Import it before ``deepspeed.initialize`` or ``Accelerator(...)``: without the import DeepSpeed says "AssertionError:
 Shampoo4 is not a supported DeepSpeed Optimizer". An optimizer that the program makes itself works as
 well, without this import: ``deepspeed.initialize(model=model, optimizer=Shampoo4(...), ...)``; ZeRO then asks for
@@ -18,14 +22,74 @@ without a gradient get one of zeros.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
 import torch
 from deepspeed.accelerator import get_accelerator  # type: ignore[import-untyped]
 from deepspeed.ops import __compatible_ops__  # type: ignore[import-untyped]
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS  # type: ignore[import-untyped]
+from torch import nn
+from torch.optim import Optimizer
 
 from sharded_shampoo4 import Shampoo4
+from sharded_shampoo4.base_options import base_arguments, base_class
+from sharded_shampoo4.names import plain_name
+from sharded_shampoo4.options import OPTION_NAMES
+
+from .callers import DEEPSPEED_ENGINE, callers
+from .views import grouped, matched
 
 NAMES = ("Shampoo4", "shampoo4")  # DeepSpeed looks up unknown types in torch.optim
+_KNOWN = (*OPTION_NAMES, "lr", "weight_decay", "preset")  # options that are not the base optimizer's
+
+
+def shampoo4(params: Iterable[Any], groups: Sequence[Mapping[str, Any]] = (), **options: Any) -> Shampoo4:
+    """Make what ``"Shampoo4"`` in DeepSpeed's configuration stands for.
+
+    Args:
+        params: tensors or param groups, as DeepSpeed passes them.
+        groups: each a ``"pattern"``, a regular expression that is searched in parameters' names, and options for the
+            parameters that it matches. The first pattern that matches a parameter counts. Its options win over those of
+            a param group that the program has made.
+        **options: of :class:`Shampoo4`.
+
+    Raises:
+        TypeError: an option in ``groups`` that is unknown.
+        ValueError: a pattern matches no parameter, or only such as earlier patterns match.
+    """
+    if not groups:
+        return Shampoo4(params, **options)
+    model = next(callers(DEEPSPEED_ENGINE)).module
+    views = _by_name(model, groups, base_class(options.get("base", "adamw")))
+    names = {parameter: plain_name(name) for name, parameter in model.named_parameters()}
+    given = list(params)
+    made = given if isinstance(given[0], dict) else [{"params": given}]
+    parts = [
+        {**group, **part}
+        for group in made
+        for part in grouped([(names[parameter], parameter) for parameter in group["params"]], views)
+    ]
+    return Shampoo4(parts, **options)
+
+
+def _by_name(model: nn.Module, groups: Sequence[Mapping[str, Any]], base: type[Optimizer]) -> dict[str, dict[str, Any]]:
+    """Return the options that ``groups`` give to parameters, by plain names."""
+    found: dict[str, dict[str, Any]] = {}
+    for entry in groups:
+        options = {name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()}
+        pattern = options.pop("pattern", None)
+        if not isinstance(pattern, str):
+            raise ValueError(f'groups: each needs a "pattern", a regular expression, got {dict(entry)!r}')
+        base_arguments(base, 0.0, 0.0, {name: value for name, value in options.items() if name not in _KNOWN})
+        try:
+            names = matched(model, pattern) - found.keys()
+        except ValueError as error:
+            raise ValueError(f"groups: {error}") from None
+        if not names:
+            raise ValueError(f"groups: {pattern!r} matches only parameters that earlier patterns match")
+        found |= dict.fromkeys(names, options)
+    return found
 
 
 def register() -> None:
@@ -35,12 +99,12 @@ def register() -> None:
         RuntimeError: torch.optim has another optimizer of this name.
     """
     for name in NAMES:
-        existing = getattr(torch.optim, name, Shampoo4)
-        if existing is not Shampoo4:
+        existing = getattr(torch.optim, name, shampoo4)
+        if existing is not shampoo4:
             raise RuntimeError(
                 f"torch.optim.{name} is {existing!r}: this name in a DeepSpeed configuration means that one"
             )
-        setattr(torch.optim, name, Shampoo4)
+        setattr(torch.optim, name, shampoo4)
     if Shampoo4 not in ZERO_SUPPORTED_OPTIMIZERS:
         ZERO_SUPPORTED_OPTIMIZERS.append(Shampoo4)
 

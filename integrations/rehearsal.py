@@ -19,6 +19,7 @@ import contextlib
 import logging
 import math
 import os
+import warnings
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -75,6 +76,18 @@ def rehearse_on_cpu(timeout: timedelta | None = None) -> bool:
     if state.is_main_process:
         logger.warning(f"No accelerator here: rehearsing on the CPU, {_processes(state.num_processes)} over gloo")
     return True
+
+
+def quiet() -> None:
+    """Leave out warnings that nobody who starts a launch script can act on. Call it before anything else.
+
+    DeepSpeed and FSDP1 call functions that torch 2.13 calls deprecated, FSDP2 warns of the view that a ViT's embedding
+    returns, and DeepSpeed says that it has found no accelerator, which :func:`rehearse_on_cpu` says too.
+    """
+    warnings.filterwarnings("ignore", message="`torch.distributed.* is deprecated", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def adjust_deepspeed(accelerator: Accelerator, gradient_clipping: float) -> bool:

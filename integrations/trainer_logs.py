@@ -13,6 +13,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from sharded_shampoo4 import Shampoo4
 
+from .accelerate import unwrapped
+
 _WORST = {
     "orthogonality_error": max,
     "rectified_error": max,
@@ -135,10 +137,3 @@ def _now(optimizer: Optimizer) -> Any:
     event = torch.Event(device, enable_timing=True)
     event.record()
     return event
-
-
-def unwrapped(optimizer: Any) -> Shampoo4 | None:
-    """Return the Shampoo4 in the wrappers of Accelerate and DeepSpeed, if there is one."""
-    while optimizer is not None and not isinstance(optimizer, Shampoo4):
-        optimizer = getattr(optimizer, "optimizer", None)
-    return optimizer

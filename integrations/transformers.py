@@ -45,10 +45,9 @@ from sharded_shampoo4.base_options import base_class
 from sharded_shampoo4.names import plain_name
 from sharded_shampoo4.values import to_boolean
 
-from .accelerate import consolidate
+from .accelerate import consolidate, unwrapped
 from .trainer_logs import LogOptimizer as LogOptimizer
-from .trainer_logs import unwrapped
-from .views import grouped, views_of
+from .views import grouped, matched, views_of
 
 logger = logging.getLogger(__name__)
 
@@ -134,19 +133,12 @@ class Shampoo4Factory:
 
 
 def _excluded(model: nn.Module, exclude: str | type[nn.Module] | Iterable[str | type[nn.Module]]) -> set[str]:
-    """Return the plain names of the parameters that ``exclude`` matches, by any name of a shared one."""
-    found: set[int] = set()
-    for wanted in (exclude,) if isinstance(exclude, (str, type)) else exclude:
-        if isinstance(wanted, str):
-            named = model.named_parameters(remove_duplicate=False)
-            matched = {id(parameter) for name, parameter in named if re.search(wanted, plain_name(name))}
-        else:
-            modules = [module for module in model.modules() if isinstance(module, wanted)]
-            matched = {id(parameter) for module in modules for parameter in module.parameters()}
-        if not matched:
-            raise ValueError(f"exclude={wanted!r} matches no parameter of the model")
-        found |= matched
-    return {plain_name(name) for name, parameter in model.named_parameters() if id(parameter) in found}
+    """Return the plain names of the parameters that ``exclude`` matches."""
+    try:
+        parts = (exclude,) if isinstance(exclude, (str, type)) else exclude
+        return {name for wanted in parts for name in matched(model, wanted)}
+    except ValueError as error:
+        raise ValueError(f"exclude: {error}") from None
 
 
 class PortableStates:
@@ -202,6 +194,7 @@ class PortableStates:
         inner = self._inner_optimizer()
         if inner is not None:
             inner.warn_if_short(max_steps)
+            inner._saving_is_arranged = True
         if portable:
             self._portable_load(resume_from_checkpoint)
             self._load_scaler(resume_from_checkpoint)
@@ -244,6 +237,13 @@ class ConsolidateStates(TrainerCallback):
     Under DDP the Trainer asks the main process alone for the optimizer's state. A callback that requests checkpoints by
     itself must stand before this one.
     """
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Tell the optimizer that its state will be whole."""
+        if (inner := unwrapped(kwargs["optimizer"])) is not None:
+            inner._saving_is_arranged = True
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Before a checkpoint at this step."""

@@ -11,6 +11,7 @@ For models of transformers, whose configuration tells the number of heads, and f
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -54,6 +55,31 @@ def grouped(named: Iterable[tuple[str, nn.Parameter]], views: Mapping[str, Mappi
             said = ", ".join(f"{name}={value}" for name, value in options)
             logger.info(f"{said}: {len(members)} parameters ({shorten(name for name, _ in members)})")
     return [{"params": members, **dict(options)} for options, members in groups.items() if members]
+
+
+def matched(model: nn.Module, wanted: str | type[nn.Module]) -> set[str]:
+    """Return the plain names of the parameters that ``wanted`` matches.
+
+    Args:
+        model: wrapped or not.
+        wanted: a regular expression that is searched in names, in any name of a shared parameter; or a type of module.
+
+    Raises:
+        ValueError: it matches no parameter, or is no regular expression.
+    """
+    if isinstance(wanted, str):
+        try:
+            pattern = re.compile(wanted)
+        except re.error as error:
+            raise ValueError(f"{wanted!r} is no regular expression: {error}") from None
+        named = model.named_parameters(remove_duplicate=False)
+        found = {id(parameter) for name, parameter in named if pattern.search(plain_name(name))}
+    else:
+        modules = [module for module in model.modules() if isinstance(module, wanted)]
+        found = {id(parameter) for module in modules for parameter in module.parameters()}
+    if not found:
+        raise ValueError(f"{wanted!r} matches no parameter of the model")
+    return {plain_name(name) for name, parameter in model.named_parameters() if id(parameter) in found}
 
 
 def views_of(model: nn.Module, heads: bool = False) -> dict[str, dict[str, Any]]:

@@ -18,7 +18,6 @@ DeepSpeed: :mod:`.deepspeed` does.
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -31,6 +30,8 @@ from torch.optim import Optimizer
 from sharded_shampoo4.hosts import FlatTensor, Host
 from sharded_shampoo4.planning.shards import Shard, make_shard
 from sharded_shampoo4.values import to_integer
+
+from .callers import DEEPSPEED_ENGINE, callers
 
 
 class Fragment(NamedTuple):
@@ -289,14 +290,8 @@ def _find_engine(optimizer: Optimizer) -> Any:
 
     An engine keeps its optimizer, but neither the optimizer nor the parameters tell of their engine.
     """
-    frame = sys._getframe(1)
-    while frame.f_back is not None:
-        frame = frame.f_back
-        if frame.f_globals.get("__name__") == "deepspeed.runtime.engine":
-            engine = frame.f_locals.get("self")
-            if getattr(engine, "basic_optimizer", None) is optimizer:
-                return engine
-    return None
+    engines = (engine for engine in callers(DEEPSPEED_ENGINE) if getattr(engine, "basic_optimizer", None) is optimizer)
+    return next(engines, None)
 
 
 def refuse_untested(engine: Any) -> None:

@@ -24,16 +24,17 @@ import json
 import statistics
 import subprocess
 import sys
+import textwrap
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from plots import LIGHT_GRAY, SERIES, format_bytes, label_logarithms, picture
+from plots import BLUE, GRAY, LIGHT_GRAY, ORANGE, RED, SERIES, format_bytes, label_logarithms, picture
 from rich.console import Console
 from rich.table import Table
 from vit.optim import OPTIMIZERS as NAMED
-from vit.report import read_lines
+from vit.report import read_lines, subject, whole_intervals
 
 TRAIN = Path(__file__).with_name("train_vit.py")
 
@@ -76,6 +77,9 @@ _WORDS: dict[tuple[str, Any], str] = {
     ("refresh", "staggered"): "staggered",
     ("matmul_dtype", "bfloat16"): "bfloat16 products",
 }
+
+# An optimizer has one color in all pictures; variants take those that are left.
+_COLORS = {"AdamW": GRAY, "32-bit Shampoo": BLUE, "SOAP in 8-bit bases, bfloat16 moments": RED, "4-bit Shampoo": ORANGE}
 
 Runs = dict[str, dict[int, dict[str, Any]]]  # label -> seed -> results
 
@@ -180,11 +184,11 @@ def print_table(runs: Runs) -> None:
 
 def draw(runs: Runs, path: Path) -> None:
     """Training loss by step and by time, accuracy by epoch (means over seeds, in bands of all), and state bytes."""
-    with picture(path, 2, 2, size=(13, 8.5)) as (_, panels):
+    with picture(path, 2, 2, size=(13, 8.5)) as (figure, panels):
         by_step, by_time, by_epoch, bars = panels.flat
-        colors = list(itertools.islice(itertools.cycle(SERIES), len(runs)))
+        colors = colors_of(runs)
         for (label, seeds), color in zip(runs.items(), colors, strict=True):
-            logs = [read_lines(run["folder"] / "metrics.jsonl") for run in seeds.values()]
+            logs = [whole_intervals(read_lines(run["folder"] / "metrics.jsonl")) for run in seeds.values()]
             steps, losses = _together(logs, "step", "loss")
             seconds = statistics.mean(run["total_seconds"] for run in seeds.values()) / steps[-1]
             _band(by_step, steps, losses, color, label)
@@ -193,17 +197,33 @@ def draw(runs: Runs, path: Path) -> None:
         for panel, name in ((by_step, "step"), (by_time, "seconds, all things included")):
             panel.set(xlabel=name, ylabel="training loss", xlim=(0, None), yscale="log")
             label_logarithms(panel)
-        by_epoch.set(xlabel="epoch", ylabel="accuracy on the evaluation images")
+        by_epoch.set(xlabel="epoch", ylabel="accuracy on the evaluation images", xlim=(0, None))
         by_step.legend(fontsize=9)
 
         held = {label: next(iter(seeds.values()))["state_bytes"] for label, seeds in runs.items()}
         base, own = ([value[key] / 1e6 for value in held.values()] for key in ("base", "preconditioner"))
-        bars.barh(list(held), base, color=LIGHT_GRAY, label="base optimizer")
-        bars.barh(list(held), own, left=base, color=colors)
-        bars.legend(loc="lower right", bbox_to_anchor=(1, 1))
+        labels = [textwrap.fill(label, 18) for label in held]
+        bars.barh(labels, base, color=LIGHT_GRAY)
+        bars.barh(labels, own, left=base, color=colors)
         bars.invert_yaxis()
         bars.grid(visible=False)
-        bars.set(xlabel="MB of optimizer state")
+        bars.set(xlabel="MB of optimizer state; gray: of the base optimizer")
+        figure.suptitle(heading(runs))
+
+
+def colors_of(runs: Runs) -> list[str]:
+    """A color for each label: its own if it has one, whatever stands beside it."""
+    left = itertools.cycle(color for color in SERIES if color not in _COLORS.values())
+    return [_COLORS.get(next(iter(seeds.values()))["name"]) or next(left) for seeds in runs.values()]
+
+
+def heading(runs: Runs) -> str:
+    """Data set, model and seeds of all runs."""
+    every = [run for seeds in runs.values() for run in seeds.values()]
+    subjects = list(dict.fromkeys(map(subject, every)))
+    seeds = sorted({seed for seeds in runs.values() for seed in seeds})
+    said = f"mean and range of seeds {', '.join(map(str, seeds))}" if seeds[1:] else f"seed {seeds[0]}"
+    return f"{'; '.join(subjects)} ({said})"
 
 
 def _together(logs: Sequence[list[dict[str, Any]]], key: str, value: str) -> tuple[list[float], list[list[float]]]:
@@ -214,7 +234,8 @@ def _together(logs: Sequence[list[dict[str, Any]]], key: str, value: str) -> tup
 
 
 def _band(panel: Any, places: Sequence[float], values: Sequence[Sequence[float]], color: str, label: str) -> None:
-    panel.plot(places, [statistics.mean(v) for v in values], color=color, label=label)
+    marker = "" if len(places) > 1 else "o"
+    panel.plot(places, [statistics.mean(v) for v in values], color=color, label=label, marker=marker)
     panel.fill_between(places, [min(v) for v in values], [max(v) for v in values], color=color, alpha=0.15)
 
 

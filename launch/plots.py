@@ -12,8 +12,9 @@ from typing import Any
 from rich.table import Table
 
 RED, BLUE, GRAY = "#c8452d", "#2a6fbb", "#5f6b76"  # RED is for this project's own optimizer where others are beside it
+ORANGE = "#d9a441"
 LIGHT_GRAY = "#b9c2cb"  # of bars that are context
-SERIES = (GRAY, BLUE, RED, "#d9a441", "#7a5195", "#3a9e6f", "#b0547f", "#6b7a1f", "#1f8a9e", "#9e6b3a")
+SERIES = (GRAY, BLUE, RED, ORANGE, "#7a5195", "#3a9e6f", "#b0547f", "#6b7a1f", "#1f8a9e", "#9e6b3a")
 
 _STYLE: dict[Any, Any] = {
     "font.size": 11,
@@ -69,9 +70,18 @@ def format_bytes(count: float) -> str:
 
 
 def label_logarithms(panel: Any) -> None:
-    """Label a logarithmic y axis, once everything is drawn: powers of ten, and over a short range 2 and 5 between."""
+    """Label a logarithmic y axis, once everything is drawn.
+
+    Over two powers of ten the labels are powers of ten, over one of them also 2 and 5 between. Over less they are as
+    on a linear axis.
+    """
+    from matplotlib.ticker import MaxNLocator, NullLocator
+
     low, high = panel.get_ylim()
     between = "25" if high / low < 100 else ""
+    if high / low < 10:
+        panel.yaxis.set_major_locator(MaxNLocator(6))
+        panel.yaxis.set_minor_locator(NullLocator())
     panel.yaxis.set_major_formatter("{x:g}")
     panel.yaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in between else "")
     panel.grid(which="both")

@@ -27,7 +27,7 @@ from transformers import EvalPrediction, HfArgumentParser, TrainingArguments, Vi
 from transformers.trainer_utils import set_seed
 
 from sharded_shampoo4.arguments import Shampoo4Arguments
-from sharded_shampoo4.integrations.rehearsal import describe_distribution, inner_optimizer, rehearse_on_cpu
+from sharded_shampoo4.integrations.rehearsal import describe_distribution, inner_optimizer, quiet, rehearse_on_cpu
 from sharded_shampoo4.integrations.transformers import PortableTrainer, shampoo4
 
 
@@ -89,6 +89,7 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
 def main() -> None:
     """Train, and print the accuracy on the evaluation images."""
     logging.basicConfig(level=logging.WARNING)
+    quiet()
     example, shampoo, args = parse_args()
     set_seed(args.seed)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}

@@ -24,6 +24,7 @@ from .planning.shards import Shard
 ADAPTERS: list[str | type[Host]] = [
     "sharded_shampoo4.integrations.zero:ZeroHost",
     "sharded_shampoo4.integrations.fsdp:FSDP1Host",
+    "sharded_shampoo4.integrations.callers:AccelerateHost",
 ]
 
 
@@ -73,6 +74,11 @@ class Host:
     @staticmethod
     def reshard(model: nn.Module) -> None:
         """Give up whole weights that a forward pass without gradients has left in the shards' place."""
+
+    @staticmethod
+    def saving_advice(optimizer: Optimizer) -> str:
+        """Return what to do if the framework that is calling ``optimizer`` will fail to save it; empty otherwise."""
+        return ""
 
     # -- about one parameter -------------------------------------------------------------------------------------------
 
@@ -186,6 +192,11 @@ def reshard(model: nn.Module) -> None:
     """Give up whole weights that a forward pass without gradients has left: the shards are what counts."""
     for adapter in adapters():
         adapter.reshard(model)
+
+
+def saving_advice(optimizer: Optimizer) -> str:
+    """Return what to do if a framework that is calling ``optimizer`` will fail to save it; empty otherwise."""
+    return next((advice for adapter in adapters() if (advice := adapter.saving_advice(optimizer))), "")
 
 
 def name_parts() -> set[str]:

@@ -18,7 +18,7 @@ from .base import Base
 from .base_options import check_group, expand_preset
 from .context import own_arithmetic
 from .distributor import Distributor
-from .hosts import Host
+from .hosts import Host, saving_advice
 from .joining import Joinable, notify
 from .members import Members
 from .options import (
@@ -300,13 +300,14 @@ class Shampoo4(SavedStates):
     def _together_at_first(self, distributor: Distributor) -> Iterator[None]:
         """Raise on every rank what a first base step raises on one: it takes the memory for the base's states.
 
-        What is to be said of the training's length is said here too: warnings may be errors.
+        Warnings that depend on the framework are given here too: they may be errors.
         """
         if distributor.has_stepped:
             yield
             return
         with distributor.ranks.together():
             self._take_length_of_host()
+            self._warn_of_saving()
             yield
         distributor.has_stepped = True
 
@@ -314,6 +315,14 @@ class Shampoo4(SavedStates):
         total_steps = self.host.total_steps
         if total_steps is not None and self._advice is not None and self._advice.total_steps is None:
             self.warn_if_short(total_steps)
+
+    def _warn_of_saving(self) -> None:
+        ranks = self._session.ranks
+        if self._saving_is_arranged or not self._session.spread or ranks is None or ranks.rank != 0:
+            return
+        if advice := saving_advice(self):
+            self._saving_is_arranged = True  # say it once
+            report.warn(advice)
 
     def _is_dry_step(self, distributor: Distributor) -> bool:
         """Whether this is a framework's step with zero gradients, made so that the optimizer creates its states."""

@@ -28,6 +28,7 @@ class SavedStates(SteppingTogether):
     _members: Members
     _advice: Advice | None
     _consolidated: dict[Tensor, Tensor]  # all factors, until the next step
+    _saving_is_arranged = False  # by an adapter, which consolidates the state before it is saved, or saves it otherwise
 
     @property
     def host(self) -> Host:

@@ -125,7 +125,8 @@ def packed_factors(session: Session, everywhere: bool) -> dict[Tensor, Tensor]:
         if fresh is None:
             raise RuntimeError(
                 "the factors of Shampoo4 are spread over ranks: call optimizer.consolidate_state_dict() on every "
-                "rank before state_dict()"
+                "rank before state_dict(), or use sharded_shampoo4.checkpoint. With a Trainer use PortableTrainer, "
+                "with an Accelerator PortableAccelerator (sharded_shampoo4.integrations)"
             )
         return fresh
     session.begin("state_dict()")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import warnings
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -15,7 +14,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from transformers import PreTrainedModel
 
 from sharded_shampoo4.integrations.accelerate import PortableAccelerator
-from sharded_shampoo4.integrations.rehearsal import rehearse_on_cpu
+from sharded_shampoo4.integrations.rehearsal import quiet, rehearse_on_cpu
 from vit.model import LAYERS
 
 if TYPE_CHECKING:
@@ -26,8 +25,7 @@ def make_accelerator(args: TrainingArguments) -> Accelerator:
     """Make the accelerator. Only the main process writes log messages."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("train_vit").setLevel(logging.INFO)
-    # Of ViT's patch embeddings under FSDP2; nothing is done to them in place.
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    quiet()
     if args.deepspeed_config:
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"  # as accelerate launch says it
         os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = args.deepspeed_config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import resource
@@ -95,13 +96,31 @@ def title(results: dict[str, Any]) -> str:
     """Name the model, the data set and the optimizer, which DeepSpeed's configuration may name."""
     options, by_deepspeed = results["options"], results["deepspeed_optimizer"]
     name = f"{by_deepspeed['type']} of DeepSpeed's configuration" if by_deepspeed else options["optimizer"]
+    return f"{subject(results)}, {name}"
+
+
+def subject(results: dict[str, Any]) -> str:
+    """Name the model and the data set."""
+    options = results["options"]
     source = options["dataset_name"] or options["dataset_path"] or options["train_dir"]
-    return f"{options['model'] or 'model'} on {Path(source).name if Path(source).is_dir() else source}, {name}"
+    return f"{options['model'] or 'model'} on {Path(source).name if Path(source).is_dir() else source}"
+
+
+def whole_intervals(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Leave out training losses that are means over fewer steps than others, such as a run's last ones.
+
+    >>> [line["step"] for line in whole_intervals([{"step": step, "loss": 1.0} for step in (10, 20, 24)])]
+    [10, 20]
+    """
+    steps = [0, *(line["step"] for line in lines if "loss" in line)]
+    lengths = {step: step - before for before, step in itertools.pairwise(steps)}
+    longest = max(lengths.values(), default=0)
+    return [line for line in lines if "loss" not in line or lengths[line["step"]] == longest]
 
 
 def plot_curves(lines: list[dict[str, Any]], path: Path, title: str) -> None:
     """Draw training and evaluation loss, evaluation accuracy and learning rate over the steps, as a PNG."""
-    train = [line for line in lines if "loss" in line]
+    train = whole_intervals([line for line in lines if "loss" in line])
     evals = [line for line in lines if "eval_loss" in line]
     with picture(path, columns=3) as (figure, (loss, accuracy, rate)):
         _draw(loss, train, "loss", "training", BLUE, marker="")
@@ -150,7 +169,8 @@ def plot_health(lines: list[dict[str, Any]], path: Path, title: str) -> None:
         eigenvalues.set_title("eigenvalues of the statistics")
         eigenvalues.legend()
         failures.plot(steps, over_steps("failures", max), "o-", color=RED)
-        failures.set(title="failed updates in a row, worst", ylim=(0, None))
+        failures.set(title="failed updates in a row, worst", ylim=(0, max(1, failures.get_ylim()[1])))
+        failures.yaxis.get_major_locator().set_params(integer=True)
         for axes in (errors, eigenvalues, failures):
             axes.set_xlabel("step")
         figure.suptitle(title)

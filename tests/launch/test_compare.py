@@ -11,6 +11,8 @@ from support import forked  # launching finds launch/
 
 # isort: split
 import compare
+import plots
+from vit import report
 from vit.args import parse_args
 from vit.optim import build_optimizer  # all found through launching
 
@@ -62,3 +64,48 @@ def test_every_variant_has_a_name_of_its_own() -> None:
         ]
         labels = list(map(compare.label_of, found))
         assert len(set(labels)) == len(labels), labels
+
+
+def made(label: str, seed: int = 0) -> dict[str, object]:
+    return {"name": label, "options": {"model": "vit-digits", "dataset_name": "digits", "seed": seed}}
+
+
+def test_an_optimizer_keeps_its_color() -> None:
+    labels = ["AdamW", "32-bit Shampoo", "4-bit Shampoo", "4-bit Shampoo, naive", "SGD"]
+    ours = "SOAP in 8-bit bases, bfloat16 moments"
+    every = {label: {0: made(label)} for label in [*labels, ours]}
+    colors = dict(zip(every, compare.colors_of(every), strict=True))
+    assert len(set(colors.values())) == len(colors) and colors[ours] == plots.RED
+    for chosen in (["AdamW", ours], [ours, "4-bit Shampoo"]):
+        assert compare.colors_of({label: every[label] for label in chosen}) == [colors[label] for label in chosen]
+
+
+def test_the_picture_says_what_it_is_of() -> None:
+    both = {label: {seed: made(label, seed) for seed in (0, 3)} for label in ("AdamW", "SGD")}
+    assert compare.heading(both) == "vit-digits on digits (mean and range of seeds 0, 3)"
+    assert compare.heading({"AdamW": {2: made("AdamW", 2)}}) == "vit-digits on digits (seed 2)"
+
+
+def test_a_mean_over_fewer_steps_is_left_out() -> None:
+    logged = [{"step": step, "loss": 1.0} for step in (10, 20, 24, 34)]  # stopped at 24 and resumed
+    lines = [*logged[:3], {"step": 24, "eval_loss": 1.0}, logged[3]]
+    assert report.whole_intervals(lines) == [*logged[:2], lines[3], logged[3]]
+    assert report.whole_intervals([logged[2]]) == [logged[2]] and report.whole_intervals([]) == []
+
+
+@pytest.mark.parametrize("top", [1.02, 1.6, 2.9, 8.0, 30.0, 200.0, 5e3, 1e6])
+@pytest.mark.parametrize("bottom", [0.0013, 1.2])
+def test_logarithmic_axes_have_a_few_labels(tmp_path: Path, bottom: float, top: float) -> None:
+    with plots.picture(tmp_path / "x.png") as (figure, panel):
+        panel.plot([0, 1], [bottom, bottom * top])
+        panel.set_yscale("log")
+        plots.label_logarithms(panel)
+        figure.canvas.draw()
+        low, high = panel.get_ylim()
+        labels = [
+            label.get_text()
+            for minor in (False, True)
+            for label, place in zip(panel.get_yticklabels(minor=minor), panel.get_yticks(minor=minor), strict=True)
+            if low <= place <= high and label.get_text()
+        ]
+    assert 2 <= len(labels) <= 9 and len(set(labels)) == len(labels), labels

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import configparser
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from email.parser import Parser
 from pathlib import Path
 
 import pytest
+import torch
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
@@ -100,6 +102,32 @@ def test_the_wheel(wheel: Path) -> None:
     expected |= {f"sharded_shampoo4/integrations/{path.name}" for path in (ROOT / "integrations").glob("*.py")}
     assert modules == expected and "sharded_shampoo4/py.typed" in names
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"sharded_shampoo4"}
+
+
+def test_the_memory_of_a_configuration_from_the_wheel(wheel: Path, tmp_path: Path) -> None:
+    """As users of the wheel run it, who have no launch scripts."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(hidden_size=96, num_hidden_layers=1, architectures=["ViTForImageClassification"])
+    config.save_pretrained(tmp_path)
+    installed = tmp_path / "installed"
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(installed), str(wheel)],
+        check=True,
+    )
+    command = [sys.executable, "-m", "sharded_shampoo4.integrations.memory", str(tmp_path)]
+
+    def run(*options: str) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "PYTHONPATH": str(installed)}
+        return subprocess.run([*command, *options], cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    found = run("--world_size", "2", "preset=compact", "--host", "zero3")
+    assert found.returncode == 0, found.stderr
+    with torch.device("meta"):
+        model = transformers.ViTForImageClassification(config)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    assert str(sharded_shampoo4.estimate_memory(shapes, 2, host="zero3", preset="compact")) in found.stdout
+    wrong = run("bit=3")
+    assert wrong.returncode == 2 and "did you mean 'bits'?" in wrong.stderr
 
 
 def declared() -> dict[str, SpecifierSet]:
