@@ -56,7 +56,8 @@ def shampoo4(params: Iterable[Any], groups: Sequence[Mapping[str, Any]] = (), **
 
     Raises:
         TypeError: an option in ``groups`` that is unknown.
-        ValueError: a pattern matches no parameter, or only such as earlier patterns match.
+        ValueError: a pattern matches no parameter, or only such as earlier patterns match; a tensor that is not in the
+            model.
     """
     if not groups:
         return Shampoo4(params, **options)
@@ -65,6 +66,8 @@ def shampoo4(params: Iterable[Any], groups: Sequence[Mapping[str, Any]] = (), **
     names = {parameter: plain_name(name) for name, parameter in model.named_parameters()}
     given = list(params)
     made = given if isinstance(given[0], dict) else [{"params": given}]
+    if any(parameter not in names for group in made for parameter in group["params"]):
+        raise ValueError("groups: the param groups have a tensor that is no parameter of the model, so it has no name")
     parts = [
         {**group, **part}
         for group in made

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 REPORTED = (
-    "vit-small", "vit-base", "vit-large", "vit-huge", "vit-giant", "vit-22b", "swin-tiny", "llama-1b", "llama-8b",
+    "vit-small", "vit-base", "vit-large", "vit-huge", "vit-giant", "swin-tiny", "llama-1b",
 )  # fmt: skip
 GB = 10**9
 

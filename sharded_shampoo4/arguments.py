@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import field, fields, make_dataclass
 from typing import Any, get_args, get_origin
 
-from .options import DEFAULTS, HELP, PRESET_HELP, TYPES, Preset
+from .options import DEFAULTS, HELP, TYPES, Preset
+from .presets import PRESET_HELP
 
 
 def _field(name: str, kind: Any, help: str, default: Any) -> tuple[str, Any, Any]:

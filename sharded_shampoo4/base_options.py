@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .options import DEFAULTS, OPTION_NAMES, UNUSED_BY, PreconditionerOptions, apply_preset, chosen_intervals
+from .options import DEFAULTS, OPTION_NAMES, UNUSED_BY, PreconditionerOptions, chosen_intervals
+from .presets import apply_preset
 from .values import like, not_negative, to_number, to_word
 
 if TYPE_CHECKING:

@@ -14,11 +14,12 @@ from .base import Base
 from .base_options import refuse_ignored
 from .comm.exchange import wire_dtype
 from .numerics.matrix import Matrix
-from .options import OPTION_NAMES, PreconditionerOptions, apply_preset
+from .options import OPTION_NAMES, PreconditionerOptions
 from .planning.plan import Plan
 from .planning.schedule import stagger
 from .planning.shards import Shard
 from .planning.views import matrix_view
+from .presets import apply_preset
 from .report import format_bytes, table
 
 _HOSTS = ("none", "ddp", "fsdp2", "hsdp", "zero0", "zero1", "zero2", "zero3")

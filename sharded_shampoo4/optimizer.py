@@ -22,7 +22,6 @@ from .hosts import Host, saving_advice
 from .joining import Joinable, notify
 from .members import Members
 from .options import (
-    PRESETS,
     Bits,
     CodeBook,
     GraftingScope,
@@ -39,9 +38,9 @@ from .options import (
     ScaleDtype,
     SecondMomentDtype,
     Split,
-    takes_preset,
 )
 from .placement import check_process_group, local_tensor
+from .presets import PRESETS, takes_preset
 from .saving import SavedStates
 from .session import Session
 from .state_dict import FORMAT_VERSION, VERSION_KEY

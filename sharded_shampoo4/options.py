@@ -1,5 +1,5 @@
 # ruff: noqa: RUF009 (fields are made by a function)
-"""The preconditioner's options: the one place of their names, types, defaults, descriptions, checks and presets.
+"""The preconditioner's options: the one place of their names, types, defaults, descriptions and checks.
 
 The signature and docstring of :class:`Shampoo4`, the tables of README.md and launch/hyperparameters.md and the command
 lines follow this file; ``tests/unit/test_options.py`` compares them.
@@ -8,11 +8,10 @@ lines follow this file; ``tests/unit/test_options.py`` compares them.
 from __future__ import annotations
 
 import functools
-import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 
@@ -358,49 +357,6 @@ def chosen_intervals(method: Any, given: Mapping[str, Any], total_steps: Any = N
     return {"statistics_interval": nearest, "root_interval": suited} | own
 
 
-PRESET_HELP = (
-    'Options to begin with: "compact", the smallest state, with eigenbases in 4 bits; the "paper"\'s, with '
-    'method="shampoo"; "shampoo-compact", the smallest state with that method. An option that is given beside it wins.'
-)
-PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {
-        "method": "shampoo",
-        "bits": 4,
-        "quantize": "eigenbasis",
-        "codebook": "linear2",
-        "quant_block_size": 64,
-        "min_quant_numel": 4096,
-        "shampoo_beta": 0.95,
-        "matrix_eps": 1e-6,
-        "statistics_interval": 100,
-        "root_interval": 500,
-        "interval_warmup": False,
-        "root": "rectified",
-        "rectify_steps": (1, 4),
-        "max_preconditioner_dim": 1200,
-        "max_aspect": 0,
-        "split": "remainder",
-        "grafting": "parameter",
-    },
-    "compact": {
-        "method": "soap",
-        "bits": 4,
-        "momentum_dtype": "int8",
-        "second_moment_dtype": "factored",
-    },
-    "shampoo-compact": {
-        "method": "shampoo",
-        "bits": 4,
-        "quantize": "eigenbasis",
-        "codebook": "normal",
-        "quant_block_size": 64,
-        "scale_dtype": "bfloat16",
-        "root": "implicit",
-        "rectify_steps": (1, 1),
-    },
-}
-
-
 # Defaults of a method that are not those of the signature.
 METHODS: dict[str, dict[str, Any]] = {
     "shampoo": {
@@ -415,57 +371,3 @@ METHODS: dict[str, dict[str, Any]] = {
 _BEFORE |= {**METHODS["shampoo"], "rectify_steps": (1, 4), "refresh_dtype": "float64"}
 FORMER_CUTTING = {"split": "even", "max_aspect": 0, "batch_dims": 0, "split_rows": ()}  # of what knew no such options
 _BEFORE |= FORMER_CUTTING
-
-
-def apply_preset(given: Mapping[str, Any], method: str = DEFAULTS["method"]) -> dict[str, Any]:
-    """Add to the ``given`` options those of their ``"preset"``, and the defaults of their method.
-
-    Options that are given themselves win over both.
-
-    Args:
-        given: options, and perhaps a preset, which is taken out.
-        method: of options that give none, whose defaults are there already.
-
-    >>> apply_preset({"preset": "paper", "lr": 0.1}) == {**METHODS["shampoo"], **PRESETS["paper"], "lr": 0.1}
-    True
-    >>> apply_preset({"bits": 4})
-    {'rectify_steps': (1, 1), 'protect': True, 'bits': 4}
-
-    Raises:
-        ValueError: there is no such preset.
-    """
-    options = dict(given)
-    preset = to_word(options.pop("preset", None))
-    if preset is not None:
-        refuse_auto("preset", preset, "compact")
-        choose("preset", preset, get_args(Preset))
-        options = {**PRESETS[preset], **options}
-    chosen = to_word(options.get("method", method))
-    defaults: dict[str, Any] = {}
-    if isinstance(chosen, str) and chosen in METHODS and chosen != method:
-        defaults = {name: DEFAULTS[name] for name in METHODS[method]} | METHODS[chosen]
-    bits = to_integer(options.get("bits"))
-    if chosen == "soap" and isinstance(bits, int):
-        defaults |= {"rectify_steps": (1, 1) if bits < 8 else (0, 0), "protect": bits < 8}
-    return {**defaults, **options}
-
-
-_Constructor = TypeVar("_Constructor", bound=Callable[..., None])
-
-
-def takes_preset(constructor: _Constructor) -> _Constructor:
-    """Wrap a constructor: options that a call does not give are those of its ``preset``, where that has them.
-
-    Parsers of command lines, such as LightningCLI's, give every option there is. In a call that does, options with the
-    default value count as not given.
-    """
-    parameters = inspect.signature(constructor).parameters.values()
-    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-
-    @functools.wraps(constructor)
-    def constructed(*args: Any, **options: Any) -> None:
-        if defaults.keys() <= options.keys():
-            options = {k: value for k, value in options.items() if k not in defaults or value != defaults[k]}
-        constructor(*args, **apply_preset(options))
-
-    return cast(_Constructor, constructed)

@@ -20,9 +20,10 @@ from sharded_shampoo4.base import Base
 from sharded_shampoo4.comm.exchange import wire_dtype
 from sharded_shampoo4.memory import base_sizes, copies_of, shard_all
 from sharded_shampoo4.numerics.matrix import Matrix
-from sharded_shampoo4.options import PreconditionerOptions, apply_preset
+from sharded_shampoo4.options import PreconditionerOptions
 from sharded_shampoo4.planning.plan import Plan, PlannedMatrix
 from sharded_shampoo4.planning.routes import Part, Routes, Way
+from sharded_shampoo4.presets import apply_preset
 
 from .measure import Row
 

@@ -12,7 +12,8 @@ from plots import number_table, write_json
 from rich.console import Console
 
 from sharded_shampoo4.numerics.matrix import Matrix
-from sharded_shampoo4.options import PreconditionerOptions, apply_preset
+from sharded_shampoo4.options import PreconditionerOptions
+from sharded_shampoo4.presets import apply_preset
 
 from .blocks import blocks_of, step_flops
 from .measure import Row

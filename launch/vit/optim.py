@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from sharded_shampoo4 import Shampoo4, estimate_memory
-from sharded_shampoo4.options import DEFAULTS, apply_preset
+from sharded_shampoo4.options import DEFAULTS
+from sharded_shampoo4.presets import apply_preset
 from vit.model import decays
 
 if TYPE_CHECKING:

@@ -20,8 +20,9 @@ from memory.rules import Layout
 
 from sharded_shampoo4 import Shampoo4, estimate_memory
 from sharded_shampoo4.comm.ranks import Ranks
-from sharded_shampoo4.options import PreconditionerOptions, apply_preset
+from sharded_shampoo4.options import PreconditionerOptions
 from sharded_shampoo4.planning.copies import Copies
+from sharded_shampoo4.presets import apply_preset
 
 assert Path(benchmark.__file__).parent == LAUNCH
 

@@ -13,7 +13,8 @@ from support.worlds import said
 from torch import Tensor
 
 from sharded_shampoo4 import Shampoo4
-from sharded_shampoo4.options import DEFAULTS, METHODS, PRESETS
+from sharded_shampoo4.options import DEFAULTS, METHODS
+from sharded_shampoo4.presets import PRESETS
 
 OPTIONS = {
     "method": "shampoo",

@@ -8,7 +8,7 @@ from support.reference import Reference
 from torch import Tensor
 
 from sharded_shampoo4.numerics import quantization
-from sharded_shampoo4.options import PRESETS
+from sharded_shampoo4.presets import PRESETS
 
 # Orders 48, 64, 65, 96, 130 and 200, and blocks of 100, 65 and 48 where max_preconditioner_dim=100 cuts.
 SHAPES = [(64, 64), (65, 48), (130, 96), (200, 65), (48, 3, 5, 2), (64, 1, 64), (96, 200), (7,), (900, 5), (70, 600)]

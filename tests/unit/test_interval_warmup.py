@@ -12,7 +12,8 @@ from torch import nn
 
 from sharded_shampoo4 import Shampoo4, estimate_memory
 from sharded_shampoo4.numerics.matrix import Matrix
-from sharded_shampoo4.options import PreconditionerOptions, apply_preset
+from sharded_shampoo4.options import PreconditionerOptions
+from sharded_shampoo4.presets import apply_preset
 
 SHAMPOO: dict[str, Any] = {"method": "shampoo"}
 

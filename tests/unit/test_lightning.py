@@ -11,7 +11,8 @@ from support.marks import needs
 from torch import nn
 
 from sharded_shampoo4 import Shampoo4
-from sharded_shampoo4.options import DEFAULTS, METHODS, PRESETS
+from sharded_shampoo4.options import DEFAULTS, METHODS
+from sharded_shampoo4.presets import PRESETS
 
 pytestmark = needs("lightning", "jsonargparse")
 OPTIONS: dict[str, Any] = {"lr": 2e-2, "weight_decay": 0.1, "preset": "compact", "statistics_interval": 2}

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from sharded_shampoo4 import Shampoo4, estimate_memory
-from sharded_shampoo4.options import PRESETS, apply_preset
 from sharded_shampoo4.planning.blocks import Cutting, cut_blocks
+from sharded_shampoo4.presets import PRESETS, apply_preset
 
 SHAPES = {
     "conv": (24, 3, 7, 7),

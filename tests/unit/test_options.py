@@ -18,7 +18,8 @@ from transformers import HfArgumentParser
 
 from sharded_shampoo4 import Shampoo4, estimate_memory
 from sharded_shampoo4.arguments import Shampoo4Arguments
-from sharded_shampoo4.options import DEFAULTS, HELP, METHODS, PRESETS, TYPES, UNUSED_BY, PreconditionerOptions
+from sharded_shampoo4.options import DEFAULTS, HELP, METHODS, TYPES, UNUSED_BY, PreconditionerOptions
+from sharded_shampoo4.presets import PRESETS
 
 ROOT = Path(__file__).parents[2]
 CHANGED: dict[str, Any] = {  # another value for every option

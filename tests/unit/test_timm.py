@@ -10,7 +10,7 @@ from support.marks import needs
 from torch import nn
 
 from sharded_shampoo4 import Shampoo4, checkpoint
-from sharded_shampoo4.options import PRESETS
+from sharded_shampoo4.presets import PRESETS
 
 pytestmark = needs("timm", "torchvision")
 

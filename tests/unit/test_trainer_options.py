@@ -11,7 +11,8 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from sharded_shampoo4.integrations.transformers import shampoo4
-from sharded_shampoo4.options import DEFAULTS, METHODS, PRESETS
+from sharded_shampoo4.options import DEFAULTS, METHODS
+from sharded_shampoo4.presets import PRESETS
 
 ADAM = {"adam_beta1": 0.8, "adam_beta2": 0.95, "adam_epsilon": 1e-6}
 

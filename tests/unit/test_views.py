@@ -14,7 +14,8 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from sharded_shampoo4 import Shampoo4, estimate_memory
 from sharded_shampoo4.numerics.matrix import Matrix
-from sharded_shampoo4.options import METHODS, PRESETS, PreconditionerOptions, apply_preset
+from sharded_shampoo4.options import METHODS, PreconditionerOptions
+from sharded_shampoo4.presets import PRESETS, apply_preset
 
 COMPACT = PreconditionerOptions(**apply_preset({"preset": "compact"}))
 METHOD_OPTIONS: dict[str, dict[str, Any]] = {

@@ -1,4 +1,4 @@
-"""Run by torchrun for test_readme.py: the lines of the README for each host, as they stand, and training."""
+"""Run by torchrun for test_readme.py: the lines of the READMEs for each host, as they stand, and training."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import deepspeed  # noqa: F401  for the lines of the README
+import deepspeed  # noqa: F401  for the lines of the READMEs
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -23,7 +23,8 @@ from sharded_shampoo4 import Shampoo4  # noqa: F401
 from sharded_shampoo4.integrations.deepspeed import skip_cpu_compilation
 from sharded_shampoo4.integrations.rehearsal import rehearse_on_cpu
 
-README = Path(__file__).parents[3] / "README.md"
+ROOT = Path(__file__).parents[3]
+PAGES = (ROOT / "README.md", ROOT / "integrations" / "README.md")
 
 
 class Model(nn.Module):
@@ -60,7 +61,8 @@ def main() -> None:
     known = {**globals(), "FullyShardedDataParallel": on_cpu}
     rehearse_on_cpu()
     skip_cpu_compilation()
-    for host, code in re.findall(r"^\*\*(.+?)\*\*.+?```python\n(.+?)```", README.read_text(), re.M | re.S):
+    text = "".join(page.read_text() for page in PAGES)
+    for host, code in re.findall(r"^\*\*(.+?)\*\*.+?```python\n(.+?)```", text, re.M | re.S):
         torch.manual_seed(0)
         names = ("data", "tensor") if "tensor" in host else ("data",)
         mesh = init_device_mesh("cpu", (1, 2)[-len(names) :], mesh_dim_names=names)
