@@ -19,7 +19,7 @@ Sides = tuple[list[int], list[int]]  # which of some blocks' left factors, and w
 
 
 class Refreshed(NamedTuple):
-    """What a refresh leaves for the directions of the same step: bases, eigenvectors as columns, and moments."""
+    """What a refresh leaves for the directions of the same step: bases, eigenvectors as rows, and moments."""
 
     left: Tensor | None  # (k, rows, rows)
     right: Tensor | None  # (k, columns, columns)
@@ -74,7 +74,8 @@ class BlockBatch:
         old: list[Tensor] = []  # bases of the factors that are due
         if self.moments is not None:
             bases = zip(self.bases(chosen, gradients.dtype), due, strict=True)
-            old = [gradients[:0] if basis is None else _some(basis, which) for basis, which in bases]
+            # Copies: float32 bases are the stored ones themselves.
+            old = [gradients[:0] if basis is None else _some(basis, which).clone() for basis, which in bases]
         changed: list[Tensor | None] = [None, None]
         if self._is_shared:
             where = torch.cat([places for _, places in found.values()])
@@ -122,13 +123,16 @@ class BlockBatch:
             return found.to(gradients.dtype)
         bases = refreshed[:2] if refreshed else self.bases(chosen, gradients.dtype)
         left, right = (None if basis is None else basis.to(dtype) for basis in bases)
-        projected = _between(None if left is None else left.mT, gradients.to(dtype), right).to(gradients.dtype)
+        projected = _between(left, gradients.to(dtype), None if right is None else right.mT).to(gradients.dtype)
         moments = refreshed.moments if refreshed else None
         directions = self.moments.direct(self._run(chosen), projected, moments).to(dtype)
-        return _between(left, directions, None if right is None else right.mT).to(gradients.dtype)
+        return _between(None if left is None else left.mT, directions, right).to(gradients.dtype)
 
     def bases(self, chosen: Sequence[int], dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
-        """The rectified eigenbases of the ``chosen`` members, (k, rows, rows) and (k, columns, columns)."""
+        """The rectified eigenbases of the ``chosen`` members, (k, rows, rows) and (k, columns, columns).
+
+        Eigenvectors are rows, as they are stored.
+        """
         left, right = (
             None if side is None or where is None else side[0].basis(where, dtype)
             for side, where in zip(self._sides, self._places(chosen), strict=True)

@@ -72,7 +72,7 @@ def factor_bytes(order: int, options: PreconditionerOptions) -> int:
 
 
 class InverseRoot(NamedTuple):
-    """Inverse roots (k, n, n): ``matrices`` themselves, or eigenvectors as columns and ``powers`` (k, n) of theirs."""
+    """Inverse roots (k, n, n): ``matrices`` themselves, or eigenvectors as rows and ``powers`` (k, n) of theirs."""
 
     matrices: Tensor
     powers: Tensor | None
@@ -81,15 +81,15 @@ class InverseRoot(NamedTuple):
         """The roots times ``blocks`` (k, n, any)."""
         if self.powers is None:
             return linalg.matmul(self.matrices, blocks)
-        seen = linalg.matmul(self.matrices.mT, blocks)
-        return linalg.matmul(self.matrices, seen.mul_(self.powers.unsqueeze(-1)))
+        seen = linalg.matmul(self.matrices, blocks)
+        return linalg.matmul(self.matrices.mT, seen.mul_(self.powers.unsqueeze(-1)))
 
     def right_of(self, blocks: Tensor) -> Tensor:
         """``blocks`` (k, any, n) times the roots."""
         if self.powers is None:
             return linalg.matmul(blocks, self.matrices)
-        seen = linalg.matmul(blocks, self.matrices)
-        return linalg.matmul(seen.mul_(self.powers.unsqueeze(-2)), self.matrices.mT)
+        seen = linalg.matmul(blocks, self.matrices.mT)
+        return linalg.matmul(seen.mul_(self.powers.unsqueeze(-2)), self.matrices)
 
 
 class FactorPool(Pool):
@@ -201,7 +201,7 @@ class FactorPool(Pool):
             statistic = linalg.matmul(gradient, gradient.mT)
             if "eigenvalues" in self.tensors:
                 values = self.tensors["eigenvalues"][chunk].to(self.refresh_dtype)
-                basis = next(known) if known else self._eigenbasis(chunk, self._rectify_steps[0])[1]
+                basis = next(known).mT.contiguous() if known else self._eigenbasis(chunk, self._rectify_steps[0])[1]
                 iterations = self.options.refresh_iterations
                 found = eigenbasis.refresh(values, basis, statistic, beta, iterations, ridge)
                 new = {"eigenvalues": found[0].to(torch.float32), **self._encode_basis(found[1].mT, found[0])}
@@ -239,9 +239,8 @@ class FactorPool(Pool):
         return InverseRoot(self.basis(where, dtype), powers.to(dtype))
 
     def basis(self, where: Index, dtype: torch.dtype) -> Tensor:
-        """The eigenvectors (k, n, n) of the factors ``where``, as columns, to multiply with blocks of ``dtype``."""
-        basis = self._decode_basis(where).mT.contiguous()
-        return eigenbasis.rectify(basis, self._rectify_steps[1]).to(dtype)
+        """The eigenvectors (k, n, n) of the factors ``where``, as rows, to multiply with blocks of ``dtype``."""
+        return eigenbasis.rectify(self._decode_basis(where), self._rectify_steps[1]).to(dtype)
 
     def health(self, where: Tensor) -> Tensor:
         """How the factors ``where`` are, float64 (k, 5): see HEALTH. NaN for the errors of factors without a basis."""

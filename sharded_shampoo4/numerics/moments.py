@@ -49,7 +49,7 @@ class Turn(NamedTuple):
     Attributes:
         side: 0 for left bases, 1 for right ones.
         which: positions of the blocks, int64 (k,).
-        old, new: eigenvectors before and after, as columns, (k, n, n).
+        old, new: eigenvectors before and after, as rows, (k, n, n).
         changed: which of them are new at all, bool (k,).
     """
 
@@ -93,7 +93,7 @@ class MomentPool(Pool):
         """
         momentum, moment = self._fresh("momentum", where, dtype), self._second_moment(where, dtype)
         for side, which, old, new, changed in turns:
-            rotation = linalg.matmul(new.mT, old)
+            rotation = linalg.matmul(new, old.mT)
             for kept, turn in ((momentum, rotation), (moment, rotation.square())):
                 part = kept[which]
                 turned = linalg.matmul(turn, part) if side == 0 else linalg.matmul(part, turn.mT)
