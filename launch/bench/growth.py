@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from plots import BLUE, GRAY, RED, number_table, picture, write_json
+from plots import BLUE, GRAY, RED, label_logarithms, number_table, picture, write_json
 from rich.console import Console
 from rich.table import Table
 
@@ -30,7 +30,7 @@ def compare_sizes(flags: argparse.Namespace, console: Console) -> None:
     title = f"Shampoo4 on stacks like a ViT's; {about['device']}, {clock} time, load before {about['load_before']:.1f}"
     console.print(growth_table(rows, title))
     write_json(flags.output_dir / "growth.json", {**about, "sizes": rows})
-    draw_growth(rows, flags.output_dir / "growth.png")
+    draw_growth(rows, f"stacks like a ViT's, {about['device']}", flags.output_dir / "growth.png")
     print(f"wrote {flags.output_dir / 'growth.png'}")
 
 
@@ -94,7 +94,7 @@ def growth_table(rows: Sequence[Row], title: str) -> Table:
     return table
 
 
-def draw_growth(rows: Sequence[Row], path: Path) -> None:
+def draw_growth(rows: Sequence[Row], title: str, path: Path) -> None:
     """Draw seconds of each kind of step and bytes of state against parameters, for the first block size."""
     rows = sorted(
         (row for row in rows if row["block_size"] == rows[0]["block_size"]), key=lambda row: row["parameters"]
@@ -104,14 +104,16 @@ def draw_growth(rows: Sequence[Row], path: Path) -> None:
     def line(axes: Any, values: Sequence[float], color: str, label: str) -> None:
         axes.plot(sizes, values, "o-", color=color, label=label)
 
-    with picture(path, 1, 2, (11, 4.2)) as (_, (times, states)):
+    with picture(path, 1, 2, (11, 4.2)) as (figure, (times, states)):
         for kind, color in KINDS.items():
             label = "AdamW" if kind == "adamw" else f"Shampoo4, {kind}"
             line(times, [row["milliseconds"][kind] / 1e3 for row in rows], color, label)
-        line(states, [row["state_bytes"]["shampoo4"] / 1e6 for row in rows], RED, "4-bit Shampoo, with AdamW's")
+        line(states, [row["state_bytes"]["shampoo4"] / 1e6 for row in rows], RED, "Shampoo4")
         line(states, [row["state_bytes"]["adamw"] / 1e6 for row in rows], GRAY, "AdamW")
         times.set_title("seconds of a step")
         states.set_title("MB of optimizer state")
         for axes in (times, states):
             axes.set(xscale="log", yscale="log", xlabel="parameters")
+            label_logarithms(axes)
             axes.legend()
+        figure.suptitle(title)

@@ -106,5 +106,6 @@ def draw(rows: list[Row], about: dict[str, Any], path: Path) -> None:
         times.invert_yaxis()
         states.barh(names, [row["state_bytes_per_parameter"] for row in shown], color=colors)
         states.set_xlabel("bytes of optimizer state per parameter")
-        title = f"{about['parameters'] / 1e6:.2f} M parameters, refresh every {about['interval']} steps"
-        figure.suptitle(title)
+        threads = f", {about['threads']} thread{'s' if about['threads'] > 1 else ''}" if clock == "cpu_ms" else ""
+        size = f"ViT of {about['parameters'] / 1e6:.2f} M parameters"
+        figure.suptitle(f"{size}, refresh every {about['interval']} steps; {about['device']}{threads}")

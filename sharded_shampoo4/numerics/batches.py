@@ -73,18 +73,19 @@ class BlockBatch:
         seen = _some(gradients, due[0]), _some(gradients, due[1]).mT  # a factor's own side first
         old: list[Tensor] = []  # bases of the factors that are due
         if self.moments is not None:
-            bases = zip(self.bases(chosen, gradients.dtype), due, strict=True)
-            # Copies: float32 bases are the stored ones themselves.
-            old = [gradients[:0] if basis is None else _some(basis, which).clone() for basis, which in bases]
+            old = [
+                gradients[:0] if basis is None else _some(basis, which)
+                for basis, which in zip(self.bases(chosen, gradients.dtype), due, strict=True)
+            ]
         changed: list[Tensor | None] = [None, None]
         if self._is_shared:
             where = torch.cat([places for _, places in found.values()])
-            known = torch.cat(old) if old else None
+            known = torch.cat([basis.mT for basis in old]).contiguous() if old else None
             both = found[0][0].absorb(where, torch.cat(seen), known, with_roots=with_roots)
             changed = list(both.split([len(due[0]), len(due[1])]))
         else:
             for side, (pool, where) in found.items():
-                known = old[side] if old else None
+                known = old[side].mT.contiguous() if old else None
                 changed[side] = pool.absorb(where, seen[side], known, with_roots=with_roots)
         if self.moments is None:
             return None

@@ -17,7 +17,7 @@ _SMALLEST = torch.finfo(torch.float32).tiny
 def rectify(basis: Tensor, steps: int) -> Tensor:
     """Bring a nearly orthogonal ``basis`` back towards orthogonality by ``steps`` of Björck's iteration.
 
-    V <- 1.5 V - 0.5 V V^T V (the paper's equation for orthogonality rectification), for eigenvectors as columns or rows.
+    V <- 1.5 V - 0.5 V V^T V (the paper's equation for orthogonality rectification). Eigenvectors may be rows.
     """
     for _ in range(steps):
         basis = 1.5 * basis - 0.5 * linalg.matmul(linalg.matmul(basis, basis.mT), basis)

@@ -182,7 +182,8 @@ class FactorPool(Pool):
     ) -> Tensor:
         """Statistics step: absorb G G^T of each of ``gradients`` (k, n, any) into the factors ``where``.
 
-        ``bases`` is what :meth:`basis` gives for them, if it is at hand. ``with_roots`` recomputes inverse roots too.
+        ``bases`` is what :meth:`basis` gives for them, with eigenvectors as columns, if it is at hand. ``with_roots``
+        recomputes inverse roots too.
 
         A gradient of zeros leaves its factor as it is, as a gradient that is missing does. If the average decayed
         instead, the first gradient of a layer that wakes up would be scaled without bound. Returns which factors have
@@ -201,7 +202,7 @@ class FactorPool(Pool):
             statistic = linalg.matmul(gradient, gradient.mT)
             if "eigenvalues" in self.tensors:
                 values = self.tensors["eigenvalues"][chunk].to(self.refresh_dtype)
-                basis = next(known).mT.contiguous() if known else self._eigenbasis(chunk, self._rectify_steps[0])[1]
+                basis = next(known) if known else self._eigenbasis(chunk, self._rectify_steps[0])[1]
                 iterations = self.options.refresh_iterations
                 found = eigenbasis.refresh(values, basis, statistic, beta, iterations, ridge)
                 new = {"eigenvalues": found[0].to(torch.float32), **self._encode_basis(found[1].mT, found[0])}
@@ -240,7 +241,10 @@ class FactorPool(Pool):
 
     def basis(self, where: Index, dtype: torch.dtype) -> Tensor:
         """The eigenvectors (k, n, n) of the factors ``where``, as rows, to multiply with blocks of ``dtype``."""
-        return eigenbasis.rectify(self._decode_basis(where), self._rectify_steps[1]).to(dtype)
+        rows = self._decode_basis(where)
+        if "basis" in self.tensors:
+            return rows.to(dtype, copy=True)  # a view of what absorb() changes
+        return eigenbasis.rectify(rows, self._rectify_steps[1]).to(dtype)
 
     def health(self, where: Tensor) -> Tensor:
         """How the factors ``where`` are, float64 (k, 5): see HEALTH. NaN for the errors of factors without a basis."""
