@@ -55,8 +55,7 @@ def step_flops(blocks: Blocks) -> dict[str, float]:
             4 n^3           a Bjorck step before it
             4 n^3           A = V diag(d) V^T + statistic, and A V
             (8/3 + 2) n^3   P = QR(A V), and A P
-            8 n^3           two Bjorck steps before the root
-            2 n^3           the root V diag V^T
+            2 n^3           the root V diag V^T, of the new eigenbasis
 
         A factor of fewer than 4096 elements takes 2 n^2 k, 9 n^3 for eigh and 2 n^3. Quantization, norms, copies and
         the base optimizer are not counted: they grow with the number of elements only.
@@ -66,6 +65,6 @@ def step_flops(blocks: Blocks) -> dict[str, float]:
         elements = block.rows * block.columns
         for order in block.orders:
             ordinary += count * 2 * elements * order
-            cubes = 4 + 4 + 8 / 3 + 2 + 8 + 2 if order**2 >= SMALLEST else 9 + 2
+            cubes = 4 + 4 + 8 / 3 + 2 + 2 if order**2 >= SMALLEST else 9 + 2
             refresh += count * (2 * elements * order + cubes * order**3)
     return {"ordinary": ordinary, "refresh": refresh}

@@ -21,7 +21,7 @@ def test_figures_by_hand() -> None:
     row = weigh("experts", {"experts": Size([8, 2048, 1024]), "adapter": Size([16, 4096])})
     assert row["parameters"] == 8 * 2048 * 1024 + 16 * 4096
     assert row["blocks"] == [2048 + 4, 16 + 1], "as (8, 2048 * 1024): blocks of 8 x 1024"
-    of_square = 2 * 2 * 1024**3 + (4 + 4 + 8 / 3 + 2 + 8 + 2) * 2 * 1024**3
+    of_square = 2 * 2 * 1024**3 + (4 + 4 + 8 / 3 + 2 + 2) * 2 * 1024**3
     of_adapter = 2 * 16 * 4096 * 16 + 11 * 16**3
     assert row["refresh"][1] == pytest.approx((16 * of_square + of_adapter) / 1e12)
     assert row["shampoo"][0] > 100 and row["shampoo"][1] < 2.3 and row["compact"][1] < 1.2

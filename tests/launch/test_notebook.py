@@ -6,10 +6,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-import nbformat
 import pytest
-from nbclient import NotebookClient
 from support.launching import LAUNCH
+
+nbclient = pytest.importorskip("nbclient", reason="make test-peers installs it")
+nbformat = pytest.importorskip("nbformat")
 
 NOTEBOOK = LAUNCH / "examples" / "shampoo4.ipynb"
 NUMBER = re.compile(r"\d+(?:\.\d+)?")
@@ -26,7 +27,7 @@ def test_the_notebook_runs_and_writes_what_is_stored(tmp_path: Path) -> None:
     """`jupyter execute --inplace` stores it anew."""
     stored = printed(nbformat.read(NOTEBOOK, as_version=4))
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    NotebookClient(notebook, timeout=250, resources={"metadata": {"path": tmp_path}}).execute()
+    nbclient.NotebookClient(notebook, timeout=250, resources={"metadata": {"path": tmp_path}}).execute()
     streams = {output.name for cell in notebook.cells for output in cell.get("outputs", ()) if "name" in output}
     assert streams == {"stdout"}, "nothing is written to stderr"
     for found, told in zip(printed(notebook), stored, strict=True):
