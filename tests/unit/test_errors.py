@@ -27,7 +27,10 @@ IMPOSSIBLE: list[tuple[dict[str, Any], str]] = [
     ({"codebook": "linear"}, "codebook must be one of 'linear2', 'dynamic_tree', 'normal'"),
     ({"codebook": "normal", "quant_block_size": 1}, "codebook='normal' needs a quant_block_size of at least 2"),
     ({"method": "shampoo", "root": "implicit", "bits": 32}, "root='implicit' is about low precision"),
-    ({"root": "triangle"}, "root must be one of 'stored', 'rectified', 'implicit', got 'triangle', which is no longer there"),
+    (
+        {"root": "triangle"},
+        "root must be one of 'stored', 'rectified', 'implicit', got 'triangle', which is no longer there",
+    ),
     ({"root": "implicit"}, "root='implicit' is for method='shampoo', got method='soap'"),
     ({"protect": True}, "protect=True is for eigenbases in 3 or 4 bits, got bits=8"),
     ({**NAIVE, "root": "implicit"}, "root='implicit' needs quantize='eigenbasis'"),
