@@ -64,7 +64,8 @@ test-peers: $(READY)
 	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c $(CONSTRAINTS) -e '.[launch,test,bench,peers]'
 	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c $(CONSTRAINTS) --no-deps torchtitan spmd_types axolotl addict timm
 	$(BIN)/python -m pytest tests/ranks/test_low_bit_bases.py tests/ranks/test_programs.py tests/launch/test_benchmark.py \
-		tests/launch/test_notebook.py tests/unit/test_timm.py tests/unit/test_lightning.py tests/unit/test_axolotl.py tests/unit/test_trainer_logs.py
+		tests/launch/test_notebook.py tests/unit/test_timm.py tests/unit/test_lightning.py tests/unit/test_axolotl.py \
+		tests/unit/test_trainer_logs.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -78,7 +78,7 @@ _WORDS: dict[tuple[str, Any], str] = {
     ("matmul_dtype", "bfloat16"): "bfloat16 products",
 }
 
-# An optimizer has one color in all pictures; variants take those that are left.
+# These have the same color in every picture. Variants take the remaining colors of SERIES.
 _COLORS = {"AdamW": GRAY, "32-bit Shampoo": BLUE, "SOAP in 8-bit bases, bfloat16 moments": RED, "4-bit Shampoo": ORANGE}
 
 Runs = dict[str, dict[int, dict[str, Any]]]  # label -> seed -> results

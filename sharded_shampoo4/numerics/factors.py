@@ -204,16 +204,17 @@ class FactorPool(Pool):
                 values = self.tensors["eigenvalues"][chunk].to(self.refresh_dtype)
                 basis = next(known) if known else self._eigenbasis(chunk, self._rectify_steps[0])[1]
                 iterations = self.options.refresh_iterations
-                found = eigenbasis.refresh(values, basis, statistic, beta, iterations, ridge)
-                new = {"eigenvalues": found[0].to(torch.float32), **self._encode_basis(found[1].mT, found[0])}
+                new_values, new_basis = eigenbasis.refresh(values, basis, statistic, beta, iterations, ridge)
+                codes = self._encode_basis(new_basis.mT, new_values)
+                new = {"eigenvalues": new_values.to(torch.float32), **codes}
             else:
                 old = self.decode("statistics", chunk, self.order).to(self.refresh_dtype)
                 new = self.encode("statistics", beta * old + (1 - beta) * statistic)
             kept = self._commit(chunk, new, _STATISTICS, gradient.flatten(1).any(1))
             changed.append(kept)
             if with_roots:
-                values = torch.where(kept.view(-1, 1), found[0], values)
-                self._commit_roots(chunk, values, torch.where(kept.view(-1, 1, 1), found[1], basis))
+                values = torch.where(kept.view(-1, 1), new_values, values)
+                self._commit_roots(chunk, values, torch.where(kept.view(-1, 1, 1), new_basis, basis))
         return torch.cat(changed)
 
     def _commit_roots(self, where: Tensor, eigenvalues: Tensor, basis: Tensor) -> None:

@@ -73,10 +73,11 @@ class Preconditioner:
         """
         batch, refreshed = self.batches[number], None
         statistics, both, roots = self._due(batch, chosen)
-        with label("statistics"):
-            if any(both):
+        if any(both):
+            with label("statistics"):
                 batch.absorb(chosen, both, gradients, with_roots=True)
-            if any(statistics):
+        if any(statistics):
+            with label("statistics"):
                 refreshed = batch.absorb(chosen, statistics, gradients)
         if any(roots):
             with label("roots"):

@@ -24,7 +24,7 @@ def printed(notebook: Any) -> list[str]:
 
 @pytest.mark.slow
 def test_the_notebook_runs_and_writes_what_is_stored(tmp_path: Path) -> None:
-    """`jupyter execute --inplace` stores it anew."""
+    """Compare what each cell writes with the stored output. `jupyter execute --inplace` updates the file."""
     stored = printed(nbformat.read(NOTEBOOK, as_version=4))
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     nbclient.NotebookClient(notebook, timeout=250, resources={"metadata": {"path": tmp_path}}).execute()

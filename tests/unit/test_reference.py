@@ -185,7 +185,8 @@ def test_first_eigenbasis_update_by_hand() -> None:
 def test_eigenbasis_updates_are_those_of_algorithms_1_and_2(root: Literal["rectified", "stored"]) -> None:
     """Two refreshes and a root in numpy; the second starts from what the first stored, at 8 bits.
 
-    Algorithm 2 takes the root of what is stored, rectified; the default is the root of what was not yet stored.
+    Algorithm 2 computes the root from the stored basis, after rectification. The default computes it from the new
+    basis, before that is stored.
     """
     reference = Reference([(65, 70)], bits=8, statistics_interval=1, root_interval=2, matrix_eps=1e-2, root=root,
                           refresh_dtype="float64")  # fmt: skip
