@@ -44,8 +44,8 @@ rows of experts: planning/views.py
 + _split(name, rows * count, options.split_rows)
 
 thin matrices: planning/blocks.py
-- columns <= self.max_aspect * rows
-+ True
+- return rows <= aspect * columns, columns <= aspect * rows
++ return rows <= aspect * columns, True
 
 exponent of one side: numerics/factors.py
 - 2 if alone else 4
@@ -104,8 +104,12 @@ checksum: checkpoint/files.py
 + if len(found) != len(checksum):
 
 schedule phase: planning/schedule.py
-- (phase + (after != phase) + turn
-+ (phase + turn
+- return Phase(phase, (phase + turn
++ return Phase(phase, (phase + 1 + turn
+
+fresh roots: numerics/factors.py
+- torch.where(kept.view(-1, 1), new_values, values)
++ new_values
 
 base option: base_options.py
 - ["weight_decay"] = weight_decay
