@@ -20,7 +20,7 @@ def rectify(basis: Tensor, steps: int) -> Tensor:
     V <- 1.5 V - 0.5 V V^T V (the paper's equation for orthogonality rectification). Eigenvectors may be rows.
     """
     for _ in range(steps):
-        basis = 1.5 * basis - 0.5 * linalg.matmul(linalg.matmul(basis, basis.mT), basis)
+        basis = linalg.add_product(1.5, basis, -0.5, linalg.matmul(basis, basis.mT), basis)
     return basis
 
 
@@ -36,9 +36,8 @@ def orthogonalize(matrices: Tensor, steps: int) -> Tensor:
     found: Tensor = wide / (norms + torch.finfo(norms.dtype).tiny)
     for _ in range(steps):
         gram = linalg.matmul(found, found.mT)
-        factor = linalg.matmul(gram, gram) * 2.0315
-        factor -= gram * 4.775
-        found = linalg.matmul(factor, found).add_(found * 3.4445)
+        factor = linalg.add_product(-4.775, gram, 2.0315, gram, gram)
+        found = linalg.add_product(3.4445, found, 1.0, factor, found)
     return found if wide is matrices else found.mT
 
 
@@ -58,7 +57,7 @@ def refresh(
     With a ``ridge`` the iteration is that of A + ridge max(diag(A)) I, which has the same eigenvectors: those of
     eigenvalues far below the ridge stay as they are, instead of following rounding errors.
     """
-    average = beta * linalg.matmul(basis * eigenvalues.unsqueeze(-2), basis.mT) + (1 - beta) * statistic
+    average = linalg.add_product(1 - beta, statistic, beta, basis * eigenvalues.unsqueeze(-2), basis.mT)
     image = linalg.matmul(average, basis)
     shift = ridge * average.diagonal(dim1=-2, dim2=-1).amax(-1).view(-1, 1, 1) if ridge else None
     for _ in range(iterations):

@@ -148,7 +148,7 @@ class FactorPool(Pool):
         if not self._top:
             return rows
         leading = self.decode("basis.top", where, self.order, self.coding.in_8_bits())
-        rows -= linalg.matmul(linalg.matmul(rows, leading.mT), leading)
+        rows = linalg.add_product(1.0, rows, -1.0, linalg.matmul(rows, leading.mT), leading)
         found = torch.empty(len(rows), self.order, self.order, dtype=rows.dtype, device=rows.device)
         order = _leading_first(self.stored("basis.places", where).long(), self.order).unsqueeze(-1).expand_as(found)
         for part, places in zip((leading, rows), order.split([self._top, self.order - self._top], dim=1), strict=True):

@@ -24,16 +24,25 @@ _NOT_ABOUT_NUMBERS = ("alloc", "memory", "initialized", "not implemented", "not 
 
 def matmul(left: Tensor, right: Tensor) -> Tensor:
     """(B, m, k) times (B, k, n)."""
-    result_shape = (left.shape[1], right.shape[2])
-    if left.device.type == "cpu":
-        neutral = torch.get_num_threads() == 1 and all(
-            _fills_cache_lines(shape, left.dtype) for shape in (left.shape[1:], right.shape[1:], result_shape)
-        )
-    else:
-        neutral = not torch.are_deterministic_algorithms_enabled()
-    if neutral:
+    if _is_neutral(left, right):
         return torch.bmm(left, right)
     return torch.stack([torch.mm(_aligned(a), _aligned(b)) for a, b in zip(left, right, strict=True)])
+
+
+def add_product(beta: float, matrices: Tensor, alpha: float, left: Tensor, right: Tensor) -> Tensor:
+    """``beta matrices + alpha left right``; ``matrices`` are (B, m, n), the product is :func:`matmul`'s."""
+    if left.device.type != "cpu" and _is_neutral(left, right):
+        return torch.baddbmm(matrices, left, right, beta=beta, alpha=alpha)
+    product = matmul(left, right) if alpha == 1 else matmul(left, right).mul_(alpha)
+    return product.add_(matrices if beta == 1 else matrices * beta)
+
+
+def _is_neutral(left: Tensor, right: Tensor) -> bool:
+    """Whether the product of a batch gives each matrix the numbers that it would get alone."""
+    if left.device.type != "cpu":
+        return not torch.are_deterministic_algorithms_enabled()
+    shapes = left.shape[1:], right.shape[1:], (left.shape[1], right.shape[2])
+    return torch.get_num_threads() == 1 and all(_fills_cache_lines(shape, left.dtype) for shape in shapes)
 
 
 def qr(matrices: Tensor) -> Tensor:
@@ -57,11 +66,13 @@ def cholesky_qr(matrices: Tensor) -> Tensor:
     """
     order, precision = matrices.shape[-1], torch.finfo(matrices.dtype)
     identity = torch.eye(order, dtype=matrices.dtype, device=matrices.device)
-    shift = 10 * order**0.5 * precision.eps * identity
+    shift = 10 * order**0.5 * precision.eps
     found = matrices / torch.linalg.vector_norm(matrices, dim=1, keepdim=True).clamp_min(precision.tiny)
     gram = matmul(found.mT, found)
     for number in range(_SHIFTED_ROUNDS + _ROUNDS):
-        factor, _ = torch.linalg.cholesky_ex(gram + shift if number < _SHIFTED_ROUNDS else gram)
+        if number < _SHIFTED_ROUNDS:
+            gram.diagonal(dim1=1, dim2=2).add_(shift)
+        factor, _ = torch.linalg.cholesky_ex(gram)
         found = torch.linalg.solve_triangular(factor.mT, found, upper=True, left=False)
         gram = matmul(found.mT, found)
     orthogonal = (gram - identity).abs().amax((1, 2)) < _ORTHOGONAL  # false where a number is NaN

@@ -48,7 +48,7 @@ class Turn(NamedTuple):
 
     Attributes:
         side: 0 for left bases, 1 for right ones.
-        which: positions of the blocks, int64 (k,).
+        which: positions of the blocks, int64 (k,), ascending.
         old, new: eigenvectors before and after, as rows, (k, n, n).
         changed: which of them are new at all, bool (k,).
     """
@@ -92,12 +92,9 @@ class MomentPool(Pool):
             momentum and second moment (k, rows, columns) before they are rounded to what is stored.
         """
         momentum, moment = self._fresh("momentum", where, dtype), self._second_moment(where, dtype)
-        for side, which, old, new, changed in turns:
-            rotation = linalg.matmul(new, old.mT)
-            for kept, turn in ((momentum, rotation), (moment, rotation.square())):
-                part = kept[which]
-                turned = linalg.matmul(turn, part) if side == 0 else linalg.matmul(part, turn.mT)
-                kept.index_copy_(0, which, torch.where(changed.view(-1, 1, 1), turned, part))
+        for turn in turns:
+            rotation = linalg.matmul(turn.new, turn.old.mT)
+            momentum, moment = _turned(momentum, rotation, turn), _turned(moment, rotation.square(), turn)
         self._store("momentum", where, momentum)
         self._store_second_moment(where, moment)
         return momentum, moment
@@ -118,20 +115,24 @@ class MomentPool(Pool):
             Tensor: directions (k, rows, columns) in the coordinates of the eigenbases.
         """
         first, second = self.options.soap_betas
-        # Products and sums apart: as one operation, they may be rounded otherwise at another place in memory.
         if moments is None:
             moments = self._fresh("momentum", where, projected.dtype), self._second_moment(where, projected.dtype)
         momentum, moment = moments
-        momentum.mul_(first)
-        momentum += projected * (1 - first)
-        moment.mul_(second)
-        moment += projected.square().mul_(1 - second)
+        if (
+            projected.device.type == "cpu"
+        ):  # one operation may round product and sum otherwise at another place in memory
+            moment.mul_(second).add_(projected.square().mul_(1 - second))
+            momentum.mul_(first).add_(projected.mul_(1 - first))
+            weight = 1.0
+        else:
+            moment.lerp_(projected.square(), 1 - second)
+            momentum.lerp_(projected, 1 - first)
+            weight = 1 - first
         self._store("momentum", where, momentum)
         decays = self.stored("decays", where) * self.betas
         self.tensors["decays"][where] = decays
         mass, second_mass = (1 - decays).unbind(1)
-        momentum.mul_(_each(first * mass / (1 - first * decays[:, 0]), momentum))
-        momentum += projected.mul_(1 - first)
+        momentum.mul_(_each(first * mass / (1 - first * decays[:, 0]), momentum)).add_(projected, alpha=weight)
         roots = self._store_second_moment(where, moment)
         roots = roots.mul_(_each(mass / second_mass.sqrt(), roots)).add_(_each(self.options.soap_eps * mass, roots))
         directions = momentum.div_(roots)
@@ -171,8 +172,20 @@ class MomentPool(Pool):
         return roots
 
     def _store(self, name: str, where: Index, values: Tensor) -> None:
+        if name in self.tensors and isinstance(where, slice):
+            self.stored(name, where).copy_(values)  # rounded on the way
+            return
         for key, value in self.encode(name, values).items():
             self.tensors[key][where] = value
+
+
+def _turned(kept: Tensor, rotation: Tensor, turn: Turn) -> Tensor:
+    """``kept`` (k, rows, columns) after a turn: those that it changes are multiplied with ``rotation`` on its side."""
+    is_whole = len(turn.which) == len(kept)  # then they are in order
+    part = kept if is_whole else kept[turn.which]
+    product = linalg.matmul(rotation, part) if turn.side == 0 else linalg.matmul(part, rotation.mT)
+    product = torch.where(turn.changed.view(-1, 1, 1), product, part)
+    return product if is_whole else kept.index_copy_(0, turn.which, product)
 
 
 def _means(matrices: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,8 @@ gets the answer that a GPU gives, so the same branches run. This is counted:
   as many as torch's multi_tensor_apply launches. Kernels inside a factorization are not counted;
 * synchronizations: the host waits for a number, or for a size that depends on numbers. A mask as an index counts
   always, though CUDA does not wait in ``x[mask] = 1.0``;
+* bytes that kernels move: of all tensors that they are given and that they write. Of an expanded tensor what it holds,
+  and of an index_select what it selects;
 * copies from the host's memory, also those that torch makes of lists;
 * collectives, and what is given to them. ``meta_ranks.py`` lets one rank call them without the others.
 
@@ -16,6 +18,7 @@ A meta tensor has no numbers, so every number that is asked for is the same ``an
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -50,6 +53,7 @@ class Counts:
     views: int = 0  # among them, with allocations
     copies: int = 0  # from the host to the device
     kernels_by: Counter[str] = field(default_factory=Counter)
+    moved_by: Counter[str] = field(default_factory=Counter)  # bytes
     synchronizations_by: Counter[str] = field(default_factory=Counter)
     collectives: Counter[str] = field(default_factory=Counter)  # on tensors of the device
     host_collectives: Counter[str] = field(default_factory=Counter)
@@ -58,6 +62,10 @@ class Counts:
     @property
     def kernels(self) -> int:
         return sum(self.kernels_by.values())
+
+    @property
+    def moved(self) -> int:
+        return sum(self.moved_by.values())
 
     @property
     def synchronizations(self) -> int:
@@ -148,6 +156,9 @@ class CountWork(TorchDispatchMode):
             # A number on the host is an argument of a kernel, a tensor with dimensions must be copied.
             counts.copies += sum(not _on_device(tensor) and tensor.ndim > 0 for tensor in given)
             counts.kernels_by[name] += _launches(name, args, kwargs, result)
+            written = list(_tensors([result])) or list(_tensors(args[:1]))  # _foreach_* in place return nothing
+            read = [*given[1:], *written] if name == "index_select" else given
+            counts.moved_by[name] += sum(map(_bytes_held, [*read, *written]))
 
     def _count_collective(self, name: str, args: Any) -> None:
         tensors = list(_tensors(args))
@@ -188,6 +199,12 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
             yield value
         elif isinstance(value, (list, tuple)):
             yield from _tensors(value)
+
+
+def _bytes_held(tensor: Tensor) -> int:
+    """The bytes of a tensor's elements; those that stand for several are counted once."""
+    lengths = [size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride or not size]
+    return math.prod(lengths) * tensor.element_size()
 
 
 def _has_tensor(values: Iterable[Any]) -> bool:
