@@ -27,6 +27,18 @@ def own_arithmetic() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def tf32_products() -> Iterator[None]:
+    """Let CUDA multiply float32 matrices in TF32 in here, inside :func:`own_arithmetic`."""
+    library = torch.backends.cuda.matmul
+    former = library.fp32_precision
+    library.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        library.fp32_precision = former
+
+
 def _device_types() -> list[str]:
     accelerator = torch.accelerator.current_accelerator()
     return ["cpu"] if accelerator is None else ["cpu", accelerator.type]

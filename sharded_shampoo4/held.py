@@ -89,13 +89,19 @@ class HeldParameter:
         return slice(offset, offset + shard.length)
 
     def check(self, gradient: Tensor | None) -> None:
-        """Raise ValueError if the host cannot train it, TypeError if its matrix or ``gradient`` is sparse or complex.
+        """Raise ValueError if the host or the device cannot train it, TypeError if it is sparse or complex.
 
-        All else is for the base optimizer to judge.
+        The device is asked for TF32, where that is wanted; sparse or complex may be its matrix or the ``gradient``. All
+        else is for the base optimizer to judge.
         """
         self.host.check_parameter(self.name, self.parameter, self.holder, self.options.precondition)
         if self.view is None:
             return
+        if self.options.matmul_dtype == "tf32" and self.device.type not in ("cuda", "meta"):
+            raise ValueError(
+                f"matmul_dtype='tf32' is for CUDA devices, but {self.name} is preconditioned on {self.device}: choose "
+                "'float32' or 'bfloat16'"
+            )
         instead = f"leave {self.name} to the base optimizer: put it into a param group with precondition=False"
         if gradient is not None and gradient.layout != torch.strided:
             raise TypeError(

@@ -26,6 +26,7 @@ from .options import (
     CodeBook,
     GraftingScope,
     LowDtype,
+    MatmulDtype,
     Method,
     MomentDtype,
     PreconditionerOptions,
@@ -146,8 +147,9 @@ class Shampoo4(SavedStates):
             and columns. One of "float32", "bfloat16", "int8", "factored". (default: "bfloat16")
         max_failures: Failed updates of a factor in a row before step() raises. A failed update, one with numbers that
             are not finite, leaves the factor as it was. (default: 10)
-        matmul_dtype: Type of the matrix products that make a direction; stored states do not depend on it. One of
-            "float32", "bfloat16". (default: "float32")
+        matmul_dtype: Type of the matrix products that make a direction; stored states do not depend on it. "tf32" is
+            float32 with products in TF32, for CUDA devices that have it. One of "float32", "tf32", "bfloat16".
+            (default: "float32")
         exchange_dtype: Type in which gradients and directions travel between ranks. "bfloat16" halves the traffic, and
             rounds also what need not travel, so that training is the same on any number of ranks. One of "float32",
             "bfloat16". (default: "float32")
@@ -208,7 +210,7 @@ class Shampoo4(SavedStates):
         momentum_dtype: MomentDtype = "bfloat16",
         second_moment_dtype: SecondMomentDtype = "bfloat16",
         max_failures: int = 10,
-        matmul_dtype: LowDtype = "float32",
+        matmul_dtype: MatmulDtype = "float32",
         exchange_dtype: LowDtype = "float32",
         scratch_mib: int = 0,
         process_group: dist.ProcessGroup | Literal["alone"] | None = None,

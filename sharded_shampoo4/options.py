@@ -27,6 +27,7 @@ RefreshIterations = Literal[1, 2]
 Root = Literal["stored", "rectified", "implicit"]
 ScaleDtype = Literal["float32", "bfloat16"]
 LowDtype = Literal["float32", "bfloat16"]
+MatmulDtype = Literal["float32", "tf32", "bfloat16"]
 Split = Literal["aligned", "even", "remainder"]
 GraftingScope = Literal["parameter", "block", "none"]
 Method = Literal["shampoo", "soap"]
@@ -164,8 +165,10 @@ class PreconditionerOptions:
         "finite, leaves the factor as it was.",
         lowest=1,
     )
-    matmul_dtype: LowDtype = _option(
-        "float32", "Type of the matrix products that make a direction; stored states do not depend on it."
+    matmul_dtype: MatmulDtype = _option(
+        "float32",
+        'Type of the matrix products that make a direction; stored states do not depend on it. "tf32" is float32 with '
+        "products in TF32, for CUDA devices that have it.",
     )
     exchange_dtype: LowDtype = _option(
         "float32",

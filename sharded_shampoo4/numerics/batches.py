@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..context import tf32_products
 from ..planning.plan import Owned
 from . import linalg
 from .factors import FactorPool
@@ -114,20 +116,28 @@ class BlockBatch:
 
         ``refreshed`` is what :meth:`absorb` has returned in this step, if it was called.
         """
-        dtype = getattr(torch, self._options.matmul_dtype) if gradients.dtype == torch.float32 else gradients.dtype
+        dtype = torch.bfloat16 if self._options.matmul_dtype == "bfloat16" else torch.float32
+        dtype = dtype if gradients.dtype == torch.float32 else gradients.dtype
         if self.moments is None:
             found = gradients.to(dtype)
             for number, (side, where) in enumerate(zip(self._sides, self._places(chosen), strict=True)):
                 if side is not None and where is not None:
                     root = side[0].root(where, dtype)
-                    found = root.right_of(found) if number else root.left_of(found)
+                    with self._products():
+                        found = root.right_of(found) if number else root.left_of(found)
             return found.to(gradients.dtype)
         bases = refreshed[:2] if refreshed else self.bases(chosen, gradients.dtype)
         left, right = (None if basis is None else basis.to(dtype) for basis in bases)
-        projected = _between(left, gradients.to(dtype), None if right is None else right.mT).to(gradients.dtype)
+        with self._products():
+            projected = _between(left, gradients.to(dtype), None if right is None else right.mT).to(gradients.dtype)
         moments = refreshed.moments if refreshed else None
         directions = self.moments.direct(self._run(chosen), projected, moments).to(dtype)
-        return _between(None if left is None else left.mT, directions, right).to(gradients.dtype)
+        with self._products():
+            return _between(None if left is None else left.mT, directions, right).to(gradients.dtype)
+
+    def _products(self) -> contextlib.AbstractContextManager[None]:
+        """In here are the products that ``matmul_dtype`` is about."""
+        return tf32_products() if self._options.matmul_dtype == "tf32" else contextlib.nullcontext()
 
     def bases(self, chosen: Sequence[int], dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
         """The rectified eigenbases of the ``chosen`` members, (k, rows, rows) and (k, columns, columns).

@@ -1,9 +1,9 @@
 """The GPU computes the directions that the CPU computes, on replayed gradients.
 
-Statistics and roots are computed in float64 by default: the two then differ by the rounding of float32 products, about
-2e-6 of a direction. Where a value lies between two codes, that rounding may choose the other one, and this factor's
-directions differ by more from there on: so low bits are compared by medians and by angles. In float32 the rounding of
-statistics chooses other codes everywhere; then only the angles say something.
+Statistics and roots are computed in float64, unless a test says otherwise: the two then differ by the rounding of
+float32 products, about 2e-6 of a direction. Where a value lies between two codes, that rounding may choose the other
+one, and this factor's directions differ by more from there on: so low bits are compared by medians and by angles. In
+float32 the rounding of statistics chooses other codes everywhere; then only the angles say something.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.gpu
 
 SHAPES = [(64, 64), (130, 96), (300, 520), (48, 3, 5, 2), (7,)]
 ROOT_INTERVAL, STEPS = 4, 16
-INTERVALS = {"statistics_interval": 2, "root_interval": ROOT_INTERVAL}
+SETTINGS: dict[str, Any] = {"statistics_interval": 2, "root_interval": ROOT_INTERVAL, "refresh_dtype": "float64"}
 COMPACT = {"preset": "shampoo-compact"}
 
 
@@ -81,19 +81,29 @@ def check(found: Tolerance, allowed: Tolerance) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_directions_are_those_of_the_cpu(name: str, device: torch.device) -> None:
     options, allowed = CASES[name]
-    there, here = (Directions(SHAPES, device=where, **INTERVALS, **options) for where in (device.type, "cpu"))
+    there, here = (Directions(SHAPES, device=where, **{**SETTINGS, **options}) for where in (device.type, "cpu"))
     check(compare(there, here), allowed)
+
+
+def test_products_in_tf32_are_nearly_those_of_float32(cuda: torch.device) -> None:
+    if torch.cuda.get_device_capability(cuda) < (8, 0):
+        pytest.skip("no TF32 before compute capability 8.0")
+    settings = {**SETTINGS, "bits": 32}
+    ours = Directions(SHAPES, device="cuda", **settings, matmul_dtype="tf32")
+    found = compare(ours, Directions(SHAPES, device="cuda", **settings))
+    check(found, Tolerance(1e-2, 5e-2, 0.999))
+    assert found.median > 1e-5, "as exact as float32"
 
 
 @pytest.mark.parametrize("options", [{}, COMPACT], ids=["default", "compact"])
 def test_equal_steps_are_equal(options: dict[str, Any], device: torch.device) -> None:
     """Two runs on one device agree. Only the order in which norms are added up may differ."""
-    first, second = (Directions(SHAPES, device=device.type, **INTERVALS, **options) for _ in range(2))
+    first, second = (Directions(SHAPES, device=device.type, **{**SETTINGS, **options}) for _ in range(2))
     check(compare(first, second), Tolerance(1e-6, 1e-6, 0.99999))
 
 
 def test_a_state_of_the_gpu_goes_on_on_the_cpu(device: torch.device) -> None:
-    there, here = Directions(SHAPES, device=device.type, **INTERVALS), Directions(SHAPES, **INTERVALS)
+    there, here = Directions(SHAPES, device=device.type, **SETTINGS), Directions(SHAPES, **SETTINGS)
     gradients = replayed(SHAPES, STEPS)
     for step in gradients[: STEPS - 1]:
         there.step(step)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from support.kernels import CountWork
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sharded_shampoo4 import Shampoo4, checkpoint
 from sharded_shampoo4.numerics import batches, quantization
@@ -130,6 +133,53 @@ def test_surroundings_of_a_load_change_no_number(around: str, tmp_path: Any) -> 
     checkpoint.save(optimizer, tmp_path)
     plain, found = resumed(contextlib.nullcontext), resumed(SURROUNDINGS[around])
     assert all(map(torch.equal, plain, found))
+
+
+class Precisions(TorchDispatchMode):
+    """Counts products and factorizations by the precision in which CUDA would multiply float32 matrices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ in ("bmm", "baddbmm", "mm", "linalg_cholesky_ex", "linalg_solve_triangular"):
+            self.found[torch.backends.cuda.matmul.fp32_precision] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("around", ["nothing", "products in TF32"])
+@pytest.mark.parametrize("method", ["shampoo", "soap"])
+def test_only_the_products_that_make_a_direction_are_in_tf32(method: str, around: str) -> None:
+    """On the meta device, which takes the branches of CUDA: four steps, the last with refreshes, and one more."""
+    root_interval = {"root_interval": 4} if method == "shampoo" else {}
+    for matmul_dtype in ("float32", "tf32"):
+        parameter = nn.Parameter(torch.empty(64, 96, device="meta"))
+        options: dict[str, Any] = {"statistics_interval": 4, "matmul_dtype": matmul_dtype, **root_interval}
+        optimizer = Shampoo4([parameter], method=method, **options)
+        with SURROUNDINGS.get(around, contextlib.nullcontext)():
+            former, counts = torch.backends.cuda.matmul.fp32_precision, []
+            for step in range(1, 6):
+                parameter.grad = torch.empty_like(parameter)
+                with CountWork(answer=step == 1), Precisions() as precisions:
+                    optimizer.step()
+                counts.append(precisions.found)
+            assert torch.backends.cuda.matmul.fp32_precision == former
+        refresh, ordinary = counts[3:]
+        products = 4 if method == "soap" else 2  # of a direction
+        assert refresh["ieee"] > 40 and set(refresh | ordinary) <= {"ieee", "tf32"}
+        if matmul_dtype == "tf32":
+            assert ordinary == {"tf32": products} and refresh["tf32"] == products
+        else:
+            assert ordinary == {"ieee": products} and not refresh["tf32"]
+
+
+def test_tf32_is_refused_on_a_cpu() -> None:
+    weight = nn.Parameter(torch.ones(8, 8))
+    weight.grad = torch.ones(8, 8)
+    with pytest.raises(ValueError, match=r"matmul_dtype='tf32' is for CUDA devices, but blocks\.weight is .* cpu"):
+        Shampoo4([("blocks.weight", weight)], matmul_dtype="tf32").step()
+    assert torch.equal(weight, torch.ones(8, 8))
 
 
 @pytest.mark.parametrize("whole", [False, True], ids=["step", "training step"])
