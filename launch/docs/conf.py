@@ -37,6 +37,8 @@ maximum_signature_line_length = 88
 
 html_theme = "furo"
 html_title = f"sharded_shampoo4 {release}"
+html_static_path = ["static"]
+html_css_files = ["wide.css"]
 html_copy_source = False
 
 
