@@ -93,7 +93,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     growth.set_defaults(eager=True, interval=2)
     sizes = [1e6, 3e6, 1e7, 3e7]
     growth.add_argument("--parameters", type=float, nargs="+", default=sizes, help="how many (1e6 3e6 1e7 3e7)")
-    growth.add_argument("--block_sizes", type=int, nargs="+", default=[1024], help="max_preconditioner_dim (1024)")
+    growth.add_argument("--block_sizes", type=int, nargs="+", default=[256], help="max_preconditioner_dim (256)")
     growth.add_argument("--steps", type=int, default=6, help="timed steps, each second one a refresh (6)")
 
     scale = command("scale", "What Shampoo4 would do in worlds of many ranks, computed from its plans.")

@@ -42,29 +42,35 @@ def orders_of(blocks: Blocks) -> Counter[int]:
     return orders
 
 
-def step_flops(blocks: Blocks) -> dict[str, float]:
-    """Count the flops of steps with method="shampoo" and its default options, all in float32.
+def step_flops(blocks: Blocks, method: str = "soap") -> dict[str, float]:
+    """Count the flops of steps with the default options of ``method``, all in float32.
 
     A multiplication and an addition are two flops.
 
     Returns:
-        ``"ordinary"``: the products L^(-1/4) G R^(-1/4) of every block. ``"refresh"``: what a step with statistics and
-        roots takes besides. For a factor of order n, whose block has k on its other side:
+        ``"ordinary"``: the products of every block that make a direction, V^T G V and back, or L^(-1/4) G R^(-1/4) with
+        ``method="shampoo"``. ``"refresh"``: what a step that refreshes everything takes besides. For a factor of order
+        n, whose block has k on its other side:
 
             2 n^2 k         the statistic G G^T
-            4 n^3           a Bjorck step before it
             4 n^3           A = V diag(d) V^T + statistic, and A V
             (8/3 + 2) n^3   P = QR(A V), and A P
-            2 n^3           the root V diag V^T, of the new eigenbasis
+            2 n^3           "soap": the rotation P^T V
+            4 n^2 k         "soap": both moments in the new basis
+            4 n^3           "shampoo": a Bjorck step before the statistic
+            2 n^3           "shampoo": the root V diag V^T, of the new eigenbasis
 
-        A factor of fewer than 4096 elements takes 2 n^2 k, 9 n^3 for eigh and 2 n^3. Quantization, norms, copies and
-        the base optimizer are not counted: they grow with the number of elements only.
+        With ``method="shampoo"`` a factor of fewer than 4096 elements takes 2 n^2 k, 9 n^3 for eigh and 2 n^3.
+        Quantization, norms, copies and the base optimizer are not counted: they grow with the number of elements only.
     """
     ordinary = refresh = 0.0
     for block, count in blocks.items():
-        elements = block.rows * block.columns
         for order in block.orders:
-            ordinary += count * 2 * elements * order
-            cubes = 4 + 4 + 8 / 3 + 2 + 2 if order**2 >= SMALLEST else 9 + 2
-            refresh += count * (2 * elements * order + cubes * order**3)
+            products, cube = count * block.rows * block.columns * order, count * order**3
+            if method == "soap":
+                ordinary += 4 * products
+                refresh += 6 * products + (4 + 8 / 3 + 2 + 2) * cube
+            else:
+                ordinary += 2 * products
+                refresh += 2 * products + (4 + 4 + 8 / 3 + 2 + 2 if order**2 >= SMALLEST else 9 + 2) * cube
     return {"ordinary": ordinary, "refresh": refresh}

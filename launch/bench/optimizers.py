@@ -123,8 +123,8 @@ def _meta(parameters: list[nn.Parameter], interval: int) -> Steps:
 
 
 def shampoo4_with_blocks(limit: int) -> Choice:
-    """Return Shampoo4 by the paper's rule, with blocks of at most ``limit`` rows and columns."""
-    return Choice("Shampoo4, the paper's rule", _paper(max_preconditioner_dim=limit))
+    """Return Shampoo4 with blocks of at most ``limit`` rows and columns."""
+    return Choice("Shampoo4", _ours(max_preconditioner_dim=limit))
 
 
 ADAMW = Choice("AdamW (torch)", lambda parameters, _: torch.optim.AdamW(parameters, lr=1e-3), refreshes=False)

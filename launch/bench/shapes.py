@@ -47,7 +47,7 @@ def compare_shapes(flags: argparse.Namespace, console: Console) -> None:
 def weigh(name: str, shapes: Shapes) -> Row:
     """Compute blocks, refresh and bytes of factors, as they were with one matrix for each parameter and as they are."""
     blocks = [blocks_of(shapes.values(), **options) for options in (FORMER, {})]
-    flops = [step_flops(found)["refresh"] / 1e12 for found in blocks]
+    flops = [step_flops(found, "shampoo")["refresh"] / 1e12 for found in blocks]
     sizes = {
         setting: [_bytes_per_parameter(shapes, {**options, **former}) for former in (FORMER, {})]
         for setting, options in SETTINGS.items()
