@@ -28,8 +28,8 @@ quantizer: numerics/quantization.py
 + scales = (1.001 * scales).to(scale_dtype)
 
 Bjorck constant: numerics/eigenbasis.py
-- 1.5 * basis - 0.5 *
-+ 1.5 * basis - 0.499 *
+- (1.5, basis, -0.5,
++ (1.5, basis, -0.499,
 
 owner choice: planning/plan.py
 - owners[index] = owner = loads
@@ -132,8 +132,8 @@ header: packing.py
 + _HEADER.pack(matrix.step, 0)
 
 second moment of new bases: numerics/moments.py
-- (moment, rotation.square())
-+ (moment, rotation.abs())
+- (moment, rotation.square(),
++ (moment, rotation.abs(),
 
 soap's step: updates.py
 - alpha=-lr)

@@ -126,7 +126,7 @@ class BlockBatch:
                     with self._products():
                         found = root.right_of(found) if number else root.left_of(found)
             return found.to(gradients.dtype)
-        bases = refreshed[:2] if refreshed else self.bases(chosen, gradients.dtype)
+        bases = refreshed[:2] if refreshed else self.bases(chosen, dtype)
         left, right = (None if basis is None else basis.to(dtype) for basis in bases)
         with self._products():
             projected = _between(left, gradients.to(dtype), None if right is None else right.mT).to(gradients.dtype)

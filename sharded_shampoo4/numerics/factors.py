@@ -142,11 +142,14 @@ class FactorPool(Pool):
         codes = self.encode("basis.top", leading, self.coding.in_8_bits())
         return {"basis.places": places.to(torch.int32), **codes, **self.encode("basis", rest)}
 
-    def _decode_basis(self, where: Index) -> Tensor:
-        """The eigenvectors as rows (k, n, n), float32; made orthogonal to the leading ones, if these are apart."""
-        rows = self.decode("basis", where, self.order)
+    def _decode_basis(self, where: Index, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The eigenvectors as rows (k, n, n), of ``dtype`` if they are codes.
+
+        They are float32, and made orthogonal to the leading ones, if these are apart.
+        """
         if not self._top:
-            return rows
+            return self.decode("basis", where, self.order, dtype=dtype)
+        rows = self.decode("basis", where, self.order)
         leading = self.decode("basis.top", where, self.order, self.coding.in_8_bits())
         rows = linalg.add_product(1.0, rows, -1.0, linalg.matmul(rows, leading.mT), leading)
         found = torch.empty(len(rows), self.order, self.order, dtype=rows.dtype, device=rows.device)
@@ -236,16 +239,17 @@ class FactorPool(Pool):
     def root(self, where: Index, dtype: torch.dtype) -> InverseRoot:
         """The inverse roots (k, n, n) of the factors ``where``, to multiply with blocks of ``dtype``."""
         if self.has_roots:
-            return InverseRoot(self.decode("root", where, self.order).to(dtype), None)
+            return InverseRoot(self.decode("root", where, self.order, dtype=dtype).to(dtype), None)
         powers = eigenbasis.inverse_powers(self.tensors["eigenvalues"][where], self.options.matrix_eps, self._root)
         return InverseRoot(self.basis(where, dtype), powers.to(dtype))
 
     def basis(self, where: Index, dtype: torch.dtype) -> Tensor:
         """The eigenvectors (k, n, n) of the factors ``where``, as rows, to multiply with blocks of ``dtype``."""
-        rows = self._decode_basis(where)
+        steps = self._rectify_steps[1]
+        rows = self._decode_basis(where, torch.float32 if steps else dtype)
         if "basis" in self.tensors:
             return rows.to(dtype, copy=True)  # a view of what absorb() changes
-        return eigenbasis.rectify(rows, self._rectify_steps[1]).to(dtype)
+        return eigenbasis.rectify(rows, steps).to(dtype)
 
     def health(self, where: Tensor) -> Tensor:
         """How the factors ``where`` are, float64 (k, 5): see HEALTH. NaN for the errors of factors without a basis."""

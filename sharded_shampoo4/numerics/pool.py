@@ -82,16 +82,25 @@ class Pool:
         )
         return encoded
 
-    def decode(self, name: str, where: Index, columns: int, coding: Coding | None = None) -> Tensor:
-        """Return the matrices (k, rows, columns) that are stored under ``name``: codes as float32.
+    def decode(
+        self,
+        name: str,
+        where: Index,
+        columns: int,
+        coding: Coding | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        """Return the matrices (k, rows, columns) that are stored under ``name``: codes as numbers of ``dtype``.
 
-        Those stored as they are may be views of what is stored.
+        Those stored as they are have their own type, and may be views of what is stored.
         """
         if name in self.tensors:
             return self.stored(name, where)
         codes, scales = self.stored(f"{name}.codes", where), self.stored(f"{name}.scales", where)
         codebook, bits, block, _ = coding or self.coding
-        matrices = quantization.dequantize(codes, scales, columns, codebook=codebook, bits=bits, block=block)
+        matrices = quantization.dequantize(
+            codes, scales, columns, codebook=codebook, bits=bits, block=block, dtype=dtype
+        )
         if f"{name}.diagonal" in self.tensors:
             matrices.diagonal(dim1=-2, dim2=-1).copy_(self.stored(f"{name}.diagonal", where))
         return matrices

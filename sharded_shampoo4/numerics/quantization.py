@@ -303,8 +303,17 @@ def _sums(ratios: Tensor, values: Tensor, tables: _Tables) -> tuple[Tensor, Tens
     return levels.mul_(values).sum(-1), squares
 
 
-def dequantize(codes: Tensor, scales: Tensor, length: int, *, codebook: str, bits: int, block: int) -> Tensor:
-    """Values of :func:`quantize`'s codes and scales, float32 (..., length)."""
+def dequantize(
+    codes: Tensor,
+    scales: Tensor,
+    length: int,
+    *,
+    codebook: str,
+    bits: int,
+    block: int,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Values of :func:`quantize`'s codes and scales (..., length), computed in float32 and rounded to ``dtype``."""
     tables = _tables(codebook, bits, block, codes.device)
     flat = codes.flatten()
     if tables.pairs is not None and len(flat) % 2 == 0 and flat.storage_offset() % 2 == 0:
@@ -314,11 +323,18 @@ def dequantize(codes: Tensor, scales: Tensor, length: int, *, codebook: str, bit
     values = found.view(torch.float32).view(*codes.shape[:-1], -1)
     if values.shape[-1] > length:
         values = values[..., :length].contiguous()
+    result = values if dtype == torch.float32 else torch.empty_like(values, dtype=dtype)
     whole = length // block
-    if whole * block == length:
-        values.view(*codes.shape[:-1], whole, block).mul_(scales.unsqueeze(-1))
-        return values
     if whole:
-        values[..., : whole * block].unflatten(-1, (whole, block)).mul_(scales[..., :whole, None])
-    values[..., whole * block :].mul_(scales[..., whole:])
-    return values
+        blocks = _whole_blocks(values, whole, block)
+        target = blocks if result is values else _whole_blocks(result, whole, block)
+        torch.mul(blocks, scales[..., :whole, None], out=target)
+    if whole * block < length:
+        torch.mul(values[..., whole * block :], scales[..., whole:], out=result[..., whole * block :])
+    return result
+
+
+def _whole_blocks(values: Tensor, count: int, block: int) -> Tensor:
+    """The first blocks of each row (..., n), as (..., count, block)."""
+    found: Tensor = values[..., : count * block].unflatten(-1, (count, block))
+    return found

@@ -159,6 +159,7 @@ class CountWork(TorchDispatchMode):
             written = list(_tensors([result])) or list(_tensors(args[:1]))  # _foreach_* in place return nothing
             read = [*given[1:], *written] if name == "index_select" else given
             counts.moved_by[name] += sum(map(_bytes_held, [*read, *written]))
+            counts.moved_by[name] -= sum(map(_bytes_held, _tensors([kwargs.get("out")])))  # is not read
 
     def _count_collective(self, name: str, args: Any) -> None:
         tensors = list(_tensors(args))

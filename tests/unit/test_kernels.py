@@ -251,6 +251,7 @@ BYTES: dict[str, tuple[Callable[[Tensor], object], int]] = {
     "views": (lambda x: x.mT[:2], 0),
     "one result": (lambda x: x * 2, 64 + 64),
     "in place": (lambda x: x.mul_(2), 64 + 64),
+    "into another": (lambda x: torch.mul(x, 2.0, out=torch.empty_like(x)), 64 + 64),
     "an expanded row": (lambda x: x + x[:1].expand(4, 4), 64 + 16 + 64),
     "two in place": (lambda x: torch._foreach_mul_([x, x[:2]], 2.0), 64 + 32 + 64 + 32),
     "another type": (lambda x: x.to(torch.bfloat16), 64 + 32),
