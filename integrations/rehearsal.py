@@ -62,6 +62,7 @@ def rehearse_on_cpu(timeout: timedelta | None = None) -> bool:
         return False
     if PartialState._shared_state:
         raise RuntimeError("rehearse_on_cpu() comes too late: call it before Accelerator(...) and PartialState(...)")
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, where it is installed, would warn that it found none
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         from .deepspeed import skip_cpu_compilation
 

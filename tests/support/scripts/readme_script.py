@@ -80,6 +80,7 @@ def main() -> None:
             train(known["engine"], known["engine"], known["engine"].backward)
             known["engine"].destroy()
         elif host == "HF Trainer":
+            known["trainer"].train()
             optimizer = known["trainer"].optimizer.optimizer
         else:
             train(model, optimizer, known["accelerator"].backward if host == "Accelerate" else Tensor.backward)
