@@ -118,9 +118,8 @@ class MomentPool(Pool):
         if moments is None:
             moments = self._fresh("momentum", where, projected.dtype), self._second_moment(where, projected.dtype)
         momentum, moment = moments
-        if (
-            projected.device.type == "cpu"
-        ):  # one operation may round product and sum otherwise at another place in memory
+        # On a CPU products and sums are apart: one operation may round them otherwise at another place in memory.
+        if projected.device.type == "cpu":
             moment.mul_(second).add_(projected.square().mul_(1 - second))
             momentum.mul_(first).add_(projected.mul_(1 - first))
             weight = 1.0
