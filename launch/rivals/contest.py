@@ -221,7 +221,7 @@ def _mean_and_all(values: list[float]) -> str:
 def draw(found: dict[str, dict[str, tuple[float, list[Result]]]], path: Path) -> None:
     """Training loss over steps, means over seeds, a panel for each task; and the state, in the same colors."""
     colors = dict(zip(RIVALS, (*SERIES[:2], *SERIES[3:6], SERIES[2], SERIES[6], SERIES[8]), strict=True))
-    with picture(path, columns=len(found) + 1, size=(6 * len(found) + 5, 4.6)) as (_, panels):
+    with picture(path, columns=len(found) + 1, size=(6 * len(found) + 5, 5)) as (_, panels):
         for panel, (task, by_name) in zip(panels, found.items(), strict=False):
             for name, (_, results) in by_name.items():
                 mean = torch.tensor([result["losses"] for result in results]).mean(0)
@@ -235,6 +235,7 @@ def draw(found: dict[str, dict[str, tuple[float, list[Result]]]], path: Path) ->
             label_logarithms(panel)
         last, bars = list(found.values())[-1], panels[-1]
         held = {name: results[0]["state bytes"] / results[0]["parameters"] for name, (_, results) in last.items()}
-        bars.barh([RIVALS[name].label for name in held], list(held.values()), color=[colors[name] for name in held])
+        labels = [RIVALS[name].label.replace(", ", ",\n", 1) for name in held]
+        bars.barh(labels, list(held.values()), color=[colors[name] for name in held])
         bars.invert_yaxis()
         bars.set(title="optimizer state, of the last model", xlabel="bytes for each parameter")
