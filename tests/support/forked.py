@@ -162,7 +162,7 @@ class _Worker:
     def __init__(self, launch: Launch, local_rank: int, port: int, folder: Path) -> None:
         self.launch = launch
         self.place = folder / f"{launch.machine}-{local_rank}"
-        arguments = (launch.command, launch.worker_environment(local_rank, port), str(self.place))
+        arguments = (launch.command, launch.worker_environment(local_rank, port), os.getcwd(), str(self.place))
         self.process = worlds.preloaded_context(worlds.PRELOADED_FOR_LAUNCHES).Process(target=_work, args=arguments)
         self.process.start()
 
@@ -175,9 +175,10 @@ class _Worker:
         self.process.join()
 
 
-def _work(command: list[str], variables: Mapping[str, str], place: str) -> None:
-    """Be the worker: take its environment, streams and arguments, and run the script as Python would."""
+def _work(command: list[str], variables: Mapping[str, str], folder: str, place: str) -> None:
+    """Be the worker: take its folder, environment, streams and arguments, and run the script as Python would."""
     gc.freeze()  # as ranks do: worlds.py
+    os.chdir(folder)
     os.environ.clear()
     os.environ.update(variables)
     for number, stream in ((1, "stdout"), (2, "stderr")):
