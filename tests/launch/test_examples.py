@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.launching import LAUNCH, environment
+from support import forked
+from support.launching import LAUNCH, Finished, environment
 from support.marks import slow_except
 
 EXAMPLES = LAUNCH / "examples"
@@ -32,36 +33,48 @@ def command(script: str) -> list[str]:
     return docstring.partition(": ")[2].split()
 
 
-def losses(folder: Path, script: str, *flags: str) -> list[float]:
-    """Run the command of a script in ``folder`` and return the losses that it prints."""
-    launch = folder / "launch"
-    if not launch.exists():
-        launch.symlink_to(LAUNCH)
+def start(*words: str, without: str = "") -> Finished:
+    """Run a command as a shell would that has an activated environment, ``without`` one of its variables."""
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
     env = {**environment(), "PATH": path}
-    if script == "language_model":
-        env.pop("DS_ACCELERATOR", None)  # rehearse_on_cpu() sets it before transformers imports DeepSpeed
-    found = subprocess.run([*command(script), *flags], cwd=folder, env=env, capture_output=True, text=True, timeout=280)
+    env.pop(without, None)
+    return subprocess.run(words, env=env, capture_output=True, text=True, timeout=280)
+
+
+def losses(found: Finished) -> list[float]:
+    """The losses that a script has printed, and nothing to complain of."""
     assert found.returncode == 0, found.stderr[-3000:]
     lines = (found.stdout + found.stderr).splitlines()
     assert [line for line in lines if COMPLAINTS.search(line) and not EXCUSED.search(line)] == []
     return [float(loss) for loss in re.findall(r"(?:: loss |'loss': ')([\d.]+)", found.stdout)]
 
 
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that has launch/: the working directory of a test."""
+    (tmp_path / "launch").symlink_to(LAUNCH)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
 @pytest.mark.parametrize("script", slow_except(["plain"], HOSTS))
-def test_the_loss_falls_and_a_second_start_resumes(script: str, tmp_path: Path) -> None:
-    first = losses(tmp_path, script)
+def test_the_loss_falls_and_a_second_start_resumes(script: str, folder: Path) -> None:
+    """The first start is real; workers of the second are forked."""
+    first = losses(start(*command(script)))
     assert len(first) == 10 and first[0] > 1 and first[-1] < 0.1
-    (runs,) = (tmp_path / "runs" / "examples").iterdir()
-    saved = sorted(runs.iterdir(), key=lambda folder: int(folder.name.rpartition("-")[2]))
+    (runs,) = (folder / "runs" / "examples").iterdir()
+    saved = sorted(runs.iterdir(), key=lambda place: int(place.name.rpartition("-")[2]))
     assert len(saved) == 10
     shutil.rmtree(saved[-1])  # as if the run had been killed in its last epoch
-    assert losses(tmp_path, script) == first[-1:]
+    again = [sys.executable if word == "python" else word for word in command(script)]
+    assert losses(forked.run(*again)) == first[-1:]
 
 
 @pytest.mark.slow
-def test_the_language_model_trains(tmp_path: Path) -> None:
-    found = losses(tmp_path, "language_model", "--steps", "40", "--batch_size", "8")
+def test_the_language_model_trains(folder: Path) -> None:
+    flags = ("--steps", "40", "--batch_size", "8")
+    # rehearse_on_cpu() sets the variable before transformers imports DeepSpeed.
+    found = losses(start(*command("language_model"), *flags, without="DS_ACCELERATOR"))
     assert len(found) == 2 and found[0] > found[1] + 0.5
 
 

@@ -8,6 +8,7 @@ own code up to the point where processes would start, which tells the environmen
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -27,12 +28,6 @@ from . import worlds
 from .launching import environment, free_port
 
 TIMEOUT = 300.0  # seconds of a launch
-PRELOADED = [
-    *worlds.PRELOADED,
-    *("torch.distributed.run", "torch.distributed.checkpoint", "torch.utils.tensorboard", "safetensors.torch"),
-    *("sklearn.datasets", "datasets", "matplotlib.pyplot", "kornia.augmentation", "accelerate"),
-    *("transformers.models.vit.modeling_vit", "transformers.trainer", "support.launching", "train_vit"),
-]
 
 
 @dataclass
@@ -167,8 +162,8 @@ class _Worker:
     def __init__(self, launch: Launch, local_rank: int, port: int, folder: Path) -> None:
         self.launch = launch
         self.place = folder / f"{launch.machine}-{local_rank}"
-        arguments = (launch.command, launch.worker_environment(local_rank, port), str(self.place))
-        self.process = worlds.preloaded_context(PRELOADED).Process(target=_work, args=arguments)
+        arguments = (launch.command, launch.worker_environment(local_rank, port), os.getcwd(), str(self.place))
+        self.process = worlds.preloaded_context(worlds.PRELOADED_FOR_LAUNCHES).Process(target=_work, args=arguments)
         self.process.start()
 
     def read(self, stream: str) -> str:
@@ -180,8 +175,10 @@ class _Worker:
         self.process.join()
 
 
-def _work(command: list[str], variables: Mapping[str, str], place: str) -> None:
-    """Be the worker: take its environment, streams and arguments, and run the script as Python would."""
+def _work(command: list[str], variables: Mapping[str, str], folder: str, place: str) -> None:
+    """Be the worker: take its folder, environment, streams and arguments, and run the script as Python would."""
+    gc.freeze()  # as ranks do: worlds.py
+    os.chdir(folder)
     os.environ.clear()
     os.environ.update(variables)
     for number, stream in ((1, "stdout"), (2, "stderr")):

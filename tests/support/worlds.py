@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import hashlib
 import multiprocessing
 import multiprocessing.connection
@@ -32,6 +33,12 @@ HOSTS = ("ddp", "fsdp1", "fsdp2", "hsdp")  # each function below also takes "non
 PRELOADED = [  # by what starts ranks: what each of them would spend up to six seconds on
     *("torch", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor"),
     *("deepspeed.runtime.zero.muon.muon_optimizer", "support.zero_worlds"),
+]
+PRELOADED_FOR_LAUNCHES = [  # by what starts the workers of forked.py
+    *PRELOADED,
+    *("torch.distributed.run", "torch.distributed.checkpoint", "torch.utils.tensorboard", "safetensors.torch"),
+    *("sklearn.datasets", "datasets", "matplotlib.pyplot", "kornia.augmentation", "accelerate"),
+    *("transformers.models.vit.modeling_vit", "transformers.trainer", "support.launching", "train_vit"),
 ]
 
 
@@ -61,12 +68,13 @@ class RankError(RuntimeError):
 def preloaded_context(modules: list[str]) -> multiprocessing.context.ForkServerContext:
     """What forks processes from a server that has loaded ``modules``, if it is the first to start that server.
 
-    There is one server for a process. It finds modules by the environment's PYTHONPATH.
+    There is one server for a process. It finds modules by the environment's PYTHONPATH. A process of pytest-xdist runs
+    files of every kind: its server loads all modules, whichever file comes first.
     """
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # no processes of its own: nothing is compiled
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(modules)
+    context.set_forkserver_preload(PRELOADED_FOR_LAUNCHES if "PYTEST_XDIST_WORKER" in os.environ else modules)
     return context
 
 
@@ -142,6 +150,7 @@ def _collect(pipes: list[Any], deadline: float, timeout: float) -> list[Any]:
 
 
 def _rank_main(pipe: Any, rank: int, size: int, store: str, function: Callable[..., Any], args: Any) -> None:
+    gc.freeze()  # DeepSpeed collects garbage for every engine: not in what is preloaded, which takes most of a second
     torch.set_num_threads(1)
     try:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
@@ -349,8 +358,15 @@ def make_gradients(kind: str, seed: int) -> dict[str, Tensor | None]:
     """
     generator = torch.Generator().manual_seed(seed)
     gradients: dict[str, Tensor | None] = {}
-    for name, parameter in make_model(kind).named_parameters():
+    for name, parameter in _model_on_meta(kind).items():
         gradient = (12 * torch.randn(parameter.shape, generator=generator)).round().clamp(-28, 28) * (3 / 8)
         trained = parameter.requires_grad and not name.startswith("unused")
         gradients[name] = gradient.to(parameter.dtype) if trained else None
     return gradients
+
+
+@functools.cache
+def _model_on_meta(kind: str) -> dict[str, nn.Parameter]:
+    """The parameters of a model without their values."""
+    with torch.device("meta"):
+        return dict(make_model(kind).named_parameters())
