@@ -89,10 +89,11 @@ class HeldParameter:
         return slice(offset, offset + shard.length)
 
     def check(self, gradient: Tensor | None) -> None:
-        """Raise ValueError if the host or the device cannot train it, TypeError if it is sparse or complex.
+        """Check that it can be trained with ``gradient``. All else is for the base optimizer to judge.
 
-        The device is asked for TF32, where that is wanted; sparse or complex may be its matrix or the ``gradient``. All
-        else is for the base optimizer to judge.
+        Raises:
+            ValueError: its host cannot train it, or ``matmul_dtype="tf32"`` is not for its device.
+            TypeError: it is preconditioned, and the matrix or ``gradient`` is sparse or complex.
         """
         self.host.check_parameter(self.name, self.parameter, self.holder, self.options.precondition)
         if self.view is None:
