@@ -53,7 +53,7 @@ def grouped(named: Iterable[tuple[str, nn.Parameter]], views: Mapping[str, Mappi
     for options, members in groups.items():
         if options:
             said = ", ".join(f"{name}={value}" for name, value in options)
-            logger.info(f"{said}: {len(members)} parameters ({shorten(name for name, _ in members)})")
+            logger.info(f"{said} for {shorten(name for name, _ in members)} ({len(members)} in all)")
     return [{"params": members, **dict(options)} for options, members in groups.items() if members]
 
 

@@ -21,6 +21,7 @@ from .numerics.preconditioner import Preconditioner, fresh_block
 from .placement import local_tensor
 from .planning.loads import Work
 from .planning.plan import Owned, Plan
+from .report import shorten
 
 logger = logging.getLogger(__name__)
 
@@ -167,8 +168,8 @@ class Distributor:
                 if matrix.rooted and not was_rooted:
                     begins.append(matrix)
         if begins and self.ranks.rank == 0:
-            more = f" and {len(begins) - 1} more parameters" if len(begins) > 1 else ""
-            logger.info(f"Preconditioning begins with step {begins[0].step} of {begins[0].name}{more}")
+            names = shorten(matrix.name for matrix in begins)
+            logger.info(f"Preconditioning begins with step {begins[0].step} of {names}")
 
     def _gradient_shards(self) -> list[Tensor]:
         return [self._gradient_shard(index) for index in range(len(self.matrices))]
