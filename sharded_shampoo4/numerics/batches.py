@@ -116,8 +116,8 @@ class BlockBatch:
 
         ``refreshed`` is what :meth:`absorb` has returned in this step, if it was called.
         """
-        dtype = torch.bfloat16 if self._options.matmul_dtype == "bfloat16" else torch.float32
-        dtype = dtype if gradients.dtype == torch.float32 else gradients.dtype
+        in_bfloat16 = self._options.matmul_dtype == "bfloat16" and gradients.dtype == torch.float32
+        dtype = torch.bfloat16 if in_bfloat16 else gradients.dtype
         if self.moments is None:
             found = gradients.to(dtype)
             for number, (side, where) in enumerate(zip(self._sides, self._places(chosen), strict=True)):
@@ -136,7 +136,7 @@ class BlockBatch:
             return _between(None if left is None else left.mT, directions, right).to(gradients.dtype)
 
     def _products(self) -> contextlib.AbstractContextManager[None]:
-        """In here are the products that ``matmul_dtype`` is about."""
+        """A context for the products that ``matmul_dtype`` is about."""
         return tf32_products() if self._options.matmul_dtype == "tf32" else contextlib.nullcontext()
 
     def bases(self, chosen: Sequence[int], dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:

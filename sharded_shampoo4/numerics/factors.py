@@ -143,9 +143,9 @@ class FactorPool(Pool):
         return {"basis.places": places.to(torch.int32), **codes, **self.encode("basis", rest)}
 
     def _decode_basis(self, where: Index, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The eigenvectors as rows (k, n, n), of ``dtype`` if they are codes.
+        """The eigenvectors as rows (k, n, n), of ``dtype`` unless they are stored in float32.
 
-        They are float32, and made orthogonal to the leading ones, if these are apart.
+        Where the leading ones are kept apart, all are float32, and the others are made orthogonal to the leading ones.
         """
         if not self._top:
             return self.decode("basis", where, self.order, dtype=dtype)
