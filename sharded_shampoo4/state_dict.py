@@ -16,7 +16,7 @@ from .numerics.matrix import Matrix
 from .options import PreconditionerOptions
 from .packing import PackedPieces, PackedState, fresh_bytes, pack, pack_pieces, refuse_former_levels, shaping_difference
 from .placement import is_dtensor, shard_vector
-from .report import shorten
+from .report import shorten, warn
 
 if TYPE_CHECKING:
     from .session import Session
@@ -228,8 +228,19 @@ def read(
     for parameter, option, data in zip(current, options, packed, strict=True):
         if data is not None:
             loaded[parameter] = PackedState(option, data.detach().clone())
+    if (plain["state"] or loaded) and not members.partitioned:
+        _warn_if_lost([known[p].name for p in current if p in known and known[p].is_soap and p not in loaded])
     versioned = [{**group, VERSION_KEY: FORMAT_VERSION} for group in plain["param_groups"]]
     return {**plain, "param_groups": versioned}, loaded
+
+
+def _warn_if_lost(names: Sequence[str]) -> None:
+    """Warn of parameters whose whole states are missing in a state_dict that has states of others."""
+    if names:
+        warn(
+            f"the state_dict has no states of {shorten(names)}, which begin anew: they were not trained when it was "
+            "saved, or their factors were removed"
+        )
 
 
 def _without_former_options(state_dict: dict[str, Any], groups: Sequence[dict[str, Any]]) -> dict[str, Any]:

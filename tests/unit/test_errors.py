@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import linecache
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +216,22 @@ def test_checkpoints_that_do_not_fit() -> None:
     newer["param_groups"][0]["preconditioner_format"] = 99
     with pytest.raises(ValueError, match="has format 99, this version of Shampoo4 reads up to 2"):
         Shampoo4([parameter]).load_state_dict(newer)
+
+
+def test_a_state_dict_that_lost_factors_warns_that_they_begin_anew() -> None:
+    """A matrix of method="soap" has no other states, whose presence would make it an error."""
+    named = [("weight", matrix(70, 65)), ("bias", matrix(70)), ("frozen", matrix(8, 8).requires_grad_(False))]
+    optimizer = Shampoo4(named, statistics_interval=1)
+    for _, parameter in named[:2]:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    saved = optimizer.state_dict()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Shampoo4(named).load_state_dict(copy.deepcopy(saved))
+    del saved["state"][0]["preconditioner"]
+    with pytest.warns(UserWarning, match="has no states of weight, which begin anew"):
+        Shampoo4(named).load_state_dict(saved)
 
 
 def test_failures_keep_the_old_factors_then_raise() -> None:
