@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from plots import BLUE, GRAY, RED, format_bytes, number_table, picture
+from plots import BLUE, GRAY, RED, format_bytes, label_logarithms, number_table, picture
 
 
 class MetricsLog:
@@ -129,6 +129,7 @@ def plot_curves(lines: list[dict[str, Any]], path: Path, title: str) -> None:
         losses = [line["loss"] for line in train] + [line["eval_loss"] for line in evals]
         if losses and min(losses) > 0 and max(losses) > 20 * min(losses):
             loss.set_yscale("log")
+            label_logarithms(loss)
         loss.legend()
         _draw(accuracy, evals, "eval_accuracy", "", RED)
         accuracy.set_title("evaluation accuracy")
