@@ -58,11 +58,15 @@ test-minimum test-newest: test-%:
 golden: $(READY)
 	$(BIN)/python tests/golden/digests.py --write
 
-# Three packages come without what they require. torchtitan and axolotl ask for older versions of datasets and transformers,
-# timm for a torchvision, which must be made for the same build of torch. Without one, the tests of timm are skipped.
+# Some packages come without what they require: torchtitan and axolotl ask for older versions of datasets and transformers.
+# timm comes only where there is a torchvision, which must be made for the same build of torch: without one, timm would break
+# the command `accelerate`, which imports it. Its tests are skipped then.
 test-peers: $(READY)
 	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c $(CONSTRAINTS) -e '.[launch,test,bench,peers]'
-	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c $(CONSTRAINTS) --no-deps torchtitan spmd_types axolotl addict timm
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c $(CONSTRAINTS) --no-deps torchtitan spmd_types axolotl addict
+	if $(BIN)/python -c 'import torchvision' 2>/dev/null; then \
+		$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c $(CONSTRAINTS) --no-deps timm; \
+	fi
 	$(BIN)/python -m pytest tests/ranks/test_low_bit_bases.py tests/ranks/test_programs.py tests/launch/test_benchmark.py \
 		tests/launch/test_notebook.py tests/unit/test_timm.py tests/unit/test_lightning.py tests/unit/test_axolotl.py \
 		tests/unit/test_trainer_logs.py
