@@ -376,7 +376,7 @@ class Shampoo4(SavedStates):
         """How the factors of each preconditioned parameter are, by its name; collective, and not for every step.
 
         ``orthogonality_error``: of the worst eigenbasis V, ||V^T V - I||_F / sqrt(order), as it is stored;
-        ``rectified_error``: the same after the rectification before a root (both NaN where no eigenbasis is stored);
+        ``rectified_error``: the same as it is used, after rectification (both NaN where no eigenbasis is stored);
         ``smallest_eigenvalue`` and ``largest_eigenvalue`` of the statistics; ``failures``: the most failed updates in a
         row of any factor; ``bytes`` of all its factors; ``steps`` that it has taken, and the ``roots`` that have been
         computed in them: as long as there are none, the base optimizer works on plain gradients. Empty before the first
