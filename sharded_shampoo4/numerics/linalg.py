@@ -33,8 +33,10 @@ def add_product(beta: float, matrices: Tensor, alpha: float, left: Tensor, right
     """``beta matrices + alpha left right``; ``matrices`` are (B, m, n), the product is :func:`matmul`'s."""
     if left.device.type != "cpu" and _is_neutral(left, right):
         return torch.baddbmm(matrices, left, right, beta=beta, alpha=alpha)
-    product = matmul(left, right) if alpha == 1 else matmul(left, right).mul_(alpha)
-    return product.add_(matrices if beta == 1 else matrices * beta)
+    product, scaled = matmul(left, right), matrices if beta == 1 else matrices * beta
+    if alpha == -1:
+        return torch.sub(scaled, product, out=product)
+    return (product if alpha == 1 else product.mul_(alpha)).add_(scaled)
 
 
 def _is_neutral(left: Tensor, right: Tensor) -> bool:
