@@ -229,17 +229,17 @@ def read(
         if data is not None:
             loaded[parameter] = PackedState(option, data.detach().clone())
     if (plain["state"] or loaded) and not members.partitioned:
-        _warn_if_lost([known[p].name for p in current if p in known and known[p].is_soap and p not in loaded])
+        _warn_of_missing([known[p].name for p in current if p in known and known[p].is_soap and p not in loaded])
     versioned = [{**group, VERSION_KEY: FORMAT_VERSION} for group in plain["param_groups"]]
     return {**plain, "param_groups": versioned}, loaded
 
 
-def _warn_if_lost(names: Sequence[str]) -> None:
-    """Warn of parameters whose whole states are missing in a state_dict that has states of others."""
+def _warn_of_missing(names: Sequence[str]) -> None:
+    """Warn that a state_dict has states of other parameters, but none of these."""
     if names:
         warn(
-            f"the state_dict has no states of {shorten(names)}, which begin anew: they were not trained when it was "
-            "saved, or their factors were removed"
+            f"the state_dict has no states of {shorten(names)}, so these are reset: the parameters were not trained "
+            "when it was saved, or their factors were removed"
         )
 
 

@@ -179,7 +179,7 @@ class MomentPool(Pool):
 
 
 def _turned(kept: Tensor, rotation: Tensor, turn: Turn) -> Tensor:
-    """``kept`` (k, rows, columns) after a turn: those that it changes are multiplied with ``rotation`` on its side."""
+    """Multiply the blocks of ``kept`` (k, rows, columns) whose basis has changed with ``rotation`` on its side."""
     is_whole = len(turn.which) == len(kept)  # then they are in order
     part = kept if is_whole else kept[turn.which]
     product = linalg.matmul(rotation, part) if turn.side == 0 else linalg.matmul(part, rotation.mT)

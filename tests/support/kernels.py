@@ -203,7 +203,7 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
 
 
 def _bytes_held(tensor: Tensor) -> int:
-    """The bytes of a tensor's elements; those that stand for several are counted once."""
+    """Count the bytes of a tensor in memory: the elements of an expanded dimension are the same one."""
     lengths = [size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride or not size]
     return math.prod(lengths) * tensor.element_size()
 

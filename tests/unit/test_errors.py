@@ -218,7 +218,7 @@ def test_checkpoints_that_do_not_fit() -> None:
         Shampoo4([parameter]).load_state_dict(newer)
 
 
-def test_a_state_dict_that_lost_factors_warns_that_they_begin_anew() -> None:
+def test_loading_warns_of_factors_that_are_missing() -> None:
     """A matrix of method="soap" has no other states, whose presence would make it an error."""
     named = [("weight", matrix(70, 65)), ("bias", matrix(70)), ("frozen", matrix(8, 8).requires_grad_(False))]
     optimizer = Shampoo4(named, statistics_interval=1)
@@ -230,7 +230,7 @@ def test_a_state_dict_that_lost_factors_warns_that_they_begin_anew() -> None:
         warnings.simplefilter("error")
         Shampoo4(named).load_state_dict(copy.deepcopy(saved))
     del saved["state"][0]["preconditioner"]
-    with pytest.warns(UserWarning, match="has no states of weight, which begin anew"):
+    with pytest.warns(UserWarning, match="has no states of weight, so these are reset"):
         Shampoo4(named).load_state_dict(saved)
 
 
