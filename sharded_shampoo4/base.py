@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from .base_options import base_arguments, base_class, base_value
 from .labels import label
-from .placement import is_dtensor
+from .placement import is_dtensor, local_tensor
 from .tensors import bytes_by_tensor
 
 State = dict[str, Any]
@@ -100,6 +100,8 @@ class Base:
         Raises:
             TypeError: the rule's kernels do not take the DTensors of FSDP2 and HSDP.
         """
+        if self.rule.__module__.startswith("torch.optim"):
+            groups, states = _held(groups, states)
         self._take(groups, states)
         if self._makes_states_early:
             self._make_missing(groups, states)
@@ -277,6 +279,25 @@ class Base:
                 f"of {sizes} elements: no telling its bytes before training"
             )
         return per_element, per_tensor
+
+
+def _held(groups: Groups, states: MutableMapping[Tensor, Any]) -> tuple[Groups, MutableMapping[Tensor, Any]]:
+    """``groups`` and ``states`` with the tensors that this rank holds in place of DTensors.
+
+    An elementwise rule makes the same of them, and torch dispatches an operation on a DTensor in many times the time of
+    one on a tensor. As they are, if the rule has yet to make states, which are then sharded as their parameters are.
+    """
+    trained = [p for group in groups for p in group["params"] if p.grad is not None]
+    if not any(map(is_dtensor, trained)) or not all(map(states.get, trained)):
+        return groups, states
+    held: dict[Tensor, Tensor] = {}
+    for parameter in trained:
+        held[parameter] = local_tensor(parameter).detach()
+        held[parameter].grad = local_tensor(parameter.grad)
+    return (
+        [{**group, "params": [held[p] for p in group["params"] if p in held]} for group in groups],
+        {held[p]: {key: local_tensor(value) for key, value in states[p].items()} for p in trained},
+    )
 
 
 def _stand_in() -> torch.nn.Parameter:

@@ -8,6 +8,7 @@ import json
 import math
 import multiprocessing
 import statistics
+import textwrap
 import time
 from collections.abc import Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
@@ -221,7 +222,8 @@ def _mean_and_all(values: list[float]) -> str:
 def draw(found: dict[str, dict[str, tuple[float, list[Result]]]], path: Path) -> None:
     """Training loss over steps, means over seeds, a panel for each task; and the state, in the same colors."""
     colors = dict(zip(RIVALS, (*SERIES[:2], *SERIES[3:6], SERIES[2], SERIES[6], SERIES[8]), strict=True))
-    with picture(path, columns=len(found) + 1, size=(6 * len(found) + 5, 5)) as (_, panels):
+    widths = [3.0] * len(found) + [2.0]
+    with picture(path, columns=len(widths), size=(2 * sum(widths), 5), width_ratios=widths) as (_, panels):
         for panel, (task, by_name) in zip(panels, found.items(), strict=False):
             for name, (_, results) in by_name.items():
                 mean = torch.tensor([result["losses"] for result in results]).mean(0)
@@ -235,7 +237,8 @@ def draw(found: dict[str, dict[str, tuple[float, list[Result]]]], path: Path) ->
             label_logarithms(panel)
         last, bars = list(found.values())[-1], panels[-1]
         held = {name: results[0]["state bytes"] / results[0]["parameters"] for name, (_, results) in last.items()}
-        labels = [RIVALS[name].label.replace(", ", ",\n", 1) for name in held]
+        labels = [textwrap.fill(RIVALS[name].label, 26, break_on_hyphens=False) for name in held]
         bars.barh(labels, list(held.values()), color=[colors[name] for name in held])
         bars.invert_yaxis()
-        bars.set(title="optimizer state, of the last model", xlabel="bytes for each parameter")
+        bars.tick_params(axis="y", labelsize="small")
+        bars.set(title=f"optimizer state\n{TASKS[next(reversed(found))].title.split(' of ')[0]}", xlabel="bytes per parameter")

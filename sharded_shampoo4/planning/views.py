@@ -47,7 +47,8 @@ def look(name: str, shape: tuple[int, ...], options: PreconditionerOptions) -> S
     Dimensions of size 1 are dropped. What is left is flattened to (first, product of the others), with batch_dims=k
     after the first k dimensions, which count matrices. By default (batch_dims=-1) the shape and the name decide:
 
-    - three dimensions that are not those of a convolution are a stack of matrices, such as the experts of a layer;
+    - three dimensions are a stack of matrices, such as the experts of a layer, unless they look like a convolution's
+      or the first is the longest, as in projections of shape (inputs, heads, size of a head);
     - a convolution with one input channel for each filter is depthwise and left to the base optimizer, and so are
       stacked biases, whose names end with "bias".
 
@@ -96,12 +97,15 @@ def matrix_view(name: str, shape: Sequence[int], options: PreconditionerOptions)
 def is_stack(shape: Sequence[int]) -> bool:
     """Whether a parameter of this ``shape`` looks like a stack of matrices, such as the experts of a layer.
 
-    It has three dimensions longer than 1, and the last is not the kernel of a convolution: short, and the smallest.
+    It has three dimensions longer than 1, the first is not longer than both others, and the last is not the kernel of
+    a convolution: short, and the smallest.
 
     >>> is_stack((8, 2048, 1024)), is_stack((512, 256, 3)), is_stack((1, 197, 768)), is_stack((64, 3, 7, 7))
     (True, False, False, False)
+    >>> is_stack((4096, 32, 128)), is_stack((32, 128, 4096))  # from the inputs to heads, and from heads to the outputs
+    (False, True)
     """
-    if len(shape) != 3 or min(shape) <= 1:
+    if len(shape) != 3 or min(shape) <= 1 or shape[0] > max(shape[1:]):
         return False
     return shape[2] > _LONGEST_KERNEL or shape[2] >= min(shape[:2])
 

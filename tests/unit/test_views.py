@@ -96,7 +96,7 @@ def test_describe_tells_each_view_and_why() -> None:
         "experts": (8, 512, 128), "experts.bias": (8, 512), "gate_up_bias": (8, 512), "conv": (64, 3, 7, 7),
         "whisper": (384, 80, 3), "mamba": (1536, 1, 4), "convnext": (96, 1, 7, 7), "gray": (192, 1, 16, 16),
         "lora_A": (16, 4096), "vocabulary": (32000, 256), "layer": (512, 512), "head": (1, 512),
-        "position": (1, 65, 64),
+        "position": (1, 65, 64), "queries": (256, 4, 64),
     })  # fmt: skip
     assert "as 8 of 512 x 128 (a stack)" in rows["experts"] and "16 of 256 x 128" in rows["experts"]
     assert "no: stacked biases" in rows["experts.bias"] and "no: stacked biases" in rows["gate_up_bias"]
@@ -104,7 +104,7 @@ def test_describe_tells_each_view_and_why() -> None:
     assert "no: depthwise convolution" in rows["mamba"] and "no: depthwise convolution" in rows["convnext"]
     assert "rows only, max_aspect=7" in rows["lora_A"] and "columns only, max_aspect=7" in rows["vocabulary"]
     assert " as " not in rows["layer"] and "only" not in rows["layer"] and "no: not a matrix" in rows["head"]
-    assert "as 65 x 64" in rows["position"]
+    assert "as 65 x 64" in rows["position"] and "as 256 x 256" in rows["queries"]
 
 
 def test_describe_tells_the_exponent_of_roots_on_one_side() -> None:

@@ -1,0 +1,57 @@
+"""Torch's own elementwise rules as the base, on the shards that a rank holds of DTensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support import worlds as hosts
+from support.contract import make_optimizer
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+RULES: dict[str, dict[str, Any]] = {
+    **{name: {} for name in ("AdamW", "Adagrad", "Adamax", "Adadelta", "ASGD", "NAdam", "RAdam", "RMSprop")},
+    "SGD": {"momentum": 0.9},
+}
+HOSTS = ("fsdp2", "hsdp")
+LATE = "stem.bias"  # which has its first gradient in the third step
+
+
+def train(name: str, host: str, foreach: bool) -> dict[str, Any]:
+    """Five steps with the same gradients under every host; afterwards the parameters, and the base's states."""
+    model = hosts.wrap(hosts.make_model("mlp"), host)
+    options = {"base": getattr(torch.optim, name), "lr": 1e-2, "weight_decay": 0.0, "foreach": foreach, **RULES[name]}
+    optimizer = make_optimizer(model, host, options)
+    for step in range(5):
+        gradients: dict[str, Tensor | None] = dict(hosts.make_gradients("mlp", step))
+        if step < 2:
+            gradients[LATE] = None
+        hosts.set_gradients(model, host, gradients)
+        optimizer.step()
+    states, sharded = {}, []
+    for key, parameter in hosts.named(model, host).items():
+        for kept, value in optimizer.state[parameter].items():
+            if not isinstance(value, Tensor):
+                continue
+            sharded += [isinstance(value, DTensor)] * (value.shape == parameter.shape)
+            states[f"{key} {kept}"] = value.full_tensor() if isinstance(value, DTensor) else value
+    return {"parameters": hosts.full_parameters(model, host), "states": states, "sharded": sharded}
+
+
+def on_a_rank(rank: int) -> dict[tuple[str, str, bool], dict[str, Any]]:
+    return {(name, host, each): train(name, host, each) for name in RULES for host in HOSTS for each in (True, False)}
+
+
+@pytest.mark.parametrize("foreach", [True, False])
+@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("name", RULES)
+def test_torchs_rules_under_fsdp2(name: str, host: str, foreach: bool) -> None:
+    with hosts.one_thread():
+        expected = train(name, "none", foreach)
+    for rank in hosts.run_ranks_once(2, on_a_rank):
+        found = rank[name, host, foreach]
+        assert found["sharded"] and all(found["sharded"])
+        torch.testing.assert_close(found["parameters"], expected["parameters"], rtol=0, atol=0)
+        torch.testing.assert_close(found["states"], expected["states"], rtol=0, atol=0)
