@@ -100,18 +100,21 @@ class Base:
         Raises:
             TypeError: the rule's kernels do not take the DTensors of FSDP2 and HSDP.
         """
-        if self.rule.__module__.startswith("torch.optim"):
-            groups, states = _held(groups, states)
-        self._take(groups, states)
-        if self._makes_states_early:
-            self._make_missing(groups, states)
         bound: Any = self._optimizer.step
         function: Any = getattr(bound, "__func__", None)
-        with label("base"), self._options_as_tensors(groups), self._refusing_dtensors(groups):
-            if getattr(function, "hooked", False):
-                function.__wrapped__(self._optimizer)
-            else:
-                bound()
+        is_torchs = self.rule.__module__.startswith("torch.optim")
+        with _held(groups, states) if is_torchs else contextlib.nullcontext((groups, states)) as (groups, states):
+            self._take(groups, states)
+            if self._makes_states_early:
+                self._make_missing(groups, states)
+            try:
+                with label("base"), self._options_as_tensors(groups), self._refusing_dtensors(groups):
+                    if getattr(function, "hooked", False):
+                        function.__wrapped__(self._optimizer)
+                    else:
+                        bound()
+            finally:
+                self._take([], {})
 
     def make_states(self, groups: Groups, states: MutableMapping[Tensor, Any]) -> None:
         """Make the states of all parameters with gradients, which are zero, as a step does, but count no step."""
@@ -281,23 +284,29 @@ class Base:
         return per_element, per_tensor
 
 
-def _held(groups: Groups, states: MutableMapping[Tensor, Any]) -> tuple[Groups, MutableMapping[Tensor, Any]]:
-    """``groups`` and ``states`` with the tensors that this rank holds in place of DTensors.
+@contextlib.contextmanager
+def _held(groups: Groups, states: MutableMapping[Tensor, Any]) -> Iterator[tuple[Groups, MutableMapping[Tensor, Any]]]:
+    """``groups`` and ``states`` with the tensors that this rank holds in place of DTensors, for a step.
 
     An elementwise rule makes the same of them, and torch dispatches an operation on a DTensor in many times the time of
     one on a tensor. As they are, if the rule has yet to make states, which are then sharded as their parameters are.
     """
     trained = [p for group in groups for p in group["params"] if p.grad is not None]
-    if not any(map(is_dtensor, trained)) or not all(map(states.get, trained)):
-        return groups, states
-    held: dict[Tensor, Tensor] = {}
-    for parameter in trained:
-        held[parameter] = local_tensor(parameter).detach()
-        held[parameter].grad = local_tensor(parameter.grad)
-    return (
-        [{**group, "params": [held[p] for p in group["params"] if p in held]} for group in groups],
-        {held[p]: {key: local_tensor(value) for key, value in states[p].items()} for p in trained},
-    )
+    sharded = [p for p in trained if is_dtensor(p)]
+    if not sharded or not all(states.get(p) and p.grad.dtype == p.dtype for p in trained):
+        yield groups, states
+        return
+    held = {parameter: local_tensor(parameter) for parameter in trained}
+    try:
+        for parameter in sharded:
+            held[parameter].grad = local_tensor(parameter.grad)
+        yield (
+            [{**group, "params": [held[p] for p in group["params"] if p in held]} for group in groups],
+            {held[p]: {key: local_tensor(value) for key, value in states[p].items()} for p in trained},
+        )
+    finally:
+        for parameter in sharded:
+            held[parameter].grad = None
 
 
 def _stand_in() -> torch.nn.Parameter:

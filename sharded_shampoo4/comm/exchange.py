@@ -109,6 +109,7 @@ class Exchange:
             with label("send_back"):
                 self._finish(self._returning)
             self._returning = None
+        self._targets = ()  # no gradient outlives the program's own
 
     def send_back(self, arrived: Arrived, directions: Tensor | None) -> None:
         """Send the directions of a batch, (blocks, rows, columns), to whoever holds the gradients.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ from support import worlds as hosts
 from support.contract import make_optimizer
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+
+from sharded_shampoo4.placement import local_tensor
 
 RULES: dict[str, dict[str, Any]] = {
     **{name: {} for name in ("AdamW", "Adagrad", "Adamax", "Adadelta", "ASGD", "NAdam", "RAdam", "RMSprop")},
@@ -31,13 +34,17 @@ def train(name: str, host: str, foreach: bool) -> dict[str, Any]:
         hosts.set_gradients(model, host, gradients)
         optimizer.step()
     states, sharded = {}, []
+    standing = [weakref.ref(local_tensor(parameter.grad)) for parameter in hosts.named(model, host).values()]
+    del gradients
+    optimizer.zero_grad()
+    held = sum(gradient() is not None for gradient in standing)
     for key, parameter in hosts.named(model, host).items():
         for kept, value in optimizer.state[parameter].items():
             if not isinstance(value, Tensor):
                 continue
             sharded += [isinstance(value, DTensor)] * (value.shape == parameter.shape)
             states[f"{key} {kept}"] = value.full_tensor() if isinstance(value, DTensor) else value
-    return {"parameters": hosts.full_parameters(model, host), "states": states, "sharded": sharded}
+    return {"parameters": hosts.full_parameters(model, host), "states": states, "sharded": sharded, "held": held}
 
 
 def on_a_rank(rank: int) -> dict[tuple[str, str, bool], dict[str, Any]]:
@@ -53,5 +60,6 @@ def test_torchs_rules_under_fsdp2(name: str, host: str, foreach: bool) -> None:
     for rank in hosts.run_ranks_once(2, on_a_rank):
         found = rank[name, host, foreach]
         assert found["sharded"] and all(found["sharded"])
+        assert found["held"] == expected["held"] == 0, "gradients that are still in memory"
         torch.testing.assert_close(found["parameters"], expected["parameters"], rtol=0, atol=0)
         torch.testing.assert_close(found["states"], expected["states"], rtol=0, atol=0)
