@@ -241,4 +241,5 @@ def draw(found: dict[str, dict[str, tuple[float, list[Result]]]], path: Path) ->
         bars.barh(labels, list(held.values()), color=[colors[name] for name in held])
         bars.invert_yaxis()
         bars.tick_params(axis="y", labelsize="small")
-        bars.set(title=f"optimizer state\n{TASKS[next(reversed(found))].title.split(' of ')[0]}", xlabel="bytes per parameter")
+        model = TASKS[next(reversed(found))].title.partition(" of ")[0]
+        bars.set(title=f"optimizer state\n{model}", xlabel="bytes per parameter")
