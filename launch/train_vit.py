@@ -102,7 +102,7 @@ class Run:
         by_deepspeed = adjust_deepspeed(self.accelerator, gradient_clipping=self.args.max_grad_norm)
         self.deepspeed_optimizer = None
         if by_deepspeed:
-            logger.warning("DeepSpeed's configuration names the optimizer: --optimizer and its options are not used")
+            logger.info("DeepSpeed's configuration names the optimizer; --optimizer and its options have no effect")
             self.deepspeed_optimizer = self.accelerator.deepspeed_plugin.deepspeed_config["optimizer"]
         optimizer = build_optimizer(args, model, self.plan.total_steps, named_elsewhere=by_deepspeed)
         choose_fsdp_units(self.accelerator, model)
