@@ -48,7 +48,8 @@ def look(name: str, shape: tuple[int, ...], options: PreconditionerOptions) -> S
     after the first k dimensions, which count matrices. By default (batch_dims=-1) the shape and the name decide:
 
     - three dimensions are a stack of matrices, such as the experts of a layer, unless they look like a convolution's
-      or the first is the longest, as in projections of shape (inputs, heads, size of a head);
+      or the first is the longest, as in projections of shape (inputs, heads, size of a head). Parameters of modules
+      that are called experts always are;
     - a convolution with one input channel for each filter is depthwise and left to the base optimizer, and so are
       stacked biases, whose names end with "bias".
 
@@ -70,7 +71,7 @@ def look(name: str, shape: tuple[int, ...], options: PreconditionerOptions) -> S
         return Seen(None, "empty")
     batch, reason = options.batch_dims, ""
     if batch < 0:
-        batch = 1 if is_stack(shape) else 0
+        batch = 1 if is_stack(shape) or _are_experts(name, shape) else 0
         reason = "a stack" if batch else ""
         if is_depthwise(shape):
             return Seen(None, "depthwise convolution")
@@ -130,6 +131,12 @@ def is_depthwise(shape: Sequence[int]) -> bool:
 def _is_bias(name: str) -> bool:
     last = name.partition(" ")[0].rpartition(".")[2]
     return last == "bias" or last.endswith("_bias")
+
+
+def _are_experts(name: str, shape: Sequence[int]) -> bool:
+    """Whether a parameter is that of a layer's experts, as transformers and torchtitan name it."""
+    *modules, _ = name.partition(" ")[0].split(".")
+    return len(shape) == 3 and any(module.endswith("experts") for module in modules)
 
 
 def _split(name: str, rows: int, sizes: tuple[int, ...]) -> tuple[int, ...]:

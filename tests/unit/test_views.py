@@ -97,6 +97,7 @@ def test_describe_tells_each_view_and_why() -> None:
         "whisper": (384, 80, 3), "mamba": (1536, 1, 4), "convnext": (96, 1, 7, 7), "gray": (192, 1, 16, 16),
         "lora_A": (16, 4096), "vocabulary": (32000, 256), "layer": (512, 512), "head": (1, 512),
         "position": (1, 65, 64), "queries": (256, 4, 64),
+        "moe.experts.w1": (64, 32, 48),
     })  # fmt: skip
     assert "as 8 of 512 x 128 (a stack)" in rows["experts"] and "16 of 256 x 128" in rows["experts"]
     assert "no: stacked biases" in rows["experts.bias"] and "no: stacked biases" in rows["gate_up_bias"]
@@ -105,6 +106,7 @@ def test_describe_tells_each_view_and_why() -> None:
     assert "rows only, max_aspect=7" in rows["lora_A"] and "columns only, max_aspect=7" in rows["vocabulary"]
     assert " as " not in rows["layer"] and "only" not in rows["layer"] and "no: not a matrix" in rows["head"]
     assert "as 65 x 64" in rows["position"] and "as 256 x 256" in rows["queries"]
+    assert "as 64 of 32 x 48 (a stack)" in rows["moe.experts.w1"]
 
 
 def test_describe_tells_the_exponent_of_roots_on_one_side() -> None:
