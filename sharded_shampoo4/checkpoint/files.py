@@ -86,7 +86,7 @@ def write(data: Path, manifest: Mapping[str, Any], tensors: dict[str, Tensor], r
         writer = FileSystemWriter(data, sync_files=True)
     try:
         alone = ranks.size == 1
-        with _one_process_is_meant(alone):
+        with _without_warnings():
             dcp_save(tensors, storage_writer=writer, process_group=ranks.host_group, no_dist=alone)
         files = _checksums(data, ranks)
     except (Exception, CheckpointException) as found:  # whatever happened to any rank, on every rank
@@ -185,7 +185,7 @@ def read(data: Path, tensors: dict[str, Tensor], ranks: Ranks) -> None:
         _prepare(reader, tensors)
     try:
         alone = ranks.size == 1
-        with _one_process_is_meant(alone):
+        with _without_warnings():
             dcp_load(tensors, storage_reader=reader, process_group=ranks.host_group, no_dist=alone)
     except (Exception, CheckpointException) as found:
         error = ValueError(f"{data.parent} could not be read: {_innermost(found)}")
@@ -222,13 +222,11 @@ def _text_checksum(manifest: Mapping[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def _one_process_is_meant(alone: bool) -> Iterator[None]:
-    """Without DCP's warning that it works for one process, which it has been told to."""
-    if not alone:
-        yield
-        return
+def _without_warnings() -> Iterator[None]:
+    """Without what DCP says of one process, as which it is called on purpose, and torch 2.9's DCP of its own calls."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        warnings.filterwarnings("ignore", message="TypedStorage is deprecated")
         yield
 
 

@@ -208,7 +208,6 @@ def test_memory_in_flight_does_not_grow_with_depth(results: list[Any]) -> None:
     for host, batches in (("fsdp2", 3.0), ("ddp", 2 + len(results) / 2)):
         shallow, deep = most[host, 32, SMALL_BATCH], most[host, 96, SMALL_BATCH]
         assert max(shallow, deep) - 16 * 96 <= batches * batch, most
-        assert deep <= 1.25 * shallow, most
         assert most[host, 96, DEFAULT_BATCH] > 1.5 * deep, most
 
 

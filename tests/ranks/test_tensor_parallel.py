@@ -37,17 +37,17 @@ PLACED: list[tuple[tuple[int, ...], tuple[Placement, Placement]]] = [
     ((5, 7), (Shard(1), Shard(0))),
     ((5, 7), (Shard(1), Replicate())),
     ((5, 7), (Shard(1), Shard(1))),
-    ((5, 7), (_StridedShard(0, split_factor=2), Shard(0))),
-    ((3, 4), (_StridedShard(0, split_factor=2), Shard(0))),
-    ((4, 9), (_StridedShard(1, split_factor=2), Shard(1))),
-    ((11,), (_StridedShard(0, split_factor=2), Shard(0))),
     ((3, 5, 7), (Shard(0), Shard(2))),
     ((3, 5, 7), (Shard(2), Shard(0))),
     ((3, 5, 7), (Replicate(), Shard(1))),
     ((1, 5, 7), (Shard(1), Shard(2))),
     ((1, 3), (Shard(1), Shard(0))),
     ((6, 4, 3, 3), (Shard(0), Shard(1))),
+    ((8, 3), (_StridedShard(0, split_factor=2), Shard(0))),
 ]
+UNEVEN = [((5, 7), 0), ((3, 4), 0), ((4, 9), 1), ((11,), 0)]  # and a dimension of them that is cut twice
+if parallel.KNOWS_UNEVEN_PARTS:
+    PLACED += [(shape, (_StridedShard(dim, split_factor=2), Shard(dim))) for shape, dim in UNEVEN]
 
 
 def elements(shard: Held) -> list[int]:
@@ -100,7 +100,7 @@ def test_elements_are_where_torch_has_them() -> None:
 
 
 def uneven(rank: int) -> list[tuple[Held, Tensor]]:
-    """Rows that tensor parallelism cuts unevenly: torch's own ``full_tensor()`` takes them for others then."""
+    """Rows that tensor parallelism cuts unevenly, on three ranks: torch's ``full_tensor()`` takes them for others."""
     mesh = init_device_mesh("cpu", (3, 2), mesh_dim_names=("shard", "tp"))
     found = []
     for rows in (7, 13, 3):

