@@ -283,7 +283,7 @@ def refusals(rank: int) -> dict[str, Any]:
     zero.prepare()
     heard: dict[str, Any] = {}
 
-    # First: after an engine whose step has raised, DeepSpeed 0.19.0 partitions nothing.
+    # First: after an engine whose step has raised, DeepSpeed 0.19.0 partitioned nothing.
     with deepspeed.zero.Init(config_dict_or_path=zero.configuration("zero3")):
         model = make_model(Case("zero3"))
     optimizer = Shampoo4(model.parameters())
