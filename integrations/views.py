@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sharded_shampoo4.names import plain_name
-from sharded_shampoo4.planning.views import is_depthwise, is_stack
+from sharded_shampoo4.planning.views import is_stack
 from sharded_shampoo4.report import shorten
 
 logger = logging.getLogger(__name__)
@@ -88,8 +88,7 @@ def views_of(model: nn.Module, heads: bool = False) -> dict[str, dict[str, Any]]
     - ``split_rows`` for joined queries, keys and values, joined gate and up projections, in experts too; with
       ``heads`` for each head. Joined projections whose parts are columns, as in GPT-2, or alternate, as in the experts
       of GPT-OSS, stay as they are.
-    - ``batch_dims=0`` for convolutions whose shape alone looks like something else; ``precondition=False`` for
-      depthwise ones.
+    - ``batch_dims=0`` for convolutions whose shape alone looks like a stack of matrices.
 
     Raises:
         ValueError: FSDP1 has flattened the parameters, so that their shapes are not those of the model.
@@ -107,9 +106,7 @@ def views_of(model: nn.Module, heads: bool = False) -> dict[str, dict[str, Any]]
 
 def _view(module: nn.Module, name: str, parameter: Tensor, sizes: Mapping[str, int], heads: bool) -> dict[str, Any]:
     if isinstance(module, nn.modules.conv._ConvNd):
-        if parameter.ndim > 1 and 1 < module.groups == module.in_channels:
-            return {"precondition": False}
-        return {"batch_dims": 0} if is_stack(parameter.shape) or is_depthwise(parameter.shape) else {}
+        return {"batch_dims": 0} if is_stack(parameter.shape) else {}
     kind = _kind(name)
     if kind in _GATED and _is_by_rows(parameter, sizes.get("hidden", 0)):
         return {"split_rows": (2,)}

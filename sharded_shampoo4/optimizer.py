@@ -130,8 +130,8 @@ class Shampoo4(SavedStates):
             preconditioned on the other side only. Four times as many in matrices of fewer than 4096 elements. 0 gives
             every side factors. (default: 7)
         batch_dims: Leading dimensions that count matrices, each of which has its own factors: 1 for experts of shape
-            [experts, rows, columns]. -1 finds stacks by their shape, and leaves stacked biases and depthwise
-            convolutions to the base optimizer. (default: -1)
+            [experts, rows, columns]. -1 finds stacks by their shape, and leaves stacked biases to the base optimizer.
+            (default: -1)
         split_rows: Cut the rows of a matrix, such as a fused projection, into parts with their own factors: one number
             is how many equal parts, several are their sizes. (default: ())
         grafting: Whose gradient norm a direction takes: the matrix's, the block's, or none. One of "parameter",

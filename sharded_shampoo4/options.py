@@ -128,8 +128,8 @@ class PreconditionerOptions:
     batch_dims: int = _option(
         -1,
         "Leading dimensions that count matrices, each of which has its own factors: 1 for experts of shape "
-        "[experts, rows, columns]. -1 finds stacks by their shape, and leaves stacked biases and depthwise "
-        "convolutions to the base optimizer.",
+        "[experts, rows, columns]. -1 finds stacks by their shape, and leaves stacked biases to the base "
+        "optimizer.",
         lowest=-1,
     )
     split_rows: tuple[int, ...] = _option(

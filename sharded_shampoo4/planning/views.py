@@ -50,15 +50,16 @@ def look(name: str, shape: tuple[int, ...], options: PreconditionerOptions) -> S
     - three dimensions are a stack of matrices, such as the experts of a layer, unless they look like a convolution's
       or the first is the longest, as in projections of shape (inputs, heads, size of a head). Parameters of modules
       that are called experts always are;
-    - a convolution with one input channel for each filter is depthwise and left to the base optimizer, and so are
-      stacked biases, whose names end with "bias".
+    - stacked biases, whose names end with "bias", are left to the base optimizer.
+
+    A depthwise convolution is a matrix with a row for each channel.
 
     ``split_rows`` cuts the rows of each matrix.
 
     >>> def view(*shape, **options):
     ...     return str(look("w", shape, PreconditionerOptions(**options)).view)
     >>> view(64, 3, 7, 7), view(1, 197, 768), view(1, 768), view(8, 2048, 1024), view(4096, 1, 4)
-    ('64 x 147', '197 x 768', 'None', '8 of 2048 x 1024', 'None')
+    ('64 x 147', '197 x 768', 'None', '8 of 2048 x 1024', '4096 x 4')
     >>> view(8, 2048, 1024, batch_dims=0), view(96, 64, split_rows=3), view(96, 64, split_rows=(64, 16, 16))
     ('8 x 2097152', '3 of 32 x 64', '64 + 16 + 16 rows x 64')
 
@@ -73,8 +74,6 @@ def look(name: str, shape: tuple[int, ...], options: PreconditionerOptions) -> S
     if batch < 0:
         batch = 1 if is_stack(shape) or _are_experts(name, shape) else 0
         reason = "a stack" if batch else ""
-        if is_depthwise(shape):
-            return Seen(None, "depthwise convolution")
         if _is_bias(name) and len(shape) > 1:
             return Seen(None, "stacked biases")
     elif batch > len(shape):
@@ -109,23 +108,6 @@ def is_stack(shape: Sequence[int]) -> bool:
     if len(shape) != 3 or min(shape) <= 1 or shape[0] > max(shape[1:]):
         return False
     return shape[2] > _LONGEST_KERNEL or shape[2] >= min(shape[:2])
-
-
-def is_depthwise(shape: Sequence[int]) -> bool:
-    """Whether a parameter of this ``shape`` looks like a depthwise convolution: several filters of one channel each.
-
-    Its kernel is short in one dimension, and odd in several. Kernels of even sizes, such as those of patch embeddings
-    of gray images, are no depthwise ones.
-
-    >>> is_depthwise((4096, 1, 4)), is_depthwise((96, 1, 7, 7)), is_depthwise((192, 1, 16, 16))
-    (True, True, False)
-    """
-    if len(shape) < 3 or shape[0] == 1 or shape[1] != 1:
-        return False
-    kernel = shape[2:]
-    if len(kernel) == 1:
-        return 1 < kernel[0] <= _LONGEST_KERNEL
-    return all(size % 2 for size in kernel) and max(kernel) > 1
 
 
 def _is_bias(name: str) -> bool:

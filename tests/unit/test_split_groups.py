@@ -81,7 +81,7 @@ def test_modules_of_torch(caplog: pytest.LogCaptureFixture) -> None:
     assert "split_rows=(3,) for attention.in_proj_weight (1 in all)" in caplog.text
     rows = {line.split()[0]: line for line in optimizer.describe().splitlines() if "." in line}
     assert "as 3 of 32 x 32 (split_rows=3)" in rows["attention.in_proj_weight"]
-    assert "no: precondition=False" in rows["depthwise.weight"] and "as 16 x 27" in rows["usual.weight"]
+    assert "as 16 x 9" in rows["depthwise.weight"] and "as 16 x 27" in rows["usual.weight"]
     assert "as 16 x 9" in rows["gray.weight"] and "as 24 x 320" in rows["wide.weight"]
 
 

@@ -102,7 +102,7 @@ def test_describe_tells_each_view_and_why() -> None:
     assert "as 8 of 512 x 128 (a stack)" in rows["experts"] and "16 of 256 x 128" in rows["experts"]
     assert "no: stacked biases" in rows["experts.bias"] and "no: stacked biases" in rows["gate_up_bias"]
     assert "as 64 x 147" in rows["conv"] and "as 384 x 240" in rows["whisper"] and "as 192 x 256" in rows["gray"]
-    assert "no: depthwise convolution" in rows["mamba"] and "no: depthwise convolution" in rows["convnext"]
+    assert "as 1536 x 4, columns only" in rows["mamba"] and "as 96 x 49" in rows["convnext"]
     assert "rows only, max_aspect=7" in rows["lora_A"] and "columns only, max_aspect=7" in rows["vocabulary"]
     assert " as " not in rows["layer"] and "only" not in rows["layer"] and "no: not a matrix" in rows["head"]
     assert "as 65 x 64" in rows["position"] and "as 256 x 256" in rows["queries"]
@@ -117,8 +117,8 @@ def test_describe_tells_the_exponent_of_roots_on_one_side() -> None:
 def test_describe_tells_what_options_did() -> None:
     rows = described({"qkv": (96, 64)}, split_rows=(64, 16, 16))
     assert "as 64 + 16 + 16 rows x 64 (split_rows=64,16,16)" in rows["qkv"]
-    rows = described({"experts": (8, 64, 32), "mamba": (512, 1, 4), "bias": (8, 64)}, batch_dims=0)
-    assert "as 8 x 2048" in rows["experts"] and "as 512 x 4, columns only" in rows["mamba"] and "yes" in rows["bias"]
+    rows = described({"experts": (8, 64, 32), "bias": (8, 64)}, batch_dims=0)
+    assert "as 8 x 2048" in rows["experts"] and "yes" in rows["bias"]
     rows = described({"layers": (4, 64, 32, 16)}, batch_dims=2)
     assert "as 256 of 32 x 16" in rows["layers"]
 
