@@ -20,6 +20,8 @@ from rivals import contest, widths
 from rivals.optimizers import RIVALS, state_bytes
 from rivals.tasks import TASKS, Batch, Task
 
+from sharded_shampoo4 import Shampoo4
+
 
 def batches(seed: int) -> Iterator[Batch]:
     generator = torch.Generator().manual_seed(seed)
@@ -119,3 +121,13 @@ def test_state_bytes_are_those_of_all_optimizers() -> None:
         for optimizer in optimizers:
             optimizer.step()
         assert 3 < state_bytes(optimizers) / sum(p.numel() for p in model.parameters()) < most
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=list(TASKS))
+def test_shampoo4_preconditions_every_matrix_of_the_tasks(task: Task) -> None:
+    """Also the first convolution of gray images, whose shape is that of a depthwise one."""
+    model = task.make_model(0, task.hidden_size)
+    lines = {line.split()[0]: line for line in Shampoo4(model.named_parameters()).describe().splitlines() if line}
+    matrices = [name for name, p in model.named_parameters() if sum(size > 1 for size in p.shape) > 1]
+    left_out = [name for name in matrices if "yes: soap" not in lines[name]]
+    assert matrices and not left_out
