@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from .base_options import base_arguments, base_class, base_value
 from .labels import label
-from .placement import is_dtensor, local_tensor
+from .placement import is_dtensor, local_tensor, placements_of
 from .tensors import bytes_by_tensor
 
 State = dict[str, Any]
@@ -289,11 +289,13 @@ def _held(groups: Groups, states: MutableMapping[Tensor, Any]) -> Iterator[tuple
     """``groups`` and ``states`` with the tensors that this rank holds in place of DTensors, for a step.
 
     An elementwise rule makes the same of them, and torch dispatches an operation on a DTensor in many times the time of
-    one on a tensor. As they are, if the rule has yet to make states, which are then sharded as their parameters are.
+    one on a tensor. As they are, if the rule has yet to make states, which are then sharded as their parameters are, or
+    if a gradient is placed otherwise than its parameter, as those that tensor parallelism has yet to add up.
     """
     trained = [p for group in groups for p in group["params"] if p.grad is not None]
     sharded = [p for p in trained if is_dtensor(p)]
-    if not sharded or not all(states.get(p) and p.grad.dtype == p.dtype for p in trained):
+    alike = all(placements_of(p) == placements_of(p.grad) and p.dtype == p.grad.dtype for p in sharded)
+    if not sharded or not alike or not all(map(states.get, trained)):
         yield groups, states
         return
     held = {parameter: local_tensor(parameter) for parameter in trained}

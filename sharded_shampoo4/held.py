@@ -13,6 +13,7 @@ from torch import Tensor
 from .hosts import Host
 from .numerics.matrix import Matrix
 from .options import PreconditionerOptions
+from .placement import placements_of
 from .planning.schedule import Phases
 from .planning.shards import Shard
 from .planning.views import View, matrix_view
@@ -92,7 +93,8 @@ class HeldParameter:
         """Check that it can be trained with ``gradient``. All else is for the base optimizer to judge.
 
         Raises:
-            ValueError: its host cannot train it, or ``matmul_dtype="tf32"`` is not for its device.
+            ValueError: its host cannot train it, ``matmul_dtype="tf32"`` is not for its device, or ``gradient`` has
+                other placements.
             TypeError: it is preconditioned, and the matrix or ``gradient`` is sparse or complex.
         """
         self.host.check_parameter(self.name, self.parameter, self.holder, self.options.precondition)
@@ -102,6 +104,12 @@ class HeldParameter:
             raise ValueError(
                 f"matmul_dtype='tf32' is for CUDA devices, but {self.name} is preconditioned on {self.device}: choose "
                 "'float32' or 'bfloat16'"
+            )
+        if gradient is not None and placements_of(gradient) != placements_of(self.holder):
+            raise ValueError(
+                f"{self.name} has placements {placements_of(self.holder)}, but its gradient has "
+                f"{placements_of(gradient)}: call p.grad = p.grad.redistribute(placements=p.placements) before step(), "
+                "or shard the model by FSDP2, which does that"
             )
         instead = f"leave {self.name} to the base optimizer: put it into a param group with precondition=False"
         if gradient is not None and gradient.layout != torch.strided:
@@ -141,5 +149,5 @@ def describe_tensors(groups: Sequence[Mapping[str, Any]]) -> list[tuple[Any, ...
 def _describe(tensor: Tensor) -> tuple[Any, ...]:
     """What of a tensor and its gradient a step depends on."""
     gradient = tensor.grad
-    kind = None if gradient is None else (gradient.dtype, gradient.layout)
+    kind = None if gradient is None else (gradient.dtype, gradient.layout, placements_of(gradient))
     return id(tensor), tensor.requires_grad, tensor.dtype, tensor.device, tensor.shape, kind

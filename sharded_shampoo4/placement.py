@@ -24,7 +24,7 @@ from .planning.shards import Shard
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor import DTensor, Placement
 
 
 def locate(name: str, parameter: Tensor) -> Shard:
@@ -64,6 +64,12 @@ def local_tensor(tensor: Tensor) -> Tensor:
 def is_dtensor(tensor: Tensor) -> bool:
     """Whether ``tensor`` is sharded by FSDP2 or HSDP."""
     return _as_dtensor(tensor) is not None
+
+
+def placements_of(tensor: Tensor) -> tuple[Placement, ...] | None:
+    """How a DTensor is placed on its mesh; None for any other tensor."""
+    dtensor = _as_dtensor(tensor)
+    return None if dtensor is None else tuple(dtensor.placements)
 
 
 def compute_device(tensor: Tensor) -> torch.device:

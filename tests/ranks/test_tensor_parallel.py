@@ -19,9 +19,9 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from sharded_shampoo4 import Shampoo4, checkpoint
@@ -277,6 +277,47 @@ def test_parts_of_what_files_hold(stored: tuple[int, ...]) -> None:
         assert values.flatten().tolist() == elements(shard) and item.tensor_data.chunk.sizes == values.shape
 
 
+# -- sequence parallelism ----------------------------------------------------------------------------------------------
+
+
+class Normed(nn.Module):
+    """A norm and two projections, of which tensor parallelism alone gives the norm parts of a gradient to add up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm, self.up, self.down = nn.LayerNorm(16), nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        found: Tensor = self.down(self.up(self.norm(tokens)).relu())
+        return found
+
+
+def train_normed(part: int, parts: int, mesh: Any) -> dict[str, Tensor]:
+    model = Normed()
+    if mesh is not None:
+        ways = {"norm": SequenceParallel(), "up": ColwiseParallel(input_layouts=Shard(1))}
+        parallelize_module(model, mesh, {**ways, "down": RowwiseParallel(output_layouts=Shard(1))})
+    optimizer = Shampoo4(model.named_parameters(), lr=0.01, precondition=False)
+    tokens = torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(1)).chunk(parts, 1)[part]
+    for _ in range(4):
+        model(tokens).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: p.full_tensor() if isinstance(p, DTensor) else p.detach() for name, p in model.named_parameters()}
+
+
+def normed_on_a_rank(rank: int) -> dict[str, Tensor]:
+    return train_normed(rank, 2, init_device_mesh("cpu", (2,)))
+
+
+def test_norms_of_sequence_parallelism() -> None:
+    expected = train_normed(0, 1, None)
+    for found in hosts.run_ranks(2, normed_on_a_rank):
+        for name in ("norm.weight", "norm.bias"):
+            torch.testing.assert_close(found[name], expected[name], rtol=0, atol=2e-4)
+
+
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 
@@ -288,6 +329,12 @@ def refusals(rank: int) -> dict[str, str]:
         parameter = nn.Parameter(distribute_tensor(torch.ones(shape), mesh, placements, src_data_rank=None))
         parameter.grad = torch.ones_like(parameter)
         Shampoo4([("w", parameter)], **options).step()
+
+    def not_added_up() -> None:
+        parameter = nn.Parameter(distribute_tensor(torch.ones(4, 6), mesh, [Replicate(), Replicate()]))
+        gradient = DTensor.from_local(torch.ones(4, 6), mesh, [Partial(), Replicate()], run_check=False)
+        parameter.grad = gradient
+        Shampoo4([("w", parameter)]).step()
 
     def other_sizes() -> None:
         """Two rows of five on every rank, where the placements say that two ranks have a single one."""
@@ -303,6 +350,7 @@ def refusals(rank: int) -> dict[str, str]:
         "two of three": hosts.said(lambda: step([Shard(1), Shard(2)])),
         "another factor": hosts.said(lambda: step([_StridedShard(0, split_factor=3), Shard(0)])),
         "sizes": hosts.said(other_sizes),
+        "not added up": hosts.said(not_added_up),
         "pair": hosts.said(lambda: step([Shard(0), Shard(1)], process_group=pair)),
         "alone": hosts.said(lambda: step([_StridedShard(0, split_factor=2), Shard(0)], process_group="alone")),
         "understood": hosts.said(lambda: step([Shard(0), Shard(2)])),
@@ -315,6 +363,9 @@ def test_what_is_not_understood_is_refused_on_every_rank() -> None:
             assert "w of shape (4, 4, 6) has placements (" in told[case] and part in told[case], told[case]
             assert "precondition=False" in told[case]
         assert "w has 12 elements on this rank where elements " in told["sizes"]
+        assert (
+            "its gradient has (Partial(sum), Replicate()): call p.grad = p.grad.redistribute(" in told["not added up"]
+        )
         assert "w is on a mesh of ranks [0, 1, 2, 3]: leave process_group out" in told["pair"]
         assert "w is sharded over ranks [0, 1, 2, 3]" in told["alone"]
         assert told["understood"] == "nothing was raised"
