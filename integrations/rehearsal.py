@@ -82,9 +82,9 @@ def rehearse_on_cpu(timeout: timedelta | None = None) -> bool:
 def quiet() -> None:
     """Leave out warnings that nobody who starts a launch script can act on. Call it before anything else.
 
-    DeepSpeed and FSDP1 call functions that torch 2.13 calls deprecated, and DCP those that 2.9 does. FSDP2 warns of
-    the view that a ViT's embedding returns. DeepSpeed says that it has found no accelerator, as :func:`rehearse_on_cpu`
-    says too.
+    DeepSpeed and FSDP1 call functions that are deprecated in torch 2.13, and torch's DCP some that are deprecated in
+    torch 2.9. FSDP2 warns of the view that a ViT's embedding returns. DeepSpeed says that it has found no accelerator,
+    as :func:`rehearse_on_cpu` says too.
     """
     warnings.filterwarnings("ignore", message="TypedStorage is deprecated")
     warnings.filterwarnings("ignore", message="`torch.distributed.* is deprecated", category=FutureWarning)

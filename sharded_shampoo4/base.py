@@ -288,9 +288,9 @@ class Base:
 def _held(groups: Groups, states: MutableMapping[Tensor, Any]) -> Iterator[tuple[Groups, MutableMapping[Tensor, Any]]]:
     """``groups`` and ``states`` with the tensors that this rank holds in place of DTensors, for a step.
 
-    An elementwise rule makes the same of them, and torch dispatches an operation on a DTensor in many times the time of
-    one on a tensor. As they are, if the rule has yet to make states, which are then sharded as their parameters are, or
-    if a gradient is placed otherwise than its parameter, as those that tensor parallelism has yet to add up.
+    An elementwise rule computes the same numbers on them, and torch takes much longer to dispatch an operation on a
+    DTensor. Both are given back unchanged in two cases: a parameter has no state yet, since its state must become a
+    DTensor too; or a gradient has other placements than its parameter, since the ranks must add it up first.
     """
     trained = [p for group in groups for p in group["params"] if p.grad is not None]
     sharded = [p for p in trained if is_dtensor(p)]

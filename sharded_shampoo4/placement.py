@@ -69,7 +69,7 @@ def is_dtensor(tensor: Tensor) -> bool:
 def placements_of(tensor: Tensor) -> tuple[Placement, ...] | None:
     """How a DTensor is placed on its mesh; None for any other tensor."""
     dtensor = _as_dtensor(tensor)
-    return None if dtensor is None else tuple(dtensor.placements)
+    return None if dtensor is None else dtensor.placements
 
 
 def compute_device(tensor: Tensor) -> torch.device:

@@ -223,7 +223,7 @@ def _text_checksum(manifest: Mapping[str, Any]) -> str:
 
 @contextlib.contextmanager
 def _without_warnings() -> Iterator[None]:
-    """Without what DCP says of one process, as which it is called on purpose, and torch 2.9's DCP of its own calls."""
+    """Ignore two warnings of DCP: that there is one process only, and that torch 2.9's calls deprecated functions."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
         warnings.filterwarnings("ignore", message="TypedStorage is deprecated")

@@ -119,7 +119,7 @@ def _storages(values: Any) -> Iterator[torch.UntypedStorage]:
 
 
 def most_in_flight(host: str, depth: int, batch_elements: int, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Most bytes alive while an ordinary step exchanges and preconditions, beyond gradients and states."""
+    """Most bytes alive while ordinary steps exchange and precondition, beyond gradients and states."""
     monkeypatch.setattr(plan, "BATCH_ELEMENTS_PER_MIB", batch_elements // 256)  # of 256 MiB
     model = hosts.wrap(nn.Sequential(*[nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(depth)]), host)
     optimizer = Shampoo4(hosts.named(model, host).items(), **EVERY_STEP, min_quant_numel=0)
@@ -131,9 +131,11 @@ def most_in_flight(host: str, depth: int, batch_elements: int, monkeypatch: pyte
         with alive:
             precondition(distributor)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Distributor, "precondition", watched)
-        train(model, host, optimizer, 1)
+    for _ in range(3):  # since messages arrive earlier in one step than in another
+        with monkeypatch.context() as patch:
+            patch.setattr(Distributor, "precondition", watched)
+            train(model, host, optimizer, 1)
+        train(model, host, optimizer, 1)  # with a refresh
     return alive.most
 
 
@@ -208,6 +210,7 @@ def test_memory_in_flight_does_not_grow_with_depth(results: list[Any]) -> None:
     for host, batches in (("fsdp2", 3.0), ("ddp", 2 + len(results) / 2)):
         shallow, deep = most[host, 32, SMALL_BATCH], most[host, 96, SMALL_BATCH]
         assert max(shallow, deep) - 16 * 96 <= batches * batch, most
+        assert deep <= 1.25 * shallow, most
         assert most[host, 96, DEFAULT_BATCH] > 1.5 * deep, most
 
 

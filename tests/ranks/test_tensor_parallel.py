@@ -45,7 +45,7 @@ PLACED: list[tuple[tuple[int, ...], tuple[Placement, Placement]]] = [
     ((6, 4, 3, 3), (Shard(0), Shard(1))),
     ((8, 3), (_StridedShard(0, split_factor=2), Shard(0))),
 ]
-UNEVEN = [((5, 7), 0), ((3, 4), 0), ((4, 9), 1), ((11,), 0)]  # and a dimension of them that is cut twice
+UNEVEN = [((5, 7), 0), ((3, 4), 0), ((4, 9), 1), ((11,), 0)]  # shapes, and the dimension that is cut twice
 if parallel.KNOWS_UNEVEN_PARTS:
     PLACED += [(shape, (_StridedShard(dim, split_factor=2), Shard(dim))) for shape, dim in UNEVEN]
 
@@ -281,7 +281,7 @@ def test_parts_of_what_files_hold(stored: tuple[int, ...]) -> None:
 
 
 class Normed(nn.Module):
-    """A norm and two projections, of which tensor parallelism alone gives the norm parts of a gradient to add up."""
+    """A norm and two projections. With sequence parallelism each rank has a part of the norm's gradient, a summand."""
 
     def __init__(self) -> None:
         super().__init__()
