@@ -61,7 +61,7 @@ def refresh(
     image = linalg.matmul(average, basis)
     shift = ridge * average.diagonal(dim1=-2, dim2=-1).amax(-1).view(-1, 1, 1) if ridge else None
     for _ in range(iterations):
-        basis = linalg.qr(image if shift is None else image + shift * basis)
+        basis = linalg.qr(image if shift is None else image + shift * basis, basis)
         image = linalg.matmul(average, basis)
     return (basis * image).sum(-2), basis
 

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 _CACHE_LINE = 64  # bytes; torch aligns fresh CPU memory to it
-# Of cholesky_qr: these sufficed for matrices of rank 1 and order 1024.
-_SHIFTED_ROUNDS, _ROUNDS = 5, 2
+# Of cholesky_qr: how much of the start it takes, which is more than float32 rounds in a column of length 1; and rounds,
+# which sufficed for matrices of any rank up to order 1024.
+_OF_START, _SHIFTED_ROUNDS, _ROUNDS = 1e-6, 3, 2
 _ORTHOGONAL = 1e-3  # the largest element of Q^T Q - I of an orthogonal factor
 _SOLVERS = ("cusolver", "hipsolver", "rocsolver", "magma", "lapack", "mkl", "linalg.")
 _NOT_ABOUT_NUMBERS = ("alloc", "memory", "initialized", "not implemented", "not compiled")
@@ -47,29 +48,35 @@ def _is_neutral(left: Tensor, right: Tensor) -> bool:
     return torch.get_num_threads() == 1 and all(_fills_cache_lines(shape, left.dtype) for shape in shapes)
 
 
-def qr(matrices: Tensor) -> Tensor:
+def qr(matrices: Tensor, start: Tensor) -> Tensor:
     """The orthogonal factors of (B, n, n) matrices, up to the signs of columns; NaN where that fails.
 
     On accelerators LAPACK's algorithm launches thousands of small kernels, so matrices in float32 take
-    :func:`cholesky_qr` there.
+    :func:`cholesky_qr` there, with a ``start``.
     """
-    return cholesky_qr(matrices) if _suits_cholesky(matrices) else _householder(matrices)
+    return cholesky_qr(matrices, start) if _suits_cholesky(matrices) else _householder(matrices)
 
 
-def cholesky_qr(matrices: Tensor) -> Tensor:
+def cholesky_qr(matrices: Tensor, start: Tensor) -> Tensor:
     """The orthogonal factors of (B, n, n) matrices by products, Cholesky factorizations and triangular solves.
 
     From columns of length 1, rounds of Q <- Q R^-1 with Q^T Q + shift I = R^T R (Fukaya et al., SIAM J. Sci. Comput.
     42, 2020). The shift is above what float32 rounds in Q^T Q, so that the factorization succeeds; each such round
     makes small singular values about 1 / sqrt(shift) times as large. Without a shift the last rounds make Q orthogonal.
-    Where columns depend on one another, rounding decides the remaining directions, as in LAPACK's algorithm.
 
-    Nothing is read back from the device. Where a factor is not orthogonal, as of a column of zeros, all of it is NaN.
+    A ``start`` (B, n, n) has nearly orthogonal columns of length about 1. A millionth of them is added to those of the
+    matrices, so that singular values are not much smaller, and where columns depend on one another, or are zeros, the
+    start decides the remaining directions.
+
+    Nothing is read back from the device. Where a factor is not orthogonal, as of numbers that are not finite, all of it
+    is NaN.
     """
     order, precision = matrices.shape[-1], torch.finfo(matrices.dtype)
     identity = torch.eye(order, dtype=matrices.dtype, device=matrices.device)
     shift = 10 * order**0.5 * precision.eps
-    found = matrices / torch.linalg.vector_norm(matrices, dim=1, keepdim=True).clamp_min(precision.tiny)
+    found = matrices / matrices.abs().amax(1, keepdim=True).clamp_min(precision.tiny)  # whose squares are not too small
+    found /= torch.linalg.vector_norm(found, dim=1, keepdim=True).clamp_min(precision.tiny)
+    found.add_(start, alpha=_OF_START)
     gram = matmul(found.mT, found)
     for number in range(_SHIFTED_ROUNDS + _ROUNDS):
         if number < _SHIFTED_ROUNDS:

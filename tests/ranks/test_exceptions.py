@@ -300,4 +300,4 @@ def test_solvers_that_raise_runtime_errors(message: str, number: bool, monkeypat
 def test_a_solver_without_memory_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.linalg, "qr", fails)
     with pytest.raises(torch.OutOfMemoryError):
-        linalg.qr(torch.eye(8).repeat(3, 1, 1))
+        linalg.qr(torch.eye(8).repeat(3, 1, 1), torch.eye(8))
