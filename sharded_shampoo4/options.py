@@ -191,6 +191,15 @@ class PreconditionerOptions:
             if getattr(self, name) != DEFAULTS[name]:
                 other = "soap" if self.method == "shampoo" else "shampoo"
                 raise ValueError(f"{name}={getattr(self, name)!r} is for method={other!r}, got method={self.method!r}")
+        if self.method == "soap":
+            for index, name in enumerate(("momentum_dtype", "second_moment_dtype")):
+                kind = getattr(self, name)
+                if 1 - self.soap_betas[index] < SMALLEST_CHANGE.get(kind, 0.0):
+                    raise ValueError(
+                        f"soap_betas={self.soap_betas} changes a moment by less in a step than {name}={kind!r} can "
+                        f"hold, so it would stand still: use at most {1 - SMALLEST_CHANGE[kind]:.3g} for "
+                        f"soap_betas[{index}], or {name}='float32'"
+                    )
         if self.codebook == "normal" and self.quant_block_size < 2:
             raise ValueError("codebook='normal' needs a quant_block_size of at least 2: a block of 1 is its own scale")
         if self.protect and (self.bits > 4 or self.quantize != "eigenbasis"):
@@ -269,6 +278,8 @@ UNUSED_BY: dict[str, tuple[str, ...]] = {
     ),
     "soap": ("quantize", "root", "root_interval", "grafting"),
 }
+# By the type of a moment, the least share of it that a step must change: less would be rounded away.
+SMALLEST_CHANGE = {"bfloat16": 2**-8, "int8": 0.01}
 _LOWEST: dict[str, int | None] = {option.name: option.metadata["lowest"] for option in fields(PreconditionerOptions)}
 _DROPPED = ", which is no longer there, nor are its states read: use 'implicit', which stores less with less error"
 _BEFORE: dict[str, Any] = {

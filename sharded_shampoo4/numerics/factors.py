@@ -63,7 +63,7 @@ def _basis_layout(order: int, options: PreconditionerOptions) -> dict[str, tuple
 
 def _protected(order: int, options: PreconditionerOptions) -> int:
     """How many of the leading eigenvectors are in 8 bits."""
-    return max(1, order // 16) if options.protect else 0
+    return min(max(1, order // 16), order - 1) if options.protect else 0
 
 
 def factor_bytes(order: int, options: PreconditionerOptions) -> int:

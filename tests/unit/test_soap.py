@@ -62,3 +62,32 @@ def test_a_basis_that_is_new_makes_no_large_direction() -> None:
         optimizer.step()
         sizes = [p.grad.square().mean().sqrt().item() for p in model.parameters() if p.ndim == 2]
         assert max(sizes) < 1.5, (step, sizes)
+
+
+def test_blocks_of_one_row_have_no_protected_eigenvectors() -> None:
+    weight = nn.Parameter(torch.randn(8, 257))
+    optimizer = Shampoo4([weight], preset="compact", min_quant_numel=0, split="remainder", max_aspect=0)
+    for _ in range(2):
+        weight.grad = torch.randn(8, 257)
+        optimizer.step()
+    assert weight.isfinite().all()
+
+
+@pytest.mark.parametrize("decay, kind", [(0.99, "int8"), (0.995, "bfloat16"), (0.999, "float32"), (0.999, "factored")])
+def test_second_moments_follow_gradients_that_become_small(decay: float, kind: str) -> None:
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.zeros(16, 16))
+    optimizer = Shampoo4([weight], lr=1.0, weight_decay=0.0, soap_betas=(0.9, decay), second_moment_dtype=kind)
+    for step in range(round(12 / (1 - decay)) + 50):
+        weight.grad = torch.randn(16, 16) * (1 if step < 50 else 0.01)
+        before = weight.detach().clone()
+        optimizer.step()
+    assert 0.2 < (weight - before).square().mean().sqrt() < 0.33  # as with gradients that stay as large
+
+
+@pytest.mark.parametrize("index, kind, decay", [(1, "bfloat16", 0.999), (1, "int8", 0.995), (0, "int8", 0.995)])
+def test_moments_that_would_stand_still_are_refused(index: int, kind: str, decay: float) -> None:
+    name, betas = ("momentum_dtype", "second_moment_dtype")[index], [0.9, 0.9]
+    betas[index] = decay
+    with pytest.raises(ValueError, match=f"than {name}='{kind}' can hold"):
+        Shampoo4([nn.Parameter(torch.zeros(8, 8))], soap_betas=tuple(betas), **{name: kind})
