@@ -225,7 +225,7 @@ class Shampoo4(SavedStates):
         self._members = Members()
         self._advice: Advice | None = None  # given for all groups at once
         self._session = Session(self._members, self.base.name, process_group)
-        self._consolidated: dict[Tensor, Tensor] = {}  # all factors, until the next step
+        self._consolidated: dict[Tensor, Tensor] | None = None  # all factors, until the next step
         defaults = {"lr": lr, "weight_decay": weight_decay, **self.base.defaults, **options.as_group()}
         super().__init__(params, {**defaults, VERSION_KEY: FORMAT_VERSION})
         self._advice = Advice(total_steps)
@@ -283,7 +283,7 @@ class Shampoo4(SavedStates):
         with own_arithmetic():
             distributor = self._session.current(self.param_groups, self.state, self)
             updates = self._session.updates
-            self._consolidated = {}
+            self._consolidated = None
             if self._is_dry_step(distributor):
                 self.host.check_state_dict()
                 with updates.left_to_base(self.param_groups, self.state):

@@ -27,7 +27,7 @@ class SavedStates(SteppingTogether):
     base: Base
     _members: Members
     _advice: Advice | None
-    _consolidated: dict[Tensor, Tensor]  # all factors, until the next step
+    _consolidated: dict[Tensor, Tensor] | None  # all factors, until the next step
     _saving_is_arranged = False  # by an adapter, which consolidates the state before it is saved, or saves it otherwise
 
     @property
@@ -94,7 +94,9 @@ class SavedStates(SteppingTogether):
         """The factors that a state_dict holds, without those of parameters whose states were cleared."""
         self.host.check_state_dict()
         cleared = self._session.marks.missing(self.state)
-        packed = self._consolidated or packed_factors(self._session, everywhere)
+        packed = self._consolidated
+        if packed is None:
+            packed = packed_factors(self._session, everywhere)
         return {parameter: data for parameter, data in packed.items() if parameter not in cleared}
 
     @own_arithmetic()
@@ -116,7 +118,7 @@ class SavedStates(SteppingTogether):
             super().load_state_dict(plain)
             self.base.load(plain, self)
             self._members.adopt(self.param_groups)
-            self._consolidated = {}
+            self._consolidated = None
             self._session.load(loaded)
             if not self._members.partitioned:
                 self._session.mark_loaded(self.state)
@@ -134,7 +136,7 @@ class SavedStates(SteppingTogether):
         own = {"_process_group": self._process_group, "base": self.base}
         options = {p: PreconditionerOptions.of_group(group) for group in self.param_groups for p in group["params"]}
         packed = {p: PackedState(options[p], data) for p, data in self._packed().items() if p in options}
-        return {**state, **own, "_consolidated": {}, "_loaded": packed}
+        return {**state, **own, "_consolidated": None, "_loaded": packed}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         loaded = state.pop("_loaded", None)

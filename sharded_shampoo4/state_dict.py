@@ -78,7 +78,8 @@ class Marks:
             marks = {STATE_KEY: MARK} if own.get(STATE_KEY) is MARK else {}
             if entry.is_soap:
                 state[entry.parameter] = marks
-            elif entry.trained and own == marks:  # which the base would take for states of its own
+            elif own == marks and (entry.trained or not entry.options.precondition):
+                # The base would take the mark for states of its own.
                 del state[entry.parameter]
                 self.parameters.discard(entry.parameter)
 
@@ -120,7 +121,9 @@ def packed_factors(session: Session, everywhere: bool) -> dict[Tensor, Tensor]:
         RuntimeError: factors are spread over ranks that hold whole parameters, where programs save on one rank only.
     """
     attached = [parameter for distributor in session.all() for parameter in distributor.parameters]
-    if session.spread and attached and not everywhere and not any(map(is_dtensor, attached)):
+    if not attached:
+        return all_factors(session)
+    if session.spread and not everywhere and not any(map(is_dtensor, attached)):
         fresh = _fresh_factors(session)
         if fresh is None:
             raise RuntimeError(
@@ -134,13 +137,16 @@ def packed_factors(session: Session, everywhere: bool) -> dict[Tensor, Tensor]:
 
 
 def all_factors(session: Session, on_host: bool = False) -> dict[Tensor, Tensor]:
-    """Return every preconditioner there is, as bytes; on several ranks collective, and sharded where parameters are.
+    """Return every preconditioner there is, as bytes; sharded where parameters are.
 
-    ``on_host`` brings one after another to the host, so that a device holds those of one parameter at a time.
+    Collective on several ranks if factors are spread over them, but not after :meth:`Session.load`, nor where nothing
+    is preconditioned. ``on_host`` brings one after another to the host, so that a device holds those of one parameter at
+    a time.
     """
     packed: dict[Tensor, Tensor] = {}
-    errors = DeferredErrors(session.ranks) if session.ranks is not None else None
-    for distributor in session.all():
+    distributors = [distributor for distributor in session.all() if distributor.parameters]
+    errors = DeferredErrors(session.ranks) if distributors and session.ranks is not None else None
+    for distributor in distributors:
         assert errors is not None
         for index, parameter in enumerate(distributor.parameters):
             part = errors.attempt(shard_vector, pack(distributor, index), parameter)
