@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from .base_options import base_arguments, base_class, base_value
 from .labels import label
-from .placement import is_dtensor, local_tensor, placements_of
+from .placement import dtensor_class, is_dtensor, local_tensor, placements_of
 from .tensors import bytes_by_tensor
 
 State = dict[str, Any]
@@ -292,23 +292,35 @@ def _held(groups: Groups, states: MutableMapping[Tensor, Any]) -> Iterator[tuple
     DTensor. Both are given back unchanged in two cases: a parameter has no state yet, since its state must become a
     DTensor too; or a gradient has other placements than its parameter, since the ranks must add it up first.
     """
-    trained = [p for group in groups for p in group["params"] if p.grad is not None]
-    sharded = [p for p in trained if is_dtensor(p)]
-    alike = all(placements_of(p) == placements_of(p.grad) and p.dtype == p.grad.dtype for p in sharded)
-    if not sharded or not alike or not all(map(states.get, trained)):
+    kind = dtensor_class()
+    trained = [[p for p in group["params"] if p.grad is not None] for group in groups]
+    sharded: list[Any] = [p for parameters in trained for p in parameters if isinstance(p, kind)]
+    alike = all(placements_of(p.grad) == p.placements and p.dtype == p.grad.dtype for p in sharded)
+    if not sharded or not alike or not all(_has_tensors(states.get(p)) for parameters in trained for p in parameters):
         yield groups, states
         return
-    held = {parameter: local_tensor(parameter) for parameter in trained}
+    held: list[dict[str, Any]] = []
+    of_held: dict[Tensor, State] = {}
     try:
-        for parameter in sharded:
-            held[parameter].grad = local_tensor(parameter.grad)
-        yield (
-            [{**group, "params": [held[p] for p in group["params"] if p in held]} for group in groups],
-            {held[p]: {key: local_tensor(value) for key, value in states[p].items()} for p in trained},
-        )
+        for group, parameters in zip(groups, trained, strict=True):
+            held.append({**group, "params": []})
+            for parameter in parameters:
+                local = local_tensor(parameter)
+                if local is not parameter:
+                    local.grad = local_tensor(parameter.grad)
+                held[-1]["params"].append(local)
+                of_held[local] = {
+                    name: value._local_tensor if isinstance(value, kind) else value
+                    for name, value in states[parameter].items()
+                }
+        yield held, of_held
     finally:
         for parameter in sharded:
-            held[parameter].grad = None
+            local_tensor(parameter).grad = None
+
+
+def _has_tensors(state: Mapping[str, Any] | None) -> bool:
+    return any(isinstance(value, Tensor) for value in (state or {}).values())
 
 
 def _stand_in() -> torch.nn.Parameter:

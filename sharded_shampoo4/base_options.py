@@ -153,14 +153,14 @@ def check_group(group: dict[str, Any], index: int, given: Iterable[str], base: B
         raise ValueError(f"param group {index}: {error}") from None
 
 
-_NOT_OF_SOAP = ("maximize", "amsgrad")  # options of a base that soap's own steps do not have
+NOT_OF_SOAP = ("maximize", "amsgrad")  # options of a base that soap's own steps do not have
 
 
 def refuse_ignored(options: PreconditionerOptions, values: Mapping[str, Any]) -> None:
     """Raise ValueError if ``values`` of the base's options turn on what soap's own steps would do without."""
     if not options.precondition or options.method != "soap":
         return
-    for name in _NOT_OF_SOAP:
+    for name in NOT_OF_SOAP:
         if values.get(name):
             raise ValueError(
                 f"{name}={values[name]!r} is an option of the base optimizer, which matrices with method='soap' do not "

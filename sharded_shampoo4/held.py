@@ -13,7 +13,7 @@ from torch import Tensor
 from .hosts import Host
 from .numerics.matrix import Matrix
 from .options import PreconditionerOptions
-from .placement import placements_of
+from .placement import dtensor_class, placements_of
 from .planning.schedule import Phases
 from .planning.shards import Shard
 from .planning.views import View, matrix_view
@@ -143,11 +143,13 @@ class Signature(NamedTuple):
 
 def describe_tensors(groups: Sequence[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
     """Return what a step depends on of each tensor in ``groups`` and of its gradient, as cheaply as possible."""
-    return [_describe(tensor) for group in groups for tensor in group["params"]]
+    kind = dtensor_class()
+    return [_describe(tensor, tensor.grad, kind) for group in groups for tensor in group["params"]]
 
 
-def _describe(tensor: Tensor) -> tuple[Any, ...]:
-    """What of a tensor and its gradient a step depends on."""
-    gradient = tensor.grad
-    kind = None if gradient is None else (gradient.dtype, gradient.layout, placements_of(gradient))
-    return id(tensor), tensor.requires_grad, tensor.dtype, tensor.device, tensor.shape, kind
+def _describe(tensor: Tensor, gradient: Tensor | None, kind: type | tuple[()]) -> tuple[Any, ...]:
+    described: tuple[Any, ...] | None = None
+    if gradient is not None:
+        placements = gradient.placements if isinstance(gradient, kind) else None  # type: ignore[attr-defined]
+        described = gradient.dtype, gradient.layout, placements
+    return id(tensor), tensor.requires_grad, tensor.dtype, tensor.device, tensor.shape, described

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .advice import Given
+from .base_options import NOT_OF_SOAP
 from .held import HeldParameter, Signature, describe_tensors
 from .hosts import FlatTensor, Host, find_host
 from .names import match_names, names_in, plain_name, plain_names
@@ -289,7 +290,8 @@ class Members:
     def signature(self, groups: Sequence[dict[str, Any]]) -> Signature:
         """All that decides what :meth:`entries` gives, and how these are preconditioned, as cheaply as possible."""
         tensors = describe_tensors(groups)
-        options = [[given.group.get(name) for name in OPTION_NAMES] for given in self._given]
+        options = [[given.group.get(name) for name in (*OPTION_NAMES, *NOT_OF_SOAP)] for given in self._given]
+        options += [[id(group), len(group["params"])] for group in groups]
         first = tensors[0][0] if tensors else 0
         return Signature(first, tensors, options, self._version)
 

@@ -186,10 +186,15 @@ def check_shared(name: str, parameter: Tensor, chosen: dist.ProcessGroup | str |
         )
 
 
-def _as_dtensor(tensor: Tensor) -> DTensor | None:
-    """``tensor`` if it is a DTensor. Their module takes a second to import, so it is only looked up."""
+def dtensor_class() -> type[DTensor] | tuple[()]:
+    """The class of DTensors, for ``isinstance``. Its module takes a second to import, so it is only looked up."""
     module = sys.modules.get("torch.distributed.tensor")
-    return tensor if module is not None and isinstance(tensor, module.DTensor) else None
+    return () if module is None else module.DTensor
+
+
+def _as_dtensor(tensor: Tensor) -> DTensor | None:
+    """``tensor`` if it is a DTensor."""
+    return tensor if isinstance(tensor, dtensor_class()) else None
 
 
 def _whole(shape: torch.Size) -> Shard:

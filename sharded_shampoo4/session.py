@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from . import packing
 from .agreement import check_groups
+from .base_options import refuse_ignored
 from .checks import check_something_is_left, separate_step_counts, warn_if_lost, without_gradients
 from .comm.groups import leave_word
 from .comm.ranks import DeferredErrors, Ranks, has_waited
@@ -25,6 +26,7 @@ from .hosts import Host
 from .members import Members
 from .numerics.matrix import Matrix
 from .numerics.preconditioner import worse
+from .options import PreconditionerOptions
 from .placement import process_group
 from .planning.loads import Work
 from .planning.schedule import Phases
@@ -137,6 +139,8 @@ class Session:
         """What ``groups`` hold now, with gradients that can be preconditioned."""
         entries = self.members.entries(groups)
         self.let_go(groups, state)
+        for group in groups:
+            refuse_ignored(PreconditionerOptions.of_group(group), group)
         for entry in entries:
             entry.check(entry.holder.grad)
         return entries
@@ -146,6 +150,12 @@ class Session:
         if self.last is not None:
             pairs = zip(self.last.parameters, self.last.holders, strict=True)
             self.marks.put(state, (p for p, holder in pairs if p is holder and p.grad is not None))
+
+    def forget_unattached(self, state: MutableMapping[Tensor, Any]) -> None:
+        """Forget the factors of parameters that no distributor has, such as frozen ones, and their ``state``."""
+        for parameter in self.loaded:
+            state.pop(parameter, None)
+        self.loaded = {}
 
     def mark_loaded(self, state: MutableMapping[Tensor, Any]) -> None:
         """Put marks into ``state`` for the parameters whose states were loaded with their factors."""

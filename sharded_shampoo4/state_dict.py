@@ -140,8 +140,8 @@ def all_factors(session: Session, on_host: bool = False) -> dict[Tensor, Tensor]
     """Return every preconditioner there is, as bytes; sharded where parameters are.
 
     Collective on several ranks if factors are spread over them, but not after :meth:`Session.load`, nor where nothing
-    is preconditioned. ``on_host`` brings one after another to the host, so that a device holds those of one parameter at
-    a time.
+    is preconditioned. ``on_host`` brings one after another to the host, so that a device holds those of one parameter
+    at a time.
     """
     packed: dict[Tensor, Tensor] = {}
     distributors = [distributor for distributor in session.all() if distributor.parameters]

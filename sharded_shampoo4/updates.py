@@ -25,14 +25,17 @@ class Updates:
     """
 
     def __init__(self, entries: Sequence[HeldParameter]) -> None:
-        self._along: dict[Tensor, list[slice]] = {}  # by holder with a soap matrix, where these lie in it
-        self._left: dict[Tensor, list[slice]] = {}  # and where the base's parameters do
+        self._entries = entries  # keeps the holders, and so their ids
+        # By the id of a holder with a soap matrix, where these lie in it, and where the base's parameters do. Tensors
+        # take several times as long to hash, and a step looks hundreds of them up.
+        self._along: dict[int, list[slice]] = {}
+        self._left: dict[int, list[slice]] = {}
         self._in_states: dict[str, slice] = {}  # by name, where a parameter lies in the vectors of the base's states
-        holders = {entry.holder for entry in entries if entry.is_soap}
+        holders = {id(entry.holder) for entry in entries if entry.is_soap}
         for entry in entries:
-            if entry.holder not in holders or not entry.trained:
+            if id(entry.holder) not in holders or not entry.trained:
                 continue
-            parts = (self._along if entry.is_soap else self._left).setdefault(entry.holder, [])
+            parts = (self._along if entry.is_soap else self._left).setdefault(id(entry.holder), [])
             if not entry.is_soap:
                 start = sum(part.stop - part.start for part in parts)
                 self._in_states[entry.name] = slice(start, start + entry.shard.length)
@@ -47,11 +50,12 @@ class Updates:
         for group in groups:
             weights, directions = [], []
             for holder in group["params"]:
-                if holder not in self._along or holder.grad is None:
+                parts = self._along.get(id(holder))
+                if parts is None or holder.grad is None:
                     continue
                 flat, gradient = local_tensor(holder), local_tensor(holder.grad)
-                whole = self._along[holder] == [slice(0, flat.numel())]
-                for part in self._along[holder] if flat.numel() else ():
+                whole = parts == [slice(0, flat.numel())]
+                for part in parts if flat.numel() else ():
                     weights.append(flat if whole else flat.view(-1)[part])
                     directions.append(gradient if whole else gradient.view(-1)[part])
             if weights:
@@ -78,20 +82,22 @@ class Updates:
             for holder, vector in gathered.items():
                 if vector in states:
                     states[holder] = states.pop(vector)
-                lengths = [part.stop - part.start for part in self._left[holder]]
-                for part, values in zip(self._left[holder], vector.detach().split(lengths), strict=True):
+                parts = self._left[id(holder)]
+                lengths = [part.stop - part.start for part in parts]
+                for part, values in zip(parts, vector.detach().split(lengths), strict=True):
                     holder.detach()[part].copy_(values)
 
     def _has_share(self, holder: Tensor) -> bool:
-        return holder not in self._along or bool(self._left.get(holder))
+        return id(holder) not in self._along or bool(self._left.get(id(holder)))
 
     def _share(self, holder: Tensor, gathered: dict[Tensor, Tensor]) -> Tensor:
         """What the base steps on: the tensor itself, or a vector of its parts."""
-        if holder not in self._along:
+        if id(holder) not in self._along:
             return holder
-        vector = torch.nn.Parameter(torch.cat([holder.detach()[part] for part in self._left[holder]]))
+        parts = self._left[id(holder)]
+        vector = torch.nn.Parameter(torch.cat([holder.detach()[part] for part in parts]))
         if holder.grad is not None:
-            vector.grad = torch.cat([holder.grad[part] for part in self._left[holder]])
+            vector.grad = torch.cat([holder.grad[part] for part in parts])
         gathered[holder] = vector
         return vector
 
@@ -106,9 +112,9 @@ class Updates:
 
     def state_like(self, holder: Tensor) -> Tensor:
         """Return what has the shape of the base's states of ``holder``: itself, or a vector of the base's parts."""
-        if holder not in self._along:
+        if id(holder) not in self._along:
             return holder
-        return holder.detach().new_empty(sum(part.stop - part.start for part in self._left.get(holder, ())))
+        return holder.detach().new_empty(sum(part.stop - part.start for part in self._left.get(id(holder), ())))
 
 
 def _step_along(weights: list[Tensor], directions: list[Tensor], lr: Any, weight_decay: Any) -> None:

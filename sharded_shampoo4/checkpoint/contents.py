@@ -95,9 +95,10 @@ def _describe(subject: Subject, base: Sequence[dict[str, Any]]) -> dict[str, Any
     for name, matrix in subject.matrices():
         parameters[name]["factors"] = {"step": matrix.step, "roots": matrix.roots, "blocks": block_bytes(matrix)}
     groups = [
-        {name: value for name, value in group.items() if name not in ("params", "param_names") and _is_plain(value)}
+        {name: _plain(value) for name, value in group.items() if name not in ("params", "param_names")}
         for group in subject.groups
     ]
+    groups = [{name: value for name, value in group.items() if _is_plain(value)} for group in groups]
     progress = subject.host.progress()
     return {
         "plain_names": True,
@@ -108,6 +109,14 @@ def _describe(subject: Subject, base: Sequence[dict[str, Any]]) -> dict[str, Any
         "frozen": subject.frozen,
         **({} if progress is None else {"engine": progress}),
     }
+
+
+def _plain(value: Any) -> Any:
+    """A number instead of a tensor or a NumPy scalar that holds one, also in a tuple."""
+    if isinstance(value, (tuple, list)):
+        return [_plain(part) for part in value]
+    of_numpy = type(value).__module__ == "numpy" and value.ndim == 0
+    return value.item() if of_numpy or (isinstance(value, Tensor) and value.numel() == 1) else value
 
 
 def _is_plain(value: Any) -> bool:
@@ -121,10 +130,10 @@ def _is_plain(value: Any) -> bool:
 def _parts(subject: Subject, entry: HeldParameter) -> Iterator[tuple[str, Tensor]]:
     """This rank's elements of a parameter's values and of the base's elementwise states, each with its kind."""
     yield VALUES, local_tensor(entry.holder).detach().reshape(-1)[entry.in_holder]
-    place, shape = subject.updates.in_states(entry), subject.updates.state_like(entry.holder).shape
+    place = subject.updates.in_states(entry)
     if place is not None:
         for kind, value in _base_state(subject, entry.holder).items():
-            if isinstance(value, Tensor) and value.shape == shape:
+            if subject.is_elementwise(entry, kind, value):
                 yield kind, floats(value)[place]
 
 
@@ -141,7 +150,7 @@ def _describe_base(subject: Subject, entry: HeldParameter) -> dict[str, Any]:
     state, shape = _base_state(subject, entry.holder), subject.updates.state_like(entry.holder).shape
     subject.optimizer.base.refuse_unportable(entry.name, state, shape)
     for kind, value in state.items():
-        if isinstance(value, Tensor) and value.shape == shape:
+        if subject.is_elementwise(entry, kind, value):
             dtype = "float32" if is_low_bit(value) else str(value.dtype).removeprefix("torch.")
             described[kind] = {"dtype": dtype}
         elif isinstance(value, Tensor):

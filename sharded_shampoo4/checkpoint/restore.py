@@ -148,6 +148,8 @@ class Restoration:
     def _dtype(self, entry: HeldParameter, kind: str, saved: torch.dtype) -> torch.dtype:
         """In which a state is read: that which the base keeps it in, float32 for what it quantizes then."""
         made = self._subject.imagined_states(entry).get(kind)
+        if kind == "step":
+            return saved  # of a scalar parameter, in a checkpoint that takes it for elementwise
         if is_low_bit(made):
             self._low_bit[entry.holder] = entry
             return torch.float32

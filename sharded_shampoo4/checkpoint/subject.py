@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..base import State
 from ..distributor import Distributor
@@ -106,8 +106,23 @@ class Subject:
                     yield self.names[matrix.name], distributor, matrix, owned
 
     def mark_loaded(self) -> None:
-        """Have ``optimizer.state`` tell of the factors of all parameters whose states were loaded."""
+        """Have ``optimizer.state`` tell of all factors that were loaded, and forget all others."""
+        self.optimizer._consolidated = None
+        self._session.forget_unattached(self.optimizer.state)
         self._session.mark_loaded(self.optimizer.state)
+
+    def is_elementwise(self, entry: HeldParameter, kind: str, value: Any) -> bool:
+        """Whether a state of the base has an element for each element of a parameter.
+
+        The count of steps of a scalar parameter has its shape too: there the states of a vector tell.
+        """
+        holder = self.updates.state_like(entry.holder)
+        if not isinstance(value, Tensor) or value.shape != holder.shape:
+            return False
+        if holder.ndim:
+            return True
+        made = self.optimizer.base.meta_states([2], holder.dtype, self.groups[entry.group])
+        return made[0][kind].numel() == 2 if made and kind in made[0] else kind != "step"
 
     def imagined_states(self, entry: HeldParameter) -> State:
         """Return the states that the base would make of a parameter, on the meta device; empty if it cannot tell.

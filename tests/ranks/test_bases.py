@@ -63,3 +63,25 @@ def test_torchs_rules_under_fsdp2(name: str, host: str, foreach: bool) -> None:
         assert found["held"] == expected["held"] == 0, "gradients that are still in memory"
         torch.testing.assert_close(found["parameters"], expected["parameters"], rtol=0, atol=0)
         torch.testing.assert_close(found["states"], expected["states"], rtol=0, atol=0)
+
+
+def train_with_late_momentum(host: str) -> dict[str, Tensor]:
+    model = hosts.wrap(hosts.make_model("mlp"), host)
+    optimizer = make_optimizer(model, host, {"base": "sgd", "method": "shampoo", "lr": 1e-2})
+    for step in range(6):
+        for group in optimizer.param_groups:
+            group["momentum"] = 0.9 if step > 1 else 0.0
+        hosts.set_gradients(model, host, hosts.make_gradients("mlp", step))
+        optimizer.step()
+    return hosts.full_parameters(model, host)
+
+
+def late_momentum_on_a_rank(rank: int) -> dict[str, Tensor]:
+    return train_with_late_momentum("fsdp2")
+
+
+def test_states_that_come_in_a_later_step() -> None:
+    with hosts.one_thread():
+        expected = train_with_late_momentum("none")
+    for found in hosts.run_ranks_once(2, late_momentum_on_a_rank):
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
