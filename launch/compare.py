@@ -33,7 +33,10 @@ from typing import Any
 from plots import BLUE, GRAY, LIGHT_GRAY, ORANGE, RED, SERIES, format_bytes, label_logarithms, picture
 from rich.console import Console
 from rich.table import Table
+from torch import nn
+from vit.args import parse_args as parse_training_args
 from vit.optim import OPTIMIZERS as NAMED
+from vit.optim import build_optimizer
 from vit.report import read_lines, subject, whole_intervals
 
 TRAIN = Path(__file__).with_name("train_vit.py")
@@ -78,8 +81,13 @@ _WORDS: dict[tuple[str, Any], str] = {
     ("matmul_dtype", "bfloat16"): "bfloat16 products",
 }
 
+# What decides on the bytes of method="soap".
+_SOAP = {(8, "bfloat16", "bfloat16"): "Shampoo4", (4, "int8", "factored"): "Shampoo4, compact"}
+
 # These have the same color in every picture. Variants take the remaining colors of SERIES.
-_COLORS = {"AdamW": GRAY, "32-bit Shampoo": BLUE, "SOAP in 8-bit bases, bfloat16 moments": RED, "4-bit Shampoo": ORANGE}
+_COLORS = {"AdamW": GRAY, "32-bit Shampoo": BLUE, "Shampoo4": RED, "4-bit Shampoo": ORANGE}
+
+_LINES = ("-", "--", ":")  # of the first run, the second and the third with a color
 
 Runs = dict[str, dict[int, dict[str, Any]]]  # label -> seed -> results
 
@@ -94,8 +102,9 @@ def label_of(results: dict[str, Any]) -> str:
     # Older runs have all options in one place.
     options = {**results["options"], **NAMED.get(name, {}), **results.get("optimizer_options", {})}
     if options.get("method") == "soap":
-        moments = {options[kind] for kind in ("momentum_dtype", "second_moment_dtype")}
-        return f"SOAP in {options['bits']}-bit bases, {' and '.join(sorted(moments))} moments"
+        kinds = options["bits"], options["momentum_dtype"], options["second_moment_dtype"]
+        moments = " and ".join(sorted(set(kinds[1:])))
+        return _SOAP.get(kinds, f"Shampoo4, {kinds[0]} bits, {moments} moments")
     own = [(key, tuple(value) if isinstance(value, list) else value) for key, value in options.items()]
     found = [place for place in _WORDS if place in own]
     preset = list(_WORDS)[:4]
@@ -103,6 +112,24 @@ def label_of(results: dict[str, Any]) -> str:
     if found[:4] == preset:
         words[:4] = ["compact"]
     return ", ".join([f"{options['bits']}-bit Shampoo", *filter(None, words)])
+
+
+def distinct(variants: dict[str, tuple[str, ...]], flags: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Leave out variants that ``flags`` make equal to an earlier one, as a recipe's preset does.
+
+    Raises:
+        SystemExit, ValueError: an option is wrong.
+    """
+    options: dict[str, dict[str, Any]] = {}
+    for name, own in variants.items():
+        group = build_optimizer(parse_training_args([*flags, *own]), nn.Linear(2, 2)).param_groups[0]
+        found = {key: value for key, value in group.items() if key != "params"}
+        twin = next((other for other in options if options[other] == found), None)
+        if twin is None:
+            options[name] = found
+        else:
+            print(f"{name} is left out: with these flags it is the same as {twin}")
+    return {name: variants[name] for name in options}
 
 
 def train(output_dir: Path, variants: dict[str, tuple[str, ...]], seeds: Sequence[int], flags: Sequence[str]) -> None:
@@ -126,19 +153,21 @@ def train(output_dir: Path, variants: dict[str, tuple[str, ...]], seeds: Sequenc
 
 
 def read_runs(folders: Sequence[Path]) -> Runs:
-    """The results of every folder that holds a finished run; other folders are named and left out."""
+    """The results of every folder that holds a finished run; other folders are named and left out.
+
+    A second run of a name and a seed has its folder in its label.
+    """
     runs: Runs = defaultdict(dict)
-    for folder in folders:
+    for folder in dict.fromkeys(folders):
         path = folder / "all_results.json"
         if not path.exists():
             print(f"{folder} holds no finished run" + (": it diverged" if (folder / "diverged.txt").exists() else ""))
             continue
         results = json.loads(path.read_text())
-        options = results["options"]
-        label = f"{label_of(results)}, {results['epochs']:g} epochs"
-        if options["seed"] in runs[label]:
-            raise SystemExit(f"{folder}: a second run of {label} with seed {options['seed']}")
-        runs[label][options["seed"]] = {**results, "folder": folder, "name": label_of(results)}
+        name, length, seed = label_of(results), f"{results['epochs']:g} epochs", results["options"]["seed"]
+        if seed in runs[f"{name}, {length}"]:
+            name = f"{name} ({folder})"
+        runs[f"{name}, {length}"][seed] = {**results, "folder": folder, "name": name}
     if not runs:
         raise SystemExit("no finished run among the folders given")
     if len({label.rpartition(", ")[2] for label in runs}) == 1:  # all as long: no need to say it
@@ -187,13 +216,14 @@ def draw(runs: Runs, path: Path) -> None:
     with picture(path, 2, 2, size=(13, 8.5)) as (figure, panels):
         by_step, by_time, by_epoch, bars = panels.flat
         colors = colors_of(runs)
-        for (label, seeds), color in zip(runs.items(), colors, strict=True):
+        for number, (color, (label, seeds)) in enumerate(zip(colors, runs.items(), strict=True)):
+            style = _LINES[colors[:number].count(color) % len(_LINES)]
             logs = [whole_intervals(read_lines(run["folder"] / "metrics.jsonl")) for run in seeds.values()]
             steps, losses = _together(logs, "step", "loss")
             seconds = statistics.mean(run["total_seconds"] for run in seeds.values()) / steps[-1]
-            _band(by_step, steps, losses, color, label)
-            _band(by_time, [step * seconds for step in steps], losses, color, label)
-            _band(by_epoch, *_together(logs, "epoch", "eval_accuracy"), color, label)
+            _band(by_step, steps, losses, color, style, label)
+            _band(by_time, [step * seconds for step in steps], losses, color, style, label)
+            _band(by_epoch, *_together(logs, "epoch", "eval_accuracy"), color, style, label)
         for panel, name in ((by_step, "step"), (by_time, "seconds, all things included")):
             panel.set(xlabel=name, ylabel="training loss", xlim=(0, None), yscale="log")
             label_logarithms(panel)
@@ -233,9 +263,11 @@ def _together(logs: Sequence[list[dict[str, Any]]], key: str, value: str) -> tup
     return places, [[one[place] for one in series] for place in places]
 
 
-def _band(panel: Any, places: Sequence[float], values: Sequence[Sequence[float]], color: str, label: str) -> None:
+def _band(
+    panel: Any, places: Sequence[float], values: Sequence[Sequence[float]], color: str, style: str, label: str
+) -> None:
     marker = "" if len(places) > 1 else "o"
-    panel.plot(places, [statistics.mean(v) for v in values], color=color, label=label, marker=marker)
+    panel.plot(places, [statistics.mean(v) for v in values], style, color=color, label=label, marker=marker)
     panel.fill_between(places, [min(v) for v in values], [max(v) for v in values], color=color, alpha=0.15)
 
 
@@ -288,7 +320,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     folders = args.runs
     if args.output_dir:
         chosen = {name: OPTIMIZERS[name] for name in args.optimizers}
-        variants = ABLATION if args.ablation else MODES if args.modes else chosen
+        variants = distinct(ABLATION if args.ablation else MODES if args.modes else chosen, flags)
         train(args.output_dir, variants, args.seeds, flags)
         folders = [args.output_dir / f"{name}-seed{seed}" for seed in args.seeds for name in variants]
     runs = read_runs(folders)

@@ -30,7 +30,7 @@ from transformers import get_scheduler
 from vit.args import Arguments, parse_args
 from vit.augment import BatchTransform
 from vit.data import Images, Plan, make_loaders, mixed_seed, natural_channels, normalization
-from vit.host import choose_fsdp_units, make_accelerator
+from vit.host import check_accumulation, choose_fsdp_units, make_accelerator
 from vit.model import build_config, build_model, side
 from vit.optim import build_optimizer, estimated_bytes, state_bytes
 from vit.progress import Checkpoints, Progress, StopSignals
@@ -99,17 +99,17 @@ class Run:
             model = build_model(args.model, config)
         # ds_shape: DeepSpeed may have partitioned the model while it was made.
         self.shapes = [(name, getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters()]
-        by_deepspeed = adjust_deepspeed(self.accelerator, gradient_clipping=self.args.max_grad_norm)
         self.deepspeed_optimizer = None
-        if by_deepspeed:
+        if adjust_deepspeed(self.accelerator, gradient_clipping=self.args.max_grad_norm):
             logger.info("DeepSpeed's configuration names the optimizer; --optimizer and its options have no effect")
             self.deepspeed_optimizer = self.accelerator.deepspeed_plugin.deepspeed_config["optimizer"]
-        optimizer = build_optimizer(args, model, self.plan.total_steps, named_elsewhere=by_deepspeed)
+        optimizer = build_optimizer(args, model, self.plan.total_steps, self.deepspeed_optimizer)
         choose_fsdp_units(self.accelerator, model)
         self.model, self.optimizer, self.train_loader, self.eval_loader = self.accelerator.prepare(
             model, optimizer, self.train_loader, self.eval_loader
         )
         check_distribution(self.accelerator, self.model, optimizer)
+        check_accumulation(self.accelerator, self.args.gradient_accumulation_steps)
         self.inner_optimizer = inner_optimizer(self.accelerator, self.model, self.optimizer)
         self.input_dtype = next(self.model.parameters()).dtype  # not float32 where DeepSpeed trains in bf16 or fp16
         self.host = describe_distribution(self.accelerator, self.model)

@@ -58,9 +58,9 @@ def main():
     model = make_model()
     optimizer = make_optimizer(args.optimizer, model, args.lr or LEARNING_RATES[args.optimizer])
     model, optimizer = accelerator.prepare(model, optimizer)
-    warmup = args.steps // 10
+    warmup = max(1, args.steps // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warmup, (args.steps - step) / (args.steps - warmup))
+        optimizer, lambda step: min((step + 1) / warmup, (args.steps - step) / max(1, args.steps - warmup))
     )
 
     text = read_source_code()

@@ -1,6 +1,6 @@
 """Bytes of weights, gradients and optimizer states on each rank, for the optimizers and hosts of the memory report.
 
-Weights, gradients and unquantized states are float32. Optimizer states, in bytes:
+Weights, gradients and states of no stated type are float32. Optimizer states, in bytes:
 
 =====================  ===============================================================================================
 AdamW                  8 for each element, and a step count of 4 for each tensor
@@ -11,13 +11,16 @@ Shampoo, 32 bits       this library with ``bits=32``: AdamW's states, and for ea
                        (L and R of orders m and n, and their inverse roots) and 8 bytes a factor that count failures.
                        Meta's Distributed Shampoo keeps the same squares with ``use_symmetric_packing=False``
 Shampoo, packed        a triangle of n (n + 1) / 2 elements for each square, Meta's default
-Shampoo4               AdamW's states, and the library's 4-bit factors
+Shampoo4               this library's defaults: for each block, on its rank, two moments in bfloat16, and the eigenbases
+                       of L and R in 8 bits; AdamW's states for parameters without blocks
+Shampoo4, compact      the same with momentum in 8 bits, means of rows and columns of the second moment, 4-bit bases
 =====================  ===============================================================================================
 
-Elementwise states are sharded as the weights are: whole under DDP and ZeRO 0, rows of each parameter under FSDP2 and
-HSDP, padded flat partitions under ZeRO 1 to 3, one for each parameter group (Muon has two). The report assumes that
-8-bit AdamW quantizes each rank's shards, and that both 32-bit Shampoos give each block to one rank, as this library
-does. Meta's own ways under FSDP2 keep more on the fullest rank, and factors of 1-D parameters, which are not counted.
+Elementwise states, but for moments of blocks, are sharded as the weights are: whole under DDP and ZeRO 0, rows of each
+parameter under FSDP2 and HSDP, padded flat partitions under ZeRO 1 to 3, one for each parameter group (Muon has two).
+The report assumes that 8-bit AdamW quantizes each rank's shards, and that both 32-bit Shampoos give each block to one
+rank, as this library does. Meta's own ways under FSDP2 keep more on the fullest rank, and factors of 1-D parameters,
+which are not counted.
 
 Activations, gathered parameters, buckets and other buffers of the host, and scratch memory of a step are not counted.
 """

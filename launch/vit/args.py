@@ -139,7 +139,7 @@ class TrainingArguments:
     )
     shampoo_base: str = _option("adamw", "optimizer that takes Shampoo's direction", choices=("adamw", "sgd"))
     learning_rate: float | None = _option(
-        None, "peak of the schedule (default: 1e-3, or 0.1 for SGD, also as Shampoo's base)"
+        None, 'peak of the schedule (default: 1e-3, or 0.1 for SGD, also as the base of method="shampoo")'
     )
     weight_decay: float = _option(0.05, "decoupled under AdamW, added to the gradient under SGD")
     decay_all: bool = _option(False, "decay every parameter, not only weights of linear and convolution layers")
@@ -236,7 +236,10 @@ def _defaults(given: dict[str, Any]) -> dict[str, Any]:
         defaults["dataset_name"] = "digits"
     if given["model_name_or_path"]:
         del defaults["model"]
-    rule = given["shampoo_base"] if given["optimizer"].startswith("shampoo") else given["optimizer"]
+    rule = given["optimizer"]
+    if rule.startswith("shampoo"):
+        options = {name: given[name] for name in ("preset", "method") if given[name] is not None}
+        rule = "soap" if is_soap({**OPTIMIZERS[rule], **options}) else given["shampoo_base"]
     return {**defaults, "learning_rate": 0.1 if rule == "sgd" else 1e-3}
 
 

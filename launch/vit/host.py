@@ -14,7 +14,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from transformers import PreTrainedModel
 
 from sharded_shampoo4.integrations.accelerate import PortableAccelerator
-from sharded_shampoo4.integrations.rehearsal import quiet, rehearse_on_cpu
+from sharded_shampoo4.integrations.rehearsal import rehearse_on_cpu
 from vit.model import LAYERS
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ def make_accelerator(args: TrainingArguments) -> Accelerator:
     """Make the accelerator. Only the main process writes log messages."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("train_vit").setLevel(logging.INFO)
-    quiet()
     if args.deepspeed_config:
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"  # as accelerate launch says it
         os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = args.deepspeed_config
@@ -43,6 +42,19 @@ def make_accelerator(args: TrainingArguments) -> Accelerator:
         transformers.utils.logging.set_verbosity_error()
         datasets.disable_progress_bars()
     return accelerator
+
+
+def check_accumulation(accelerator: Accelerator, steps: int) -> None:
+    """Compare the accumulation that runs after ``prepare()`` with ``--gradient_accumulation_steps``.
+
+    Raises:
+        ValueError: they differ: the launcher and DeepSpeed's configuration override what the program says.
+    """
+    running, variable = accelerator.gradient_accumulation_steps, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
+    if running != steps:
+        by_launcher = os.environ.get(variable) == str(running)
+        source = f"the launcher's {variable}" if by_launcher else 'DeepSpeed\'s configuration ("auto" there would do)'
+        raise ValueError(f"--gradient_accumulation_steps is {steps}, but {running} in {source}: make them equal")
 
 
 def choose_fsdp_units(accelerator: Accelerator, model: PreTrainedModel) -> None:

@@ -42,7 +42,7 @@ def parameter_groups(model: nn.Module, weight_decay: float, decay_all: bool) -> 
 
 
 def build_optimizer(
-    args: Arguments, model: nn.Module, total_steps: int | None = None, named_elsewhere: bool = False
+    args: Arguments, model: nn.Module, total_steps: int | None = None, by_deepspeed: dict[str, Any] | None = None
 ) -> Optimizer | DummyOptim:
     """Make the optimizer that ``--optimizer`` names.
 
@@ -50,12 +50,14 @@ def build_optimizer(
         args: the options.
         model: the model to train.
         total_steps: of the run. Shampoo4 warns of intervals that are too long for it.
-        named_elsewhere: DeepSpeed's configuration names the optimizer. Returns Accelerate's stand-in for it, with
-            the learning rate and weight decay for "auto" in the configuration.
+        by_deepspeed: the optimizer that DeepSpeed's configuration names. Returns Accelerate's stand-in for it, with
+            the learning rate and weight decay for "auto" in the configuration. A number there is the groups' decay.
     """
     training = args.training
-    groups = parameter_groups(model, training.weight_decay, training.decay_all)
-    if named_elsewhere:
+    stated = (by_deepspeed or {}).get("params", {}).get("weight_decay", "auto")
+    decay = training.weight_decay if stated == "auto" else stated
+    groups = parameter_groups(model, decay, training.decay_all)
+    if by_deepspeed is not None:
         unnamed = [{**group, "params": [parameter for _, parameter in group["params"]]} for group in groups]
         return DummyOptim(unnamed, lr=training.learning_rate, weight_decay=training.weight_decay)
     if training.optimizer == "adamw":

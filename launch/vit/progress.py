@@ -96,7 +96,7 @@ class Checkpoints:
         """Save the run after ``step``, then remove the oldest checkpoints over the limit."""
         folder = self.output_dir / f"checkpoint-{step}"
         if self.accelerator.is_main_process and folder.exists():
-            shutil.rmtree(folder)  # incomplete, or of a run that resumed from an earlier step
+            shutil.rmtree(folder)  # incomplete
         self.accelerator.wait_for_everyone()
         self.accelerator.save_state(str(folder))
         self.accelerator.wait_for_everyone()
@@ -109,6 +109,8 @@ class Checkpoints:
 
     def begin(self, source: str | None, overwrite: bool) -> None:
         """Resume from a checkpoint, or start at step 0. The main process decides for all processes.
+
+        Complete checkpoints of later steps than the one to resume from are renamed: the run makes these steps anew.
 
         Args:
             source: a checkpoint; ``"latest"`` for the newest, if there is one; None to start at step 0.
@@ -133,6 +135,19 @@ class Checkpoints:
         if folder_name:
             self.accelerator.load_state(folder_name)
             logger.info(f"Resumed from {folder_name}")
+            if self.accelerator.is_main_process:
+                self._abandon_later(Path(folder_name))
+
+    def _abandon_later(self, resumed: Path) -> None:
+        """Rename complete checkpoints of later steps, so that they are neither resumed from nor pruned."""
+        step = _marked(resumed)["step"]
+        for folder in self._folders():
+            if (folder / MARKER).exists() and _marked(folder)["step"] > step:
+                abandoned = folder.with_name(f"abandoned-{folder.name}")
+                if abandoned.exists():
+                    shutil.rmtree(abandoned)
+                folder.rename(abandoned)
+                logger.warning(f"{folder} is later than step {step}, where this run goes on: now {abandoned.name}")
 
     def _make_room(self, overwrite: bool) -> None:
         for folder in self._folders():
@@ -161,7 +176,7 @@ class Checkpoints:
 
     def _check(self, folder: Path) -> None:
         """Refuse a checkpoint of another run. Warn of other options that have changed."""
-        saved = json.loads((folder / MARKER).read_text())["options"]
+        saved = _marked(folder)["options"]
         now = json.loads(json.dumps(self.options))
         changed = [
             name for name in now.keys() | saved.keys() if saved.get(name) != now.get(name) and name not in _HARMLESS
@@ -180,6 +195,11 @@ class Checkpoints:
         for folder in folders:
             if folder not in keep:
                 shutil.rmtree(folder)
+
+
+def _marked(folder: Path) -> dict[str, Any]:
+    marked: dict[str, Any] = json.loads((folder / MARKER).read_text())
+    return marked
 
 
 class StopSignals:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import forked  # launching finds launch/
+from support import forked
+from support.launching import LAUNCH  # finds launch/
 
 # isort: split
 import compare
@@ -28,7 +29,7 @@ def test_compare_trains_what_is_missing_and_shows_it(
     command = ["--output_dir", str(tmp_path), "--optimizers", "adamw", "shampoo4"]
     compare.main([*command, "--", *map(str, flags)])
     printed = capsys.readouterr().out
-    assert printed.count("training ") >= 2 and "SOAP in 8-bit bases" in printed and "AdamW" in printed
+    assert printed.count("training ") >= 2 and "Shampoo4" in printed and "AdamW" in printed
     assert (tmp_path / "comparison.png").stat().st_size > 10_000
     (tmp_path / "sgd-seed0").mkdir()
     (tmp_path / "sgd-seed0" / "diverged.txt").write_text("the training loss of step 3 is nan")
@@ -41,6 +42,29 @@ def test_compare_trains_what_is_missing_and_shows_it(
     assert ended.value.code == 2
 
 
+@pytest.mark.parametrize("recipe", sorted((LAUNCH / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_recipes_preset_leaves_no_two_equal_optimizers(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained: list[str] = []
+    monkeypatch.setattr(compare, "train", lambda folder, variants, *_: trained.extend(variants))
+    with pytest.raises(SystemExit, match="no finished run"):
+        compare.main(["--output_dir", str(tmp_path), "--", "--recipe", str(recipe)])
+    assert trained == ["adamw", "shampoo32", "shampoo4-paper"]
+    assert "shampoo4 is left out: with these flags it is the same as shampoo4-paper" in capsys.readouterr().out
+
+
+def test_a_second_run_of_a_name_is_shown_with_its_folder(tmp_path: Path) -> None:
+    first, second, third = (tmp_path / name / "adamw-seed0" for name in "abc")
+    for folder, epochs in ((first, 1.0), (second, 1.0), (third, 2.0)):
+        folder.mkdir(parents=True)
+        found = {"options": {"optimizer": "adamw", "seed": 0}, "epochs": epochs}
+        (folder / "all_results.json").write_text(json.dumps(found))
+    assert list(compare.read_runs([first, second, second])) == ["AdamW", f"AdamW ({second})"]
+    every = compare.read_runs([first, second, third])
+    assert list(every) == ["AdamW, 1 epochs", f"AdamW ({second}), 1 epochs", "AdamW, 2 epochs"]
+
+
 def test_a_run_is_named_by_what_trained_it(tmp_path: Path) -> None:
     """DeepSpeed's configuration overrides --optimizer, whose default is shampoo4."""
     options, own = {"optimizer": "shampoo4", "seed": 0}, Shampoo4([torch.zeros(2, 2)]).param_groups[0]
@@ -50,13 +74,14 @@ def test_a_run_is_named_by_what_trained_it(tmp_path: Path) -> None:
         found = {"options": options, "optimizer_options": settings, "epochs": 1.0, "deepspeed_optimizer": entry}
         (tmp_path / name / "all_results.json").write_text(json.dumps(found))
     runs = compare.read_runs([tmp_path / "json", tmp_path / "own"])
-    assert list(runs) == ["AdamW of a DeepSpeed configuration", "SOAP in 8-bit bases, bfloat16 moments"]
+    assert list(runs) == ["AdamW of a DeepSpeed configuration", "Shampoo4"]
 
 
 def test_every_variant_has_a_name_of_its_own() -> None:
     """Or runs of different options would be taken for runs of different seeds."""
     layer = torch.nn.Linear(2, 2)
     for variants in (compare.OPTIMIZERS, compare.ABLATION, compare.MODES):
+        assert compare.distinct(variants, []) == variants
         given = [parse_args(["--output_dir", "runs/x", *flags]) for flags in variants.values()]
         groups = [build_optimizer(args, layer).param_groups[0] for args in given]
         found = [
@@ -72,7 +97,7 @@ def made(label: str, seed: int = 0) -> dict[str, object]:
 
 def test_an_optimizer_keeps_its_color() -> None:
     labels = ["AdamW", "32-bit Shampoo", "4-bit Shampoo", "4-bit Shampoo, naive", "SGD"]
-    ours = "SOAP in 8-bit bases, bfloat16 moments"
+    ours = "Shampoo4"
     every = {label: {0: made(label)} for label in [*labels, ours]}
     colors = dict(zip(every, compare.colors_of(every), strict=True))
     assert len(set(colors.values())) == len(colors) and colors[ours] == plots.RED

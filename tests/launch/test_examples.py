@@ -78,6 +78,14 @@ def test_the_language_model_trains(folder: Path) -> None:
     assert len(found) == 2 and found[0] > found[1] + 0.5
 
 
+@pytest.mark.parametrize("steps", [1, 9])
+def test_the_language_model_takes_few_steps(steps: int, folder: Path) -> None:
+    """Fewer than ten: none is a tenth of them."""
+    script = str(LAUNCH / "examples" / "language_model.py")
+    found = forked.run(sys.executable, script, "--steps", str(steps), "--batch_size", "2")
+    assert found.returncode == 0, found.stderr[-3000:]
+
+
 def test_the_scripts_differ_in_the_lines_of_their_hosts() -> None:
     texts = {script: (EXAMPLES / f"{script}.py").read_text().splitlines() for script in HOSTS}
     for script, lines in texts.items():

@@ -211,8 +211,11 @@ def test_defaults_follow_the_data_set() -> None:
     assert parse_args(["--dataset_name", "cifar10"]).data.augment == "flip-crop"
     assert parse_args(["--dataset_name", "cifar10", "--augment", "none"]).data.augment == "none"
     assert parse_args(["--model_name_or_path", "x"]).model.model is None
-    rates = [parse_args(["--optimizer", *flags]).training.learning_rate for flags in (["sgd"], ["shampoo4"])]
-    assert rates == [0.1, 1e-3]
+    base = "--shampoo_base sgd"
+    for flags in ("--optimizer sgd", f"{base} --method shampoo", f"{base} --preset paper"):
+        assert parse_args(flags.split()).training.learning_rate == 0.1
+    for flags in ("", base, f"{base} --optimizer shampoo4-compact"):  # method="soap"
+        assert parse_args(flags.split()).training.learning_rate == 1e-3
 
 
 def test_options_of_shampoo_are_what_the_name_means_and_what_is_given() -> None:

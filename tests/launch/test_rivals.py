@@ -131,3 +131,10 @@ def test_shampoo4_preconditions_every_matrix_of_the_tasks(task: Task) -> None:
     matrices = [name for name, p in model.named_parameters() if sum(size > 1 for size in p.shape) > 1]
     left_out = [name for name in matrices if "yes: soap" not in lines[name]]
     assert matrices and not left_out
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=list(TASKS))
+def test_a_title_tells_the_number_of_parameters(task: Task) -> None:
+    millions = task.title.split(" M parameters")[0].split()[-1]
+    count = sum(parameter.numel() for parameter in task.make_model(0, task.hidden_size).parameters())
+    assert f"{count / 1e6:.{len(millions.partition('.')[2])}f}" == millions

@@ -1,0 +1,74 @@
+"""What the launcher and DeepSpeed's configuration say of options that train_vit.py has as well."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from support import forked
+from support.launching import LAUNCH, results, train
+
+# isort: split
+import train_vit  # found through launching, as the others are
+from vit.args import parse_args
+from vit.optim import build_optimizer
+
+TWO = ("--gradient_accumulation_steps", 2, "--per_device_train_batch_size", 8, "--num_hidden_layers", 1)
+SHORT = (*TWO, "--max_train_steps", 2, "--max_train_samples", 64, "--max_eval_samples", 32)
+TORCHRUN = (Path(sys.executable).parent / "torchrun", "--standalone", "--nproc_per_node", 1)
+
+
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    """Accelerate's state, for this process alone, taken back afterwards."""
+    PartialState()
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def deepspeed_file(folder: Path, **changes: Any) -> Path:
+    """Write zero2.json with ``changes``, and a decay of its own."""
+    config = json.loads((LAUNCH / "configs" / "zero2.json").read_text()) | changes
+    config["optimizer"]["params"]["weight_decay"] = 0.3
+    (folder / "zero2.json").write_text(json.dumps(config))
+    return folder / "zero2.json"
+
+
+def test_another_accumulation_of_the_launcher_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_process: None
+) -> None:
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    said = "--gradient_accumulation_steps is 2, but 4 in the launcher's ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
+    with pytest.raises(ValueError, match=said):
+        train_vit.main(["--output_dir", str(tmp_path), *map(str, SHORT)])
+
+
+def test_another_accumulation_of_deepspeeds_file_is_refused(tmp_path: Path) -> None:
+    flags = ("--deepspeed_config", deepspeed_file(tmp_path, gradient_accumulation_steps=4))
+    process = train(tmp_path, *SHORT, *flags, launcher=TORCHRUN, run=forked.run)
+    assert process.returncode, "or the run has another accumulation than it plans with"
+    assert "ValueError: --gradient_accumulation_steps is 2, but 4 in DeepSpeed's configuration" in process.stderr
+
+
+def test_deepspeeds_file_takes_the_accumulation_and_gives_the_decay(tmp_path: Path) -> None:
+    flags = ("--deepspeed_config", deepspeed_file(tmp_path))  # "auto"
+    process = train(tmp_path, *SHORT, *flags, launcher=TORCHRUN, run=forked.run)
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert results(tmp_path)["steps"] == 2 and results(tmp_path)["optimizer_options"]["weight_decay"] == 0.3
+
+
+@pytest.mark.parametrize(
+    ("params", "decay"), [({"weight_decay": 0.3}, 0.3), ({"weight_decay": "auto"}, 0.2), ({}, 0.2)]
+)
+def test_a_number_in_deepspeeds_file_is_the_decay(params: dict[str, Any], decay: float) -> None:
+    args = parse_args(["--weight_decay", "0.2"])
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    optimizer = build_optimizer(args, model, None, {"type": "Shampoo4", "params": params})
+    assert [group["weight_decay"] for group in optimizer.params] == [decay, 0.0]
