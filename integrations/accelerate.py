@@ -11,20 +11,30 @@ keeps it calls ``consolidate_before_saving()`` once. :mod:`.rehearsal` has what 
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from accelerate import Accelerator, PartialState  # type: ignore[import-untyped]
-from accelerate.utils import DistributedType  # type: ignore[import-untyped]
+from accelerate.utils import (  # type: ignore[import-untyped]
+    DeepSpeedSchedulerWrapper,
+    DistributedType,
+    broadcast_object_list,
+)
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.hooks import RemovableHandle
 
 from sharded_shampoo4 import Shampoo4, checkpoint
+from sharded_shampoo4.report import warn
 
 from .fsdp import bind
+
+_COUNTS = "shampoo4_counts.json"  # beside what Accelerate writes: what its counters count
 
 
 class PortableAccelerator(Accelerator):  # type: ignore[misc]
@@ -34,6 +44,11 @@ class PortableAccelerator(Accelerator):  # type: ignore[misc]
     a second Shampoo4 in ``shampoo4_1``, and so on); schedulers, samplers, random numbers, scaler and what was
     registered for checkpointing lie beside it as Accelerate saves them. FSDP's state dict types make no difference. On
     another number of processes some of them begin with random numbers of their own.
+
+    Accelerate steps a prepared scheduler as many times as there are processes. On another number of them its counts are
+    converted, so that it goes on at the same optimizer step: the number of images of a step should stay the same. This
+    is known of LambdaLR, which all schedulers of transformers' ``get_scheduler()`` are. With another number of
+    processes or other ``gradient_accumulation_steps`` a new accumulation begins.
 
     A Shampoo4 belongs to the prepared models that have its parameters, and takes names from them that are missing.
     Under FSDP1 it is bound to its model. Other models, such as a frozen teacher, and other optimizers are saved as
@@ -80,14 +95,20 @@ class PortableAccelerator(Accelerator):  # type: ignore[misc]
     def save_state(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> str:
         """As in ``Accelerator``; every process must call it.
 
+        A state that is in the folder already stops counting at once; the new one counts when it is complete.
+
         Raises:
             OSError, ValueError: on every process alike.
         """
         pairs = self._portable_pairs()
         if not pairs:
             return str(super().save_state(output_dir, *args, **kwargs))
+        if output_dir is not None and not self.project_configuration.automatic_checkpoint_naming:
+            output_dir = os.path.expanduser(output_dir)
+            self._on_main(_make_incomplete, Path(output_dir))
         with self._without(pairs):
-            folder = Path(super().save_state(output_dir, *args, **kwargs)).expanduser()
+            folder = Path(super().save_state(output_dir, *args, **kwargs))
+        self._on_main((folder / _COUNTS).write_text, json.dumps(self._counts()))
         for pair in pairs:
             checkpoint.save(pair.optimizer, folder / pair.folder, model=pair.model, frozen=self._frozen)
         return str(folder)
@@ -104,11 +125,57 @@ class PortableAccelerator(Accelerator):  # type: ignore[misc]
             return
         if input_dir is None:
             raise ValueError("load_state() of a PortableAccelerator needs the folder")
+        folder = Path(input_dir).expanduser()
+        saved = _read_counts(folder) or self._counts()
+        before, now = saved["num_processes"], self.num_processes
+        schedulers = self._schedulers_by_process() if before != now else []
         for pair in pairs:
-            folder = Path(input_dir).expanduser() / pair.folder
-            checkpoint.load(pair.optimizer, folder, model=pair.model, frozen=self._frozen)
+            checkpoint.load(pair.optimizer, folder / pair.folder, model=pair.model, frozen=self._frozen)
         with self._without(pairs):
             super().load_state(input_dir, *args, **kwargs)
+        if saved != self._counts():
+            self.step = 0
+        for scheduler in schedulers:
+            _convert(scheduler, before, now)
+
+    def _counts(self) -> dict[str, int]:
+        """What Accelerate's counters of batches and of schedules depend on."""
+        return {
+            "num_processes": self.num_processes,
+            "gradient_accumulation_steps": self.gradient_accumulation_steps,
+        }
+
+    def _schedulers_by_process(self) -> list[LambdaLR]:
+        """The prepared schedulers that Accelerate steps once for each process.
+
+        Raises:
+            ValueError: one of them is of a kind whose counts cannot be converted.
+        """
+        found = []
+        for prepared in self._schedulers:
+            by_itself = isinstance(prepared, DeepSpeedSchedulerWrapper) or not prepared.step_with_optimizer
+            if by_itself or prepared.split_batches:
+                continue
+            if not isinstance(prepared.scheduler, LambdaLR):
+                raise ValueError(
+                    f"a prepared {type(prepared.scheduler).__name__} cannot go on with num_processes = "
+                    f"{self.num_processes}, other than at the save: Accelerate steps it once for each process. Do not "
+                    "give the scheduler to prepare(), step it once per optimizer step, and register_for_checkpointing()"
+                )
+            found.append(prepared.scheduler)
+        return found
+
+    def _on_main(self, function: Callable[..., object], *args: Any) -> None:
+        """Call ``function`` on the main process; every process raises the OSError that it raises there. Collective."""
+        error: list[OSError | None] = [None]
+        if self.is_main_process:
+            try:
+                function(*args)
+            except OSError as found:
+                error = [found]
+        broadcast_object_list(error)
+        if error[0] is not None:
+            raise error[0]
 
     def _portable_pairs(self) -> list[_Pair]:
         """Every Shampoo4 with the models that have its parameters.
@@ -196,6 +263,35 @@ class _Pair(NamedTuple):
 
 def _folder(number: int) -> str:
     return f"shampoo4_{number}" if number else "shampoo4"
+
+
+def _make_incomplete(folder: Path) -> None:
+    """Take away what makes a state that was saved in ``folder`` count."""
+    for manifest in folder.glob(f"shampoo4*/{checkpoint.MANIFEST}"):
+        manifest.unlink()
+
+
+def _read_counts(folder: Path) -> dict[str, int] | None:
+    """What :meth:`PortableAccelerator._counts` was at the save; None if it was not saved."""
+    file = folder / _COUNTS
+    if not file.exists():
+        return None
+    found: dict[str, int] = json.loads(file.read_text())
+    return found
+
+
+def _convert(scheduler: LambdaLR, before: int, now: int) -> None:
+    """Have a scheduler that was stepped ``before`` times in an optimizer step go on with ``now`` times.
+
+    The learning rates of this optimizer step were loaded.
+    """
+    old = scheduler.last_epoch
+    scheduler.last_epoch = round(old * now / before)
+    scheduler._step_count = 1 + round((scheduler._step_count - 1) * now / before)
+    warn(
+        f"num_processes was {before} at the save and is {now}: the prepared scheduler goes on at the same optimizer "
+        f"step, last_epoch = {scheduler.last_epoch} instead of {old}"
+    )
 
 
 def _models_of(optimizer: Shampoo4, models: list[Any]) -> list[nn.Module]:

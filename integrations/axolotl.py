@@ -21,7 +21,7 @@ from torch import nn
 
 from sharded_shampoo4 import Shampoo4
 
-from .transformers import Shampoo4Factory, shampoo4
+from .transformers import ConsolidateStates, PortableStates, Shampoo4Factory, shampoo4
 
 _GROUPING = ("loraplus_lr_ratio", "embedding_lr", "embedding_lr_scale", "lr_groups")  # what makes groups of its own
 
@@ -40,7 +40,9 @@ class Shampoo4Plugin(BasePlugin):  # type: ignore[misc]
         return f"{__name__}.{Shampoo4Args.__name__}"
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
-        """Name the optimizer that the Trainer will make. axolotl 0.19 never calls ``create_optimizer`` of plugins.
+        """Name the optimizer that the Trainer will make, and have its checkpoints complete under DDP.
+
+        axolotl 0.19 never calls ``create_optimizer`` of plugins.
 
         Raises:
             ValueError: the file also has learning rates for some parameters, or an optimizer of axolotl's own.
@@ -54,6 +56,8 @@ class Shampoo4Plugin(BasePlugin):  # type: ignore[misc]
             )
         _, options = shampoo4(trainer.args, **cfg.shampoo4)
         trainer.optimizer_cls_and_kwargs = (_Factory, options)
+        if not isinstance(trainer, PortableStates):
+            trainer.add_callback(ConsolidateStates())
 
 
 class _Factory(Shampoo4Factory):

@@ -3,7 +3,7 @@
     python -m sharded_shampoo4.integrations.memory CONFIG --world_size 8 --host fsdp2 preset=compact
 
 CONFIG is a folder with a config.json, that file, or a name on the Hugging Face hub. No weights are loaded. Options of
-Shampoo4 follow as NAME=VALUE.
+Shampoo4 follow as NAME=VALUE; ``dtype=bfloat16`` is the type of the parameters.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from transformers import AutoConfig, AutoModel
 from sharded_shampoo4 import estimate_memory
 from sharded_shampoo4.report import format_bytes
 
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the estimate, and the bytes of AdamW's states for all parameters."""
@@ -31,27 +33,31 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags = parser.parse_intermixed_args(argv)
     options = dict(text.partition("=")[::2] for text in flags.options)
     host = flags.host or ("fsdp2" if flags.world_size > 1 else "none")
-    model = on_meta(flags.config)
+    kind = options.pop("dtype", "float32").strip().removeprefix("torch.")
+    if kind not in _DTYPES:
+        parser.error(f"dtype must be one of {', '.join(_DTYPES)}, got {kind!r}")
+    dtype: torch.dtype = getattr(torch, kind)
+    model = on_meta(flags.config, dtype)
     try:
         found = estimate_memory(
-            model.named_parameters(), flags.world_size, host=host, replicas=flags.replicas, **options
+            model.named_parameters(), flags.world_size, host=host, replicas=flags.replicas, dtype=dtype, **options
         )
     except (TypeError, ValueError) as error:
         parser.error(str(error))
     count = sum(parameter.numel() for parameter in model.parameters())
-    total = sum(found.total)
-    print(f"{type(model).__name__}, {count:,} parameters in float32, {host}\n\n{found}\n")
+    total, of_adamw = sum(found.total), 2 * (4 if host.startswith("zero") else dtype.itemsize)
+    print(f"{type(model).__name__}, {count:,} parameters in {kind}, {host}\n\n{found}\n")
     print(f"All ranks: {format_bytes(total)}, {total / count:.2f} bytes per parameter.")
-    print(f"One copy of AdamW's states: {format_bytes(8 * count)}, 8.00 bytes per parameter.")
+    print(f"One copy of AdamW's states: {format_bytes(of_adamw * count)}, {of_adamw:.2f} bytes per parameter.")
 
 
-def on_meta(name: str) -> nn.Module:
+def on_meta(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     """Make the model that a configuration describes, of the class that it names, without memory for weights."""
     config = AutoConfig.from_pretrained(name)
     kind = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None)
     with torch.device("meta"):
         model: nn.Module = kind(config) if kind else AutoModel.from_config(config)  # type: ignore[no-untyped-call]
-    return model.float()
+    return model.to(dtype)
 
 
 if __name__ == "__main__":

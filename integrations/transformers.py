@@ -24,6 +24,7 @@ set ``ACCELERATE_USE_FSDP=true``, call ``rehearse_on_cpu()`` before ``TrainingAr
 from __future__ import annotations
 
 import inspect
+import itertools
 import logging
 import re
 import warnings
@@ -43,6 +44,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 from sharded_shampoo4 import Shampoo4, checkpoint
 from sharded_shampoo4.base_options import base_class
 from sharded_shampoo4.names import plain_name
+from sharded_shampoo4.report import shorten
 from sharded_shampoo4.values import to_boolean
 
 from .accelerate import consolidate, unwrapped
@@ -60,10 +62,11 @@ def shampoo4(args: TrainingArguments | None = None, **options: Any) -> tuple[typ
     """What ``Trainer(optimizer_cls_and_kwargs=...)`` takes to train with ``Shampoo4``.
 
     Args:
-        args: the Trainer's arguments. Learning rate, weight decay and, where the base optimizer has ``betas``, these
-            and ``eps`` (``adam_beta1``, ``adam_beta2``, ``adam_epsilon``) are taken from them unless ``options`` give
-            them; ``total_steps`` from ``max_steps``, if it is set; any option from ``optim_args``, such as
-            ``"preset=compact, rectify_steps=(1, 2)"``.
+        args: the Trainer's arguments, which are read when it makes the optimizer, in each trial of a search anew.
+            Learning rate, weight decay and, where the base optimizer has ``betas``, these and ``eps`` (``adam_beta1``,
+            ``adam_beta2``, ``adam_epsilon``) are taken from them unless ``options`` give them; ``total_steps`` from
+            ``max_steps``, if it is set; any option from ``optim_args``, such as
+            ``"preset=compact, rectify_steps=(1, 2), exclude=[embed, lm_head]"``.
         **options: of :class:`Shampoo4`. They win over ``args``. ``weight_decay`` acts on the parameters that the
             Trainer itself would decay. ``split_fused=True`` gives the parts of fused projections factors of their own:
             see :func:`sharded_shampoo4.integrations.views.views_of`. ``exclude=`` leaves parameters to the base, as
@@ -75,27 +78,45 @@ def shampoo4(args: TrainingArguments | None = None, **options: Any) -> tuple[typ
         ValueError: ``args.optim_args`` is not of the form above.
     """
     if args is not None:
-        options = {**_optim_args(args.optim_args), **options}
-        options = {
-            "lr": args.learning_rate,
-            "weight_decay": args.weight_decay,
-            **_adam_options(args, options),
-            **({"total_steps": args.max_steps} if args.max_steps > 0 else {}),
-            **options,
-        }
-    if "lr" not in options:
+        _with_args(options, args)  # for its errors
+        options = {"args": args, **options}
+    elif "lr" not in options:
         raise TypeError("shampoo4() needs TrainingArguments or lr: the Trainer does not pass its learning rate on")
     return Shampoo4Factory, options
 
 
-def _optim_args(text: str | None) -> dict[str, str]:
+def _with_args(options: Mapping[str, Any], args: TrainingArguments) -> dict[str, Any]:
+    """``options``, and from the Trainer's arguments those that they do not give."""
+    options = {**_optim_args(args.optim_args), **options}
+    return {
+        "lr": args.learning_rate,
+        "weight_decay": args.weight_decay,
+        **_adam_options(args, options),
+        **({"total_steps": args.max_steps} if args.max_steps > 0 else {}),
+        **options,
+    }
+
+
+def _optim_args(text: str | None) -> dict[str, Any]:
     """The options in TrainingArguments' ``optim_args``; values may have commas in parentheses or brackets."""
     parts = [part.strip() for part in re.split(r",(?=\s*\w+\s*=)", text or "") if part.strip()]
     found = [part.partition("=") for part in parts]
     for name, equals, value in found:
         if not (name.strip().isidentifier() and equals and value.strip()):
             raise ValueError(f"optim_args must be options such as 'preset=compact, bits=8', got {text!r}")
-    return {name.strip(): value.strip() for name, _, value in found}
+    options: dict[str, Any] = {name.strip(): value.strip() for name, _, value in found}
+    if "exclude" in options:
+        options["exclude"] = _patterns(options["exclude"])
+    return options
+
+
+def _patterns(text: str) -> str | list[str]:
+    """A list in brackets, quoted or not, as its parts; any other text, ``"[eE]mbed|head[0-9]"`` too, as it is."""
+    depths = list(itertools.accumulate({"[": 1, "]": -1}.get(letter, 0) for letter in text))
+    if not text.startswith("[") or 0 in depths[:-1]:
+        return text
+    parts = re.split(r",(?![^\[{(]*[\]})])", text[1:-1])  # at commas outside of the brackets of a pattern
+    return [part.strip().strip("'\"") for part in parts if part.strip()]
 
 
 def _adam_options(args: TrainingArguments, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -108,14 +129,20 @@ def _adam_options(args: TrainingArguments, options: Mapping[str, Any]) -> dict[s
 class Shampoo4Factory:
     """Builds the optimizer once the Trainer has its model; under FSDP1 that is the sharded one."""
 
-    def __call__(self, model: nn.Module, **options: Any) -> Shampoo4:
+    def __call__(self, model: nn.Module, *, args: TrainingArguments | None = None, **options: Any) -> Shampoo4:
         """``Shampoo4`` over the parameters that require gradients, in a group with decay and one without.
 
         Raises:
-            ValueError: a part of ``exclude`` matches no parameter.
+            ValueError: a part of ``exclude`` matches no parameter, or all of it every matrix; ``split_fused`` is no
+                boolean.
         """
+        if args is not None:
+            options = _with_args(options, args)
         weight_decay = options.pop("weight_decay", 0.0)
-        views = views_of(model) if to_boolean(options.pop("split_fused", False)) else {}
+        split_fused = to_boolean(options.pop("split_fused", False))
+        if split_fused not in (True, False):
+            raise ValueError(f"split_fused must be True or False, got {split_fused!r}")
+        views = views_of(model) if split_fused else {}
         views |= {name: {"precondition": False} for name in _excluded(model, options.pop("exclude", ()))}
         decayed = set(get_parameter_names(model, [nn.LayerNorm], _NOT_DECAYED))  # type: ignore[no-untyped-call]
         named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -134,11 +161,17 @@ class Shampoo4Factory:
 
 def _excluded(model: nn.Module, exclude: str | type[nn.Module] | Iterable[str | type[nn.Module]]) -> set[str]:
     """Return the plain names of the parameters that ``exclude`` matches."""
+    parts = (exclude,) if isinstance(exclude, (str, type)) else tuple(exclude)
     try:
-        parts = (exclude,) if isinstance(exclude, (str, type)) else exclude
-        return {name for wanted in parts for name in matched(model, wanted)}
+        found = {name for wanted in parts for name in matched(model, wanted)}
     except ValueError as error:
         raise ValueError(f"exclude: {error}") from None
+    named = [(plain_name(name), parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    matrices = [name for name, parameter in named if parameter.ndim > 1]
+    if matrices and found.issuperset(matrices):
+        shown = exclude if isinstance(exclude, (str, type)) else list(parts)
+        raise ValueError(f"exclude={shown!r} leaves no matrix to precondition: {shorten(matrices)} are excluded")
+    return found
 
 
 class PortableStates:
@@ -178,6 +211,9 @@ class PortableStates:
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)  # type: ignore[misc]
 
     def _save_optimizer_and_scheduler(self: Any, output_dir: str) -> None:
+        if self._inner_optimizer() is None:  # nothing of ours
+            super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
+            return
         folder = Path(output_dir) / self._FOLDER
         checkpoint.save(self._portable_optimizer(), folder, model=self.model_wrapped, frozen=self._frozen)
         if self.args.should_save:
@@ -268,8 +304,9 @@ def _consolidate_if(due: bool, optimizer: Optimizer) -> None:
 
 def _newest(folder: Path) -> Path:
     """The checkpoint with the most steps; those that were cut off lack the Trainer's state, which it writes last."""
-    found = sorted(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    for path in reversed(found):
+    name = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
+    matches = [(name.fullmatch(path.name), path) for path in folder.glob("*") if path.is_dir()]
+    for _, path in sorted(((int(match[1]), path) for match, path in matches if match), reverse=True):
         if (path / TRAINER_STATE_NAME).exists():
             return path
         logger.warning(f"{path} was never finished (no {TRAINER_STATE_NAME}) and is passed over")

@@ -1,4 +1,4 @@
-"""The optimizer: 4-bit Shampoo around any elementwise torch optimizer."""
+"""The optimizer: SOAP and Shampoo in low bits, beside any elementwise torch optimizer."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Shampoo4(SavedStates):
 
     With method="soap" (SOAP, Vyas et al., arXiv 2409.11321) the direction is V_L X V_R^T, where X is what Adam with
     Nesterov's momentum makes of V_L^T G V_R, and the parameter moves along it: W <- (1 - lr weight_decay) W - lr
-    direction. Learning rates are about twice to four times AdamW's. Statistics are absorbed in the first step and in
+    direction. Try 2, 4 and 8 times AdamW's learning rate. Statistics are absorbed in the first step and in
     every step t, counted from 1, with ``t % statistics_interval == 0``.
 
     With method="shampoo" (4-bit Shampoo, Wang et al., NeurIPS 2024) the direction is L^(-1/4) G R^(-1/4), grafted to
@@ -72,13 +72,13 @@ class Shampoo4(SavedStates):
     Args:
         params: Tensors, parameter groups, or ``model.named_parameters()``, whose names then stand in messages. A group
             may give every option below itself, except ``base``, ``total_steps`` and ``process_group``.
-        lr: Learning rate of the base optimizer. (default: 1e-3)
+        lr: Learning rate of all parameters. (default: 1e-3)
         base: ``"adamw"``, ``"sgd"``, ``"adagrad"``, or an elementwise torch optimizer class. Low-bit ones are among
             them, such as torchao's ``AdamW8bit`` and ``AdamW4bit`` and bitsandbytes' ``AdamW8bit``. They round their
             states in blocks that begin where a rank's shard does: training is then the same on any number of ranks but
             for that rounding, not bitwise. bitsandbytes' do not take FSDP2's DTensors, nor portable checkpoints.
             (default: "adamw")
-        weight_decay: Weight decay of the base optimizer. (default: 0.0)
+        weight_decay: Weight decay of all parameters; decoupled for matrices. (default: 0.0)
         preset: Options to begin with: "compact", the smallest state, with eigenbases in 4 bits; the "paper"'s, with
             method="shampoo"; "shampoo-compact", the smallest state with that method. An option that is given beside it
             wins. One of "paper", "compact", "shampoo-compact". A group's preset overrides the options of the call, and

@@ -32,6 +32,8 @@ from .vectors import Interval
 
 FORMAT_VERSION = 2  # 1: the code book "normal" had other levels
 MANIFEST = "manifest.json"
+_TOKEN = "seen-by-all-ranks"
+_PATIENCE = (0.1, 1.0, 4.0)  # seconds to wait for it
 _STARTED = time.monotonic()
 
 
@@ -42,7 +44,7 @@ def new_data_folder(directory: Path, ranks: Ranks) -> Path:
     """Make a new folder for DCP's files in ``directory``, the same for all ranks; collective.
 
     Raises:
-        OSError: it cannot be made.
+        OSError: it cannot be made, or not all ranks see the one of rank 0.
         ValueError: ranks that train something else save to ``directory`` as well.
     """
     of_some = "" if ranks.first is None else f"rank{ranks.first}-"
@@ -52,7 +54,27 @@ def new_data_folder(directory: Path, ranks: Ranks) -> Path:
         data.mkdir(parents=True, exist_ok=True)
         if of_some:
             _refuse_shared(data, of_some)
+        if ranks.rank == 0:
+            (data / _TOKEN).touch()
+    _refuse_separate(data, ranks)
     return data
+
+
+def _refuse_separate(data: Path, ranks: Ranks) -> None:
+    """Raise OSError on every rank if some do not see what rank 0 has written, and take that away; collective."""
+    token = data / _TOKEN
+    for seconds in _PATIENCE:  # network file systems may need a moment
+        time.sleep(0 if token.exists() else seconds)
+    blind = [rank for rank, sees in enumerate(ranks.gather(token.exists())) if not sees]
+    with ranks.together():
+        if blind:
+            shutil.rmtree(data, ignore_errors=True)
+            raise OSError(
+                f"rank(s) {', '.join(map(str, blind))} do not see {data.parent} of rank 0: save to storage that all "
+                "nodes share"
+            )
+        if ranks.rank == 0:
+            token.unlink()
 
 
 def _refuse_shared(data: Path, of_some: str) -> None:

@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import DeepSpeedPlugin
+from accelerate.utils import DataLoaderConfiguration, DeepSpeedPlugin
 from support import worlds as hosts
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR
+from transformers import get_scheduler
 
 from sharded_shampoo4 import Shampoo4, checkpoint
 from sharded_shampoo4.integrations.accelerate import PortableAccelerator
@@ -220,6 +222,149 @@ def under_ddp(rank: int, folder: str) -> list[bool]:
 
 def test_under_ddp(tmp_path: Path) -> None:
     assert hosts.run_ranks(2, under_ddp, str(tmp_path)) == [[True, True]] * 2
+
+
+def scheduled(processes: int, accumulation: int = 1, split: bool = False) -> tuple[Any, ...]:
+    """A training of 10 steps with a linear schedule, in Accelerate's units."""
+    settings = DataLoaderConfiguration(split_batches=split)
+    accelerator = PortableAccelerator(cpu=True, gradient_accumulation_steps=accumulation, dataloader_config=settings)
+    model = net()
+    optimizer: Any = Shampoo4(model.named_parameters(), lr=1e-3, **OPTIONS)
+    scheduler = get_scheduler("linear", optimizer, 0, 10 * processes)
+    return accelerator, *accelerator.prepare(model, optimizer, scheduler)
+
+
+def advance(training: tuple[Any, ...], steps: int) -> list[float]:
+    """The learning rates of ``steps`` optimizer steps."""
+    accelerator, model, optimizer, scheduler = training
+    rates: list[float] = []
+    while len(rates) < steps:
+        with accelerator.accumulate(model):
+            accelerator.backward(model(torch.ones(4, 6)).square().mean())
+            if accelerator.sync_gradients:
+                rates.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+    return rates
+
+
+def on_two_processes(rank: int, folder: str) -> list[float]:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    training = scheduled(2)
+    rates = advance(training, 3)
+    training[0].save_state(folder)
+    return rates
+
+
+@pytest.fixture(scope="module")
+def of_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A state of two processes after 3 of 10 steps."""
+    folder = tmp_path_factory.mktemp("of_two")
+    for rates in hosts.run_ranks(2, on_two_processes, str(folder)):
+        assert rates == pytest.approx([1e-3, 9e-4, 8e-4])
+    return folder
+
+
+def test_a_schedule_goes_on_on_another_number_of_processes(of_two: Path) -> None:
+    training = scheduled(1)
+    advance(training, 1)
+    with pytest.warns(UserWarning, match=r"num_processes was 2 at the save and is 1: .* last_epoch = 3 instead of 6"):
+        training[0].load_state(str(of_two))
+    assert training[3].get_last_lr() == pytest.approx([7e-4])
+    assert advance(training, 7) == pytest.approx([7e-4, 6e-4, 5e-4, 4e-4, 3e-4, 2e-4, 1e-4])
+    assert training[3].get_last_lr() == pytest.approx([0.0])
+
+
+def test_a_schedule_that_does_not_count_processes(of_two: Path, recwarn: pytest.WarningsRecorder) -> None:
+    training = scheduled(1, split=True)
+    training[0].load_state(str(of_two))
+    assert training[3].scheduler.last_epoch == 6 and not [w for w in recwarn if "num_processes" in str(w.message)]
+
+
+def test_a_schedule_of_another_kind_is_refused(of_two: Path) -> None:
+    accelerator, model = PortableAccelerator(cpu=True), net(5)
+    own = Shampoo4(model.named_parameters(), **OPTIONS)
+    accelerator.prepare(model, own, CosineAnnealingLR(own, 10))
+    before = copies(model)
+    with pytest.raises(ValueError, match=r"CosineAnnealingLR cannot go on with num_processes = 1.*step it once"):
+        accelerator.load_state(str(of_two))
+    assert equal(copies(model), before)
+
+
+@pytest.mark.parametrize("saved", [1, 3])
+def test_an_accumulation_begins_anew_with_another_number_of_batches(tmp_path: Path, saved: int) -> None:
+    training = scheduled(1, saved)
+    advance(training, 3)
+    training[0].save_state(str(tmp_path))
+    reset()
+    same = scheduled(1, saved)[0]
+    same.load_state(str(tmp_path))
+    assert same.step == 3 * saved
+    reset()
+    accelerator, model, *_ = scheduled(1, 2)
+    accelerator.load_state(str(tmp_path))
+    due = []
+    for _ in range(4):
+        with accelerator.accumulate(model):
+            due.append(accelerator.sync_gradients)
+    assert due == [False, True, False, True]
+
+
+def test_an_accumulation_begins_anew_on_another_number_of_processes(of_two: Path) -> None:
+    accelerator = scheduled(1)[0]
+    accelerator.step = 5
+    with pytest.warns(UserWarning, match="num_processes was 2"):
+        accelerator.load_state(str(of_two))
+    assert accelerator.step == 0
+
+
+def test_a_state_without_counts_is_taken_as_one_of_the_same(tmp_path: Path) -> None:
+    training = scheduled(1, 2)
+    advance(training, 2)
+    training[0].save_state(str(tmp_path))
+    (tmp_path / "shampoo4_counts.json").unlink()
+    reset()
+    training = scheduled(1, 3)
+    training[0].load_state(str(tmp_path))
+    assert training[0].step == 4 and training[3].scheduler.last_epoch == 2
+
+
+def test_a_save_that_fails_leaves_no_state_that_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the optimizer's states of the save before with the schedules of this one."""
+    training = scheduled(1)
+    advance(training, 1)
+    accelerator = training[0]
+    accelerator.save_state(str(tmp_path))
+    advance(training, 1)
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.files, "dcp_save", full)
+        with pytest.raises(OSError, match="No space left"):
+            accelerator.save_state(str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"has no complete checkpoint of Shampoo4.*no manifest\.json"):
+        accelerator.load_state(str(tmp_path))
+    accelerator.save_state(str(tmp_path))
+    accelerator.load_state(str(tmp_path))
+
+
+def test_what_fails_on_the_main_process_is_raised(tmp_path: Path) -> None:
+    accelerator = scheduled(1)[0]
+    (tmp_path / "shampoo4_counts.json").mkdir()
+    with pytest.raises(IsADirectoryError, match="shampoo4_counts"):
+        accelerator.save_state(str(tmp_path))
+
+
+def test_the_home_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By all that is saved alike."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    accelerator = scheduled(1)[0]
+    accelerator.save_state("~/state")
+    assert {"shampoo4", "scheduler.bin"} <= {path.name for path in (tmp_path / "state").iterdir()}
+    accelerator.load_state("~/state")
 
 
 def test_a_model_at_stage_3_can_be_saved_whole(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -122,3 +122,21 @@ def test_a_full_disk_is_an_error_on_every_rank(tmp_path: Path) -> None:
         assert seconds < 30
     with hosts.one_thread():
         assert loaded_step(tmp_path) == 3
+
+
+def save_to_own_folder(rank: int, folder: str) -> tuple[str, list[str], list[str]]:
+    """As ranks of two nodes do that share no storage; then to a folder that they share."""
+    training, own = Training("fsdp2"), Path(folder) / f"node{rank}"
+    said = hosts.said(lambda: training.save(own / "last"))
+    left = [path.name for path in (own / "last").iterdir()]
+    training.save(Path(folder) / "shared")
+    (data,) = (Path(folder) / "shared").glob("data-*")
+    return said, left, [path.name for path in data.iterdir()]
+
+
+def test_ranks_that_share_no_storage(tmp_path: Path) -> None:
+    for said, left, written in hosts.run_ranks(2, save_to_own_folder, str(tmp_path)):
+        place = tmp_path / "node0" / "last"
+        assert "rank(s) 1 do not see" in said and "of rank 0: save to storage that all nodes share" in said
+        assert said.startswith("OSError: ") and str(place) in said and not left
+        assert sorted(written) == [".metadata", "__0_0.distcp", "__1_0.distcp"]

@@ -69,7 +69,7 @@ def on_ranks(rank: int) -> dict[tuple[str, str], Any]:
         told[host, "nothing but zeros"] = run(host, lambda _, gradients: [g.zero_() for g in gradients.values()])
         whole = linalg.qr
         if rank == 1:  # one rank's library fails
-            linalg.qr = lambda matrices: torch.full_like(matrices, torch.nan)
+            linalg.qr = lambda matrices, start: torch.full_like(matrices, torch.nan)
         told[host, "one rank's QR"] = run(host, lambda *_: None)
         linalg.qr = whole
     return told
@@ -82,7 +82,7 @@ def on_zero(rank: int) -> dict[tuple[str, str], Any]:
         whole = linalg.qr
         for case, spoil in (("for good", poison(*range(4, 12))), ("one rank's QR", lambda *_: None)):
             if rank == 1 and case != "for good":
-                linalg.qr = lambda matrices: torch.full_like(matrices, torch.nan)
+                linalg.qr = lambda matrices, start: torch.full_like(matrices, torch.nan)
             told[host, case] = run_engine(host, spoil)
             linalg.qr = whole
     return told

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -242,3 +244,31 @@ def test_compact_settings_take_4_3_bits_a_factor_element() -> None:
     parameters = sum(rows * columns for rows, columns in shapes.values())
     assert 8 * found / elements <= 4.3 and found / parameters <= 1.15
     assert estimate_memory(shapes, method="shampoo").preconditioner[0] / found > 2.05
+
+
+@pytest.mark.parametrize(
+    ("written", "dtype", "host", "of_adamw"),
+    [
+        ("bfloat16", torch.bfloat16, "fsdp2", "4.00"),
+        (" torch.float64", torch.float64, "fsdp2", "16.00"),
+        ("bfloat16", torch.bfloat16, "zero2", "8.00"),
+    ],
+)
+def test_the_memory_of_a_configuration_in_another_type(
+    written: str, dtype: torch.dtype, host: str, of_adamw: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    memory = importlib.import_module("sharded_shampoo4.integrations.memory")
+    config = transformers.ViTConfig(hidden_size=96, num_hidden_layers=1, architectures=["ViTForImageClassification"])
+    config.save_pretrained(tmp_path)
+    assert {parameter.dtype for parameter in memory.on_meta(str(tmp_path), dtype).parameters()} == {dtype}
+    shapes = {name: parameter.shape for name, parameter in memory.on_meta(str(tmp_path)).named_parameters()}
+    memory.main([str(tmp_path), f"dtype={written}", "preset=compact", "--world_size", "2", "--host", host])
+    said = capsys.readouterr().out
+    assert str(estimate_memory(shapes, 2, host=host, preset="compact", dtype=dtype)) in said
+    assert f"parameters in {str(dtype).removeprefix('torch.')}, {host}" in said
+    assert f"{of_adamw} bytes per parameter" in said.splitlines()[-1]
+    for wrong in ("int8", "bfloat61"):
+        with pytest.raises(SystemExit):
+            memory.main([str(tmp_path), f"dtype={wrong}"])
+        assert f"dtype must be one of float32, bfloat16, float16, float64, got '{wrong}'" in capsys.readouterr().err
