@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from .base_options import base_arguments, base_class, base_value
 from .labels import label
 from .placement import dtensor_class, is_dtensor, local_tensor, placements_of
+from .state_dict import STATE_KEY
 from .tensors import bytes_by_tensor
 
 State = dict[str, Any]
@@ -296,7 +297,7 @@ def _held(groups: Groups, states: MutableMapping[Tensor, Any]) -> Iterator[tuple
     trained = [[p for p in group["params"] if p.grad is not None] for group in groups]
     sharded: list[Any] = [p for parameters in trained for p in parameters if isinstance(p, kind)]
     alike = all(placements_of(p.grad) == p.placements and p.dtype == p.grad.dtype for p in sharded)
-    if not sharded or not alike or not all(_has_tensors(states.get(p)) for parameters in trained for p in parameters):
+    if not sharded or not alike or not all(_is_made(states.get(p)) for parameters in trained for p in parameters):
         yield groups, states
         return
     held: list[dict[str, Any]] = []
@@ -319,8 +320,9 @@ def _held(groups: Groups, states: MutableMapping[Tensor, Any]) -> Iterator[tuple
             local_tensor(parameter).grad = None
 
 
-def _has_tensors(state: Mapping[str, Any] | None) -> bool:
-    return any(isinstance(value, Tensor) for value in (state or {}).values())
+def _is_made(state: State | None) -> bool:
+    """Whether a parameter has states of the base, and not only the mark of its factors."""
+    return state is not None and len(state) > (STATE_KEY in state)
 
 
 def _stand_in() -> torch.nn.Parameter:
