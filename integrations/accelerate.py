@@ -75,8 +75,11 @@ class PortableAccelerator(Accelerator):  # type: ignore[misc]
 
         Raises:
             ValueError: what ``fsdp.bind`` says of the model; or ``save_state()`` could not save what is prepared: a
-                Shampoo4 whose parameters are in no prepared model, or have no names of their own.
+                Shampoo4 whose parameters are in no prepared model, or have no names of their own; or DeepSpeed's
+                configuration has another optimizer take its place (:func:`keep_offloaded`).
         """
+        if any(unwrapped(arg) is not None for arg in args):
+            keep_offloaded(getattr(self.state, "deepspeed_plugin", None))
         prepared = super().prepare(*args, **kwargs)
         together = prepared if isinstance(prepared, tuple) else (prepared,)
         if self.distributed_type == DistributedType.DEEPSPEED:
@@ -311,6 +314,28 @@ def unwrapped(optimizer: Any) -> Shampoo4 | None:
     while optimizer is not None and not isinstance(optimizer, Shampoo4):
         optimizer = getattr(optimizer, "optimizer", None)
     return optimizer
+
+
+def keep_offloaded(plugin: Any) -> None:
+    """Have Accelerate and the Trainer leave a Shampoo4 in its place where ZeRO offloads the optimizer.
+
+    By default they give DeepSpeed its own Adam for the CPU instead, and say nothing.
+
+    Args:
+        plugin: Accelerate's ``DeepSpeedPlugin``; None without DeepSpeed, where there is nothing to do.
+
+    Raises:
+        ValueError: the configuration asks for that Adam.
+    """
+    if plugin is None:
+        return
+    config = plugin.deepspeed_config
+    device = (config.get("zero_optimization", {}).get("offload_optimizer") or {}).get("device", "none")
+    if config.setdefault("zero_force_ds_cpu_optimizer", False) and device != "none":
+        raise ValueError(
+            '"zero_force_ds_cpu_optimizer": true in DeepSpeed\'s configuration would replace Shampoo4 by '
+            f"DeepSpeedCPUAdam, as the optimizer is offloaded to {device!r}: leave it out"
+        )
 
 
 def consolidate(optimizer: Optimizer) -> None:

@@ -36,6 +36,8 @@ from torch.optim import Optimizer
 
 from sharded_shampoo4.hosts import reshard
 
+from .accelerate import keep_offloaded
+
 logger = logging.getLogger(__name__)
 
 _ALONE = "one process"
@@ -131,7 +133,7 @@ def adjust_deepspeed(accelerator: Accelerator, gradient_clipping: float) -> bool
         zero["stage3_gather_16bit_weights_on_model_save"] = True  # which plugins set to False if nobody asks for it
     if "optimizer" in config:
         return True
-    config.setdefault("zero_force_ds_cpu_optimizer", False)
+    keep_offloaded(plugin)
     return False
 
 

@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState  # type: ignore[import-untyped]
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
@@ -47,7 +48,7 @@ from sharded_shampoo4.names import plain_name
 from sharded_shampoo4.report import shorten
 from sharded_shampoo4.values import to_boolean
 
-from .accelerate import consolidate, unwrapped
+from .accelerate import consolidate, keep_offloaded, unwrapped
 from .trainer_logs import LogOptimizer as LogOptimizer
 from .views import grouped, matched, views_of
 
@@ -136,6 +137,7 @@ class Shampoo4Factory:
             ValueError: a part of ``exclude`` matches no parameter, or all of it every matrix; ``split_fused`` is no
                 boolean.
         """
+        keep_offloaded(AcceleratorState().deepspeed_plugin if AcceleratorState._shared_state else None)
         if args is not None:
             options = _with_args(options, args)
         weight_decay = options.pop("weight_decay", 0.0)

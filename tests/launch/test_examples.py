@@ -15,6 +15,8 @@ from support import forked
 from support.launching import LAUNCH, Finished, environment
 from support.marks import slow_except
 
+from sharded_shampoo4 import checkpoint
+
 EXAMPLES = LAUNCH / "examples"
 HOSTS = ("plain", "ddp", "fsdp2", "deepspeed_engine", "accelerate_launch", "trainer")
 
@@ -84,6 +86,15 @@ def test_the_language_model_takes_few_steps(steps: int, folder: Path) -> None:
     script = str(LAUNCH / "examples" / "language_model.py")
     found = forked.run(sys.executable, script, "--steps", str(steps), "--batch_size", "2")
     assert found.returncode == 0, found.stderr[-3000:]
+
+
+def test_an_offloaded_optimizer_stays_what_it_is(folder: Path) -> None:
+    """Accelerate would replace it by DeepSpeed's Adam for the CPU, of which no portable checkpoint can be saved."""
+    flags = ("--use_deepspeed", "--zero_stage", "2", "--offload_optimizer_device", "cpu", "--num_processes", "2")
+    found = forked.run("accelerate", "launch", *flags, "--main_process_port", "0", *command("accelerate_launch")[-1:])
+    assert found.returncode == 0, found.stderr[-3000:]
+    saved = list(folder.glob(f"runs/examples/accelerate/*/shampoo4/{checkpoint.MANIFEST}"))
+    assert len(saved) == 10
 
 
 def test_the_scripts_differ_in_the_lines_of_their_hosts() -> None:

@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from transformers import get_scheduler
 
 from sharded_shampoo4 import Shampoo4, checkpoint
-from sharded_shampoo4.integrations.accelerate import PortableAccelerator
+from sharded_shampoo4.integrations.accelerate import PortableAccelerator, keep_offloaded
 from sharded_shampoo4.integrations.rehearsal import adjust_deepspeed
 
 OPTIONS: dict[str, Any] = {"statistics_interval": 1, "min_quant_numel": 0}
@@ -375,3 +375,12 @@ def test_a_model_at_stage_3_can_be_saved_whole(monkeypatch: pytest.MonkeyPatch) 
     accelerator.distributed_type = "DEEPSPEED"
     assert not adjust_deepspeed(accelerator, 0.0)
     assert plugin.deepspeed_config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] is True
+
+
+def test_deepspeeds_own_adam_is_refused() -> None:
+    plugin = DeepSpeedPlugin(zero_stage=2, offload_optimizer_device="cpu")
+    keep_offloaded(plugin)
+    assert plugin.deepspeed_config["zero_force_ds_cpu_optimizer"] is False
+    plugin.deepspeed_config["zero_force_ds_cpu_optimizer"] = True
+    with pytest.raises(ValueError, match=r"would replace Shampoo4 by DeepSpeedCPUAdam.* offloaded to 'cpu'"):
+        keep_offloaded(plugin)

@@ -6,6 +6,7 @@ import functools
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -124,3 +125,11 @@ def test_a_run_goes_on_under_another_host_and_rank_count(
         assert lines[:SAVED] == full[:SAVED]
         assert lines[SAVED:] != full[SAVED:], "another order of additions"
         assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in full], abs=1e-2)
+
+
+def test_an_offloaded_optimizer_stays_what_it_is(tmp_path: Path) -> None:
+    """Accelerate gives DeepSpeed its own Adam for the CPU instead, unless it is told otherwise."""
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 1)
+    process = forked.run(*torchrun, SCRIPTS / "offloaded_trainer.py", tmp_path)
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert "runs Shampoo4" in process.stdout
