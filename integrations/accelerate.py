@@ -108,10 +108,10 @@ class PortableAccelerator(Accelerator):  # type: ignore[misc]
             return str(super().save_state(output_dir, *args, **kwargs))
         if output_dir is not None and not self.project_configuration.automatic_checkpoint_naming:
             output_dir = os.path.expanduser(output_dir)
-            self._on_main(_make_incomplete, Path(output_dir))
+            on_main_process(_make_incomplete, Path(output_dir))
         with self._without(pairs):
             folder = Path(super().save_state(output_dir, *args, **kwargs))
-        self._on_main((folder / _COUNTS).write_text, json.dumps(self._counts()))
+        on_main_process((folder / _COUNTS).write_text, json.dumps(self._counts()))
         for pair in pairs:
             checkpoint.save(pair.optimizer, folder / pair.folder, model=pair.model, frozen=self._frozen)
         return str(folder)
@@ -129,9 +129,9 @@ class PortableAccelerator(Accelerator):  # type: ignore[misc]
         if input_dir is None:
             raise ValueError("load_state() of a PortableAccelerator needs the folder")
         folder = Path(input_dir).expanduser()
-        saved = _read_counts(folder) or self._counts()
-        before, now = saved["num_processes"], self.num_processes
-        schedulers = self._schedulers_by_process() if before != now else []
+        saved = on_main_process(_read_counts, folder) or self._counts()
+        before, now = (1 if c.get("split_batches") else c["num_processes"] for c in (saved, self._counts()))
+        schedulers = self._schedulers_to_convert() if before != now else []
         for pair in pairs:
             checkpoint.load(pair.optimizer, folder / pair.folder, model=pair.model, frozen=self._frozen)
         with self._without(pairs):
@@ -146,18 +146,18 @@ class PortableAccelerator(Accelerator):  # type: ignore[misc]
         return {
             "num_processes": self.num_processes,
             "gradient_accumulation_steps": self.gradient_accumulation_steps,
+            "split_batches": self.split_batches,
         }
 
-    def _schedulers_by_process(self) -> list[LambdaLR]:
-        """The prepared schedulers that Accelerate steps once for each process.
+    def _schedulers_to_convert(self) -> list[LambdaLR]:
+        """The prepared schedulers that Accelerate steps with the optimizer.
 
         Raises:
             ValueError: one of them is of a kind whose counts cannot be converted.
         """
         found = []
         for prepared in self._schedulers:
-            by_itself = isinstance(prepared, DeepSpeedSchedulerWrapper) or not prepared.step_with_optimizer
-            if by_itself or prepared.split_batches:
+            if isinstance(prepared, DeepSpeedSchedulerWrapper) or not prepared.step_with_optimizer:
                 continue
             if not isinstance(prepared.scheduler, LambdaLR):
                 raise ValueError(
@@ -167,18 +167,6 @@ class PortableAccelerator(Accelerator):  # type: ignore[misc]
                 )
             found.append(prepared.scheduler)
         return found
-
-    def _on_main(self, function: Callable[..., object], *args: Any) -> None:
-        """Call ``function`` on the main process; every process raises the OSError that it raises there. Collective."""
-        error: list[OSError | None] = [None]
-        if self.is_main_process:
-            try:
-                function(*args)
-            except OSError as found:
-                error = [found]
-        broadcast_object_list(error)
-        if error[0] is not None:
-            raise error[0]
 
     def _portable_pairs(self) -> list[_Pair]:
         """Every Shampoo4 with the models that have its parameters.
@@ -290,10 +278,9 @@ def _convert(scheduler: LambdaLR, before: int, now: int) -> None:
     """
     old = scheduler.last_epoch
     scheduler.last_epoch = round(old * now / before)
-    scheduler._step_count = 1 + round((scheduler._step_count - 1) * now / before)
     warn(
-        f"num_processes was {before} at the save and is {now}: the prepared scheduler goes on at the same optimizer "
-        f"step, last_epoch = {scheduler.last_epoch} instead of {old}"
+        f"Accelerate made {before} steps of a prepared scheduler in an optimizer step at the save, and makes {now} "
+        f"here: it goes on at the same optimizer step, last_epoch = {scheduler.last_epoch} instead of {old}"
     )
 
 
@@ -316,6 +303,24 @@ def unwrapped(optimizer: Any) -> Shampoo4 | None:
     return optimizer
 
 
+def on_main_process(function: Callable[..., Any], *args: Any) -> Any:
+    """Return what ``function`` returns on the main process, on every process. Collective.
+
+    Raises:
+        OSError, ValueError: what it raises there, on every process.
+    """
+    answer: list[Any] = [None]
+    if PartialState().is_main_process:
+        try:
+            answer = [function(*args)]
+        except (OSError, ValueError) as error:
+            answer = [error]
+    broadcast_object_list(answer)
+    if isinstance(answer[0], Exception):
+        raise answer[0]
+    return answer[0]
+
+
 def keep_offloaded(plugin: Any) -> None:
     """Have Accelerate and the Trainer leave a Shampoo4 in its place where ZeRO offloads the optimizer.
 
@@ -331,7 +336,8 @@ def keep_offloaded(plugin: Any) -> None:
         return
     config = plugin.deepspeed_config
     device = (config.get("zero_optimization", {}).get("offload_optimizer") or {}).get("device", "none")
-    if config.setdefault("zero_force_ds_cpu_optimizer", False) and device != "none":
+    forced = config.setdefault("zero_force_ds_cpu_optimizer", False)  # without it the answer would be yes
+    if forced and device != "none":
         raise ValueError(
             '"zero_force_ds_cpu_optimizer": true in DeepSpeed\'s configuration would replace Shampoo4 by '
             f"DeepSpeedCPUAdam, as the optimizer is offloaded to {device!r}: leave it out"

@@ -114,7 +114,7 @@ def _optim_args(text: str | None) -> dict[str, Any]:
 def _patterns(text: str) -> str | list[str]:
     """A list in brackets, quoted or not, as its parts; any other text, ``"[eE]mbed|head[0-9]"`` too, as it is."""
     depths = list(itertools.accumulate({"[": 1, "]": -1}.get(letter, 0) for letter in text))
-    if not text.startswith("[") or 0 in depths[:-1]:
+    if not text.startswith("[") or depths.count(0) != 1 or depths[-1]:
         return text
     parts = re.split(r",(?![^\[{(]*[\]})])", text[1:-1])  # at commas outside of the brackets of a pattern
     return [part.strip().strip("'\"") for part in parts if part.strip()]
@@ -180,8 +180,9 @@ class PortableStates:
     """For a Trainer's bases: what it saves in a checkpoint goes on under any host and on any number of processes.
 
     Weights and states are in the checkpoint's folder ``shampoo4``, in the form of :mod:`sharded_shampoo4.checkpoint`,
-    instead of in the files of the host; scheduler, random numbers and the Trainer's own state lie beside it. A
-    checkpoint without that folder is resumed as any Trainer does. The number of images of a step should stay the same.
+    instead of in the files of the host; scheduler, random numbers and the Trainer's own state lie beside it. Another
+    optimizer is saved as any Trainer does, and a checkpoint without that folder is resumed so. The number of images of
+    a step should stay the same.
 
     Args:
         *args: of ``Trainer``.

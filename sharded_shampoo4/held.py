@@ -131,7 +131,7 @@ class Signature(NamedTuple):
     Attributes:
         first: id of the first tensor.
         tensors: all that is asked of each tensor in the groups.
-        options: of all groups of the optimizer.
+        options: of all groups of the optimizer, and the identity and length of the groups in this step.
         version: of what is known of the parameters.
     """
 
@@ -144,10 +144,11 @@ class Signature(NamedTuple):
 def describe_tensors(groups: Sequence[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
     """Return what a step depends on of each tensor in ``groups`` and of its gradient, as cheaply as possible."""
     kind = dtensor_class()
-    return [_describe(tensor, tensor.grad, kind) for group in groups for tensor in group["params"]]
+    return [_describe(tensor, kind) for group in groups for tensor in group["params"]]
 
 
-def _describe(tensor: Tensor, gradient: Tensor | None, kind: type | tuple[()]) -> tuple[Any, ...]:
+def _describe(tensor: Tensor, kind: type | tuple[()]) -> tuple[Any, ...]:
+    gradient = tensor.grad
     described: tuple[Any, ...] | None = None
     if gradient is not None:
         placements = gradient.placements if isinstance(gradient, kind) else None  # type: ignore[attr-defined]

@@ -27,6 +27,8 @@ from .planning.schedule import Phases, stagger
 from .planning.views import matrix_view
 from .recognition import Member, MemberGroup, lasting_options, recognize
 
+_WATCHED = (*OPTION_NAMES, *NOT_OF_SOAP)  # options of groups that a step looks at again
+
 _NO_PHASES: Mapping[tuple[int, str], Phases] = {}
 
 
@@ -290,7 +292,7 @@ class Members:
     def signature(self, groups: Sequence[dict[str, Any]]) -> Signature:
         """All that decides what :meth:`entries` gives, and how these are preconditioned, as cheaply as possible."""
         tensors = describe_tensors(groups)
-        options = [[given.group.get(name) for name in (*OPTION_NAMES, *NOT_OF_SOAP)] for given in self._given]
+        options = [[given.group.get(name) for name in _WATCHED] for given in self._given]
         options += [[id(group), len(group["params"])] for group in groups]
         first = tensors[0][0] if tensors else 0
         return Signature(first, tensors, options, self._version)

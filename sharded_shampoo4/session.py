@@ -151,12 +151,6 @@ class Session:
             pairs = zip(self.last.parameters, self.last.holders, strict=True)
             self.marks.put(state, (p for p, holder in pairs if p is holder and p.grad is not None))
 
-    def forget_unattached(self, state: MutableMapping[Tensor, Any]) -> None:
-        """Forget the factors of parameters that no distributor has, such as frozen ones, and their ``state``."""
-        for parameter in self.loaded:
-            state.pop(parameter, None)
-        self.loaded = {}
-
     def mark_loaded(self, state: MutableMapping[Tensor, Any]) -> None:
         """Put marks into ``state`` for the parameters whose states were loaded with their factors."""
         attached = [

@@ -20,6 +20,8 @@ from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
+from sharded_shampoo4.integrations.accelerate import on_main_process
+
 logger = get_logger("train_vit")
 
 MARKER = "complete.json"  # written last: a checkpoint without it is incomplete
@@ -135,8 +137,7 @@ class Checkpoints:
         if folder_name:
             self.accelerator.load_state(folder_name)
             logger.info(f"Resumed from {folder_name}")
-            if self.accelerator.is_main_process:
-                self._abandon_later(Path(folder_name))
+            on_main_process(self._abandon_later, Path(folder_name))
 
     def _abandon_later(self, resumed: Path) -> None:
         """Rename complete checkpoints of later steps, so that they are neither resumed from nor pruned."""

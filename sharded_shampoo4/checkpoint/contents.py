@@ -18,6 +18,7 @@ from ..tensors import floats, is_low_bit
 from .subject import Subject
 from .vectors import UNTRAINED, VALUES, Interval, block_key, key
 
+_MEMBERS = ("params", "param_names")  # of a param group
 _Described = tuple[int, dict[str, Any]]  # the replica that holds a parameter on a rank, and what the base keeps there
 
 
@@ -95,10 +96,9 @@ def _describe(subject: Subject, base: Sequence[dict[str, Any]]) -> dict[str, Any
     for name, matrix in subject.matrices():
         parameters[name]["factors"] = {"step": matrix.step, "roots": matrix.roots, "blocks": block_bytes(matrix)}
     groups = [
-        {name: _plain(value) for name, value in group.items() if name not in ("params", "param_names")}
+        {name: plain for name, value in group.items() if name not in _MEMBERS and _fits_json(plain := _plain(value))}
         for group in subject.groups
     ]
-    groups = [{name: value for name, value in group.items() if _is_plain(value)} for group in groups]
     progress = subject.host.progress()
     return {
         "plain_names": True,
@@ -112,14 +112,14 @@ def _describe(subject: Subject, base: Sequence[dict[str, Any]]) -> dict[str, Any
 
 
 def _plain(value: Any) -> Any:
-    """A number instead of a tensor or a NumPy scalar that holds one, also in a tuple."""
+    """A number instead of a tensor or a NumPy scalar that holds one, and a list instead of a tuple."""
     if isinstance(value, (tuple, list)):
         return [_plain(part) for part in value]
     of_numpy = type(value).__module__ == "numpy" and value.ndim == 0
     return value.item() if of_numpy or (isinstance(value, Tensor) and value.numel() == 1) else value
 
 
-def _is_plain(value: Any) -> bool:
+def _fits_json(value: Any) -> bool:
     try:
         json.dumps(value)
     except (TypeError, ValueError):

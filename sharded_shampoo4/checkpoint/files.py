@@ -64,8 +64,8 @@ def _refuse_separate(data: Path, ranks: Ranks) -> None:
     """Raise OSError on every rank if some do not see what rank 0 has written, and take that away; collective."""
     token = data / _TOKEN
     for seconds in _PATIENCE:  # network file systems may need a moment
-        time.sleep(0 if token.exists() else seconds)
-    blind = [rank for rank, sees in enumerate(ranks.gather(token.exists())) if not sees]
+        time.sleep(0 if os.path.exists(token) else seconds)  # Path.exists() raises some errors of such systems
+    blind = [rank for rank, sees in enumerate(ranks.gather(os.path.exists(token))) if not sees]
     with ranks.together():
         if blind:
             shutil.rmtree(data, ignore_errors=True)

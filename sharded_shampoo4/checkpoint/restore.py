@@ -223,7 +223,13 @@ class Restoration:
                         f"param group {number} has parameters of several groups of the checkpoint, whose {option} "
                         f"differ ({said}): it keeps {group.get(option)!r}"
                     )
-            group.update(_as_before(agreed, group))
+            restored = _as_before(agreed, group)
+            try:
+                PreconditionerOptions.of_group({**group, **restored})
+            except ValueError as error:  # what an earlier version took
+                warn(f"param group {number} keeps soap_betas={group.get('soap_betas')}: {error}")
+                del restored["soap_betas"]
+            group.update(restored)
 
     def _sources(self) -> dict[int, dict[int, str]]:
         """By groups: the groups in the checkpoint that their parameters were in, each with a parameter of it."""

@@ -106,9 +106,12 @@ class Subject:
                     yield self.names[matrix.name], distributor, matrix, owned
 
     def mark_loaded(self) -> None:
-        """Have ``optimizer.state`` tell of all factors that were loaded, and forget all others."""
+        """Have ``optimizer.state`` tell of all factors that were loaded, and forget what is not trained now."""
         self.optimizer._consolidated = None
-        self._session.forget_unattached(self.optimizer.state)
+        self._session.loaded = {}
+        for entry in self._entries:
+            if not entry.trained:
+                self.optimizer.state.pop(entry.parameter, None)
         self._session.mark_loaded(self.optimizer.state)
 
     def is_elementwise(self, entry: HeldParameter, kind: str, value: Any) -> bool:
@@ -121,8 +124,8 @@ class Subject:
             return False
         if holder.ndim:
             return True
-        made = self.optimizer.base.meta_states([2], holder.dtype, self.groups[entry.group])
-        return made[0][kind].numel() == 2 if made and kind in made[0] else kind != "step"
+        made = self._imagine(entry.group, 2, holder.dtype).get(kind)
+        return made.numel() == 2 if isinstance(made, Tensor) else kind != "step"
 
     def imagined_states(self, entry: HeldParameter) -> State:
         """Return the states that the base would make of a parameter, on the meta device; empty if it cannot tell.
@@ -130,9 +133,12 @@ class Subject:
         They are vectors of this rank's elements of what the base steps on, and numbers.
         """
         holder = local_tensor(self.updates.state_like(entry.holder))
-        key = (entry.group, holder.numel(), holder.dtype)
+        return self._imagine(entry.group, holder.numel(), holder.dtype)
+
+    def _imagine(self, group: int, elements: int, dtype: torch.dtype) -> State:
+        key = (group, elements, dtype)
         if key not in self._imagined:
-            made = self.optimizer.base.meta_states([holder.numel()], holder.dtype, self.groups[entry.group])
+            made = self.optimizer.base.meta_states([elements], dtype, self.groups[group])
             self._imagined[key] = made[0] if made else {}
         return self._imagined[key]
 

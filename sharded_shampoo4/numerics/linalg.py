@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 _CACHE_LINE = 64  # bytes; torch aligns fresh CPU memory to it
-# Of cholesky_qr: how much of the start it takes, which is more than float32 rounds in a column of length 1; and rounds,
-# which sufficed for matrices of any rank up to order 1024.
-_OF_START, _SHIFTED_ROUNDS, _ROUNDS = 1e-6, 3, 2
+# Of cholesky_qr: the share of the start that is added to columns of length 1, more than float32 rounds there.
+_OF_START = 1e-6
+# Rounds with a shift and without, enough for matrices of any rank up to order 1024.
+_SHIFTED_ROUNDS, _ROUNDS = 3, 2
 _ORTHOGONAL = 1e-3  # the largest element of Q^T Q - I of an orthogonal factor
 _SOLVERS = ("cusolver", "hipsolver", "rocsolver", "magma", "lapack", "mkl", "linalg.")
 _NOT_ABOUT_NUMBERS = ("alloc", "memory", "initialized", "not implemented", "not compiled")

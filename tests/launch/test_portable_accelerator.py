@@ -269,17 +269,19 @@ def of_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_schedule_goes_on_on_another_number_of_processes(of_two: Path) -> None:
     training = scheduled(1)
     advance(training, 1)
-    with pytest.warns(UserWarning, match=r"num_processes was 2 at the save and is 1: .* last_epoch = 3 instead of 6"):
+    with pytest.warns(UserWarning, match=r"made 2 steps .*, and makes 1 here: .* last_epoch = 3 instead of 6"):
         training[0].load_state(str(of_two))
     assert training[3].get_last_lr() == pytest.approx([7e-4])
     assert advance(training, 7) == pytest.approx([7e-4, 6e-4, 5e-4, 4e-4, 3e-4, 2e-4, 1e-4])
     assert training[3].get_last_lr() == pytest.approx([0.0])
 
 
-def test_a_schedule_that_does_not_count_processes(of_two: Path, recwarn: pytest.WarningsRecorder) -> None:
+def test_a_schedule_goes_on_with_split_batches(of_two: Path) -> None:
+    """For which Accelerate makes one step in an optimizer step, on any number of processes."""
     training = scheduled(1, split=True)
-    training[0].load_state(str(of_two))
-    assert training[3].scheduler.last_epoch == 6 and not [w for w in recwarn if "num_processes" in str(w.message)]
+    with pytest.warns(UserWarning, match="last_epoch = 3 instead of 6"):
+        training[0].load_state(str(of_two))
+    assert training[3].scheduler.last_epoch == 3
 
 
 def test_a_schedule_of_another_kind_is_refused(of_two: Path) -> None:
@@ -314,7 +316,7 @@ def test_an_accumulation_begins_anew_with_another_number_of_batches(tmp_path: Pa
 def test_an_accumulation_begins_anew_on_another_number_of_processes(of_two: Path) -> None:
     accelerator = scheduled(1)[0]
     accelerator.step = 5
-    with pytest.warns(UserWarning, match="num_processes was 2"):
+    with pytest.warns(UserWarning, match="made 2 steps"):
         accelerator.load_state(str(of_two))
     assert accelerator.step == 0
 
@@ -351,11 +353,21 @@ def test_a_save_that_fails_leaves_no_state_that_counts(tmp_path: Path, monkeypat
     accelerator.load_state(str(tmp_path))
 
 
-def test_what_fails_on_the_main_process_is_raised(tmp_path: Path) -> None:
-    accelerator = scheduled(1)[0]
-    (tmp_path / "shampoo4_counts.json").mkdir()
-    with pytest.raises(IsADirectoryError, match="shampoo4_counts"):
-        accelerator.save_state(str(tmp_path))
+def save_and_load_badly(rank: int, folder: str) -> list[str]:
+    accelerator = scheduled(2)[0]
+    told = [hosts.said(lambda: accelerator.save_state(f"{folder}/directory"))]
+    accelerator.save_state(f"{folder}/damaged")
+    if rank == 0:
+        (Path(folder) / "damaged" / "shampoo4_counts.json").write_text("{")
+    accelerator.wait_for_everyone()
+    return [*told, hosts.said(lambda: accelerator.load_state(f"{folder}/damaged"))]
+
+
+def test_what_fails_on_the_main_process_is_raised_on_all(tmp_path: Path) -> None:
+    (tmp_path / "directory" / "shampoo4_counts.json").mkdir(parents=True)
+    for saving, loading in hosts.run_ranks(2, save_and_load_badly, str(tmp_path), timeout=60):
+        assert saving.startswith("IsADirectoryError") and "shampoo4_counts" in saving
+        assert loading.startswith("JSONDecodeError")
 
 
 def test_the_home_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

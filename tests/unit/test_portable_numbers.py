@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sharded_shampoo4 import Shampoo4, checkpoint
+from sharded_shampoo4 import Shampoo4, checkpoint, options
 from sharded_shampoo4.checkpoint.files import read_manifest
 
 
@@ -87,3 +87,40 @@ def test_a_load_forgets_the_factors_of_frozen_parameters(tmp_path: Path) -> None
     model.second.requires_grad_(True)
     step(model, optimizer)
     assert {name: values["steps"] for name, values in optimizer.health().items()} == {"first": 2, "second": 1}
+
+
+def test_a_load_keeps_states_of_what_is_not_preconditioned(tmp_path: Path) -> None:
+    """Its former factors were set aside when the group was changed."""
+    model, optimizer = trained(1)
+    optimizer.param_groups[0]["precondition"] = False
+    step(model, optimizer)
+    checkpoint.save(optimizer, tmp_path, model=model)
+    step(model, optimizer)
+    checkpoint.load(optimizer, tmp_path, model=model)
+    assert optimizer.state[model.first]["step"] == 1 and optimizer.state[model.scale]["step"] == 2
+
+
+def test_a_load_forgets_the_states_of_frozen_vectors(tmp_path: Path) -> None:
+    model, optimizer = trained(1)
+    checkpoint.save(optimizer, tmp_path, model=model)
+    step(model, optimizer)
+    model.scale.requires_grad_(False)
+    optimizer.zero_grad()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of states that are dropped
+        checkpoint.load(optimizer, tmp_path, model=model)
+    assert not optimizer.state.get(model.scale)
+
+
+def test_betas_that_are_refused_by_now_stay_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:  # an earlier version
+        patch.setattr(options, "SMALLEST_CHANGE", {})
+        options._cached.cache_clear()
+        model, optimizer = trained(1, soap_betas=(0.9, 0.999), lr=0.5)
+        checkpoint.save(optimizer, tmp_path, model=model)
+    options._cached.cache_clear()
+    model, optimizer = trained(0)
+    with pytest.warns(UserWarning, match=r"keeps soap_betas=\(0.9, 0.95\): .* it would stand still"):
+        checkpoint.load(optimizer, tmp_path, model=model)
+    step(model, optimizer)
+    assert optimizer.param_groups[0]["lr"] == 0.5

@@ -164,6 +164,13 @@ def test_patterns_in_the_trainer_s_optim_args(tmp_path: Path, written: str) -> N
     assert left_out(optimizer) == BOTH and optimizer.param_groups[0]["bits"] == 8
 
 
+def test_a_bracket_that_is_not_closed(tmp_path: Path) -> None:
+    args = arguments(tmp_path)
+    args.optim_args = "exclude=[embed, lm_head"
+    with pytest.raises(ValueError, match=r"exclude: '\[embed, lm_head' is no regular expression"):
+        made(args, Named())
+
+
 def test_an_empty_list_excludes_nothing(tmp_path: Path) -> None:
     args = arguments(tmp_path)
     args.optim_args = "exclude=[]"
