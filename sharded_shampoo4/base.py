@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Hashable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -132,17 +132,18 @@ class Base:
             if "step" in state:
                 state["step"] = torch.zeros_like(state["step"]) if isinstance(state["step"], Tensor) else 0
 
-    def load(self, plain: dict[str, Any], optimizer: Optimizer) -> None:
+    def load(self, plain: dict[str, Any], optimizer: Optimizer, soap: Collection[Tensor]) -> None:
         """Go on with ``optimizer``'s groups and states, which it has just loaded from the state_dict ``plain``.
 
-        A rule that has a ``load_state_dict`` of its own loads the states in its way: torch's casts them to the type
+        The parameters ``soap`` are not the base's: what stands in their states is some wrapper's. A rule that has a ``load_state_dict`` of its own loads the states in its way: torch's casts them to the type
         of their parameters, which codes do not survive.
         """
         if self.rule.load_state_dict is not Optimizer.load_state_dict:
             self._take(optimizer.param_groups, optimizer.state)
             self._optimizer.load_state_dict(plain)
             optimizer.state = self._optimizer.state
-        self._optimizer.__setstate__({"state": optimizer.state, "param_groups": optimizer.param_groups})
+        own = {parameter: state for parameter, state in optimizer.state.items() if parameter not in soap}
+        self._optimizer.__setstate__({"state": own, "param_groups": optimizer.param_groups})
 
     def _take(self, groups: Any, states: Any) -> None:
         self._optimizer.param_groups, self._optimizer.state = groups, states

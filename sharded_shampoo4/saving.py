@@ -116,7 +116,7 @@ class SavedStates(SteppingTogether):
         with held_back(before, after):
             plain, loaded = read(state_dict, self._session, self.param_groups)
             super().load_state_dict(plain)
-            self.base.load(plain, self)
+            self.base.load(plain, self, {p for p, entry in loaded.items() if entry.options.method == "soap"})
             self._members.adopt(self.param_groups)
             self._consolidated = None
             self._session.load(loaded)

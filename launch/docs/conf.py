@@ -8,7 +8,9 @@ from pathlib import Path
 from sphinx.application import Sphinx
 
 import sharded_shampoo4
+from sharded_shampoo4.integrations.rehearsal import quiet
 
+quiet()  # autodoc imports transformers and DeepSpeed
 project = "sharded_shampoo4"
 copyright = "the sharded_shampoo4 authors"
 release = sharded_shampoo4.__version__

@@ -333,3 +333,19 @@ def test_a_dry_step_creates_states_and_advances_nothing(fast: dict[str, Any]) ->
     assert optimizer.state_bytes()["preconditioner"] > 0 and len(optimizer.state) == len(before)
     assert train(model, optimizer, batches(8)) == train(twin, other, batches(8))
     assert same(model, twin)
+
+
+def test_what_a_wrapper_keeps_in_states_survives_a_state_dict() -> None:
+    """As Lookahead does; of a matrix, the base has no states beside it."""
+    model, other = nn.Linear(8, 8), nn.Linear(8, 8)
+    optimizer, loaded = Shampoo4(model.named_parameters()), Shampoo4(other.named_parameters())
+    model(torch.ones(2, 8)).sum().backward()
+    optimizer.step()
+    for parameter in model.parameters():
+        optimizer.state[parameter]["slow"] = parameter.detach().clone()
+    optimizer.step()
+    loaded.load_state_dict(optimizer.state_dict())
+    for parameter, twin in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(loaded.state[twin]["slow"], optimizer.state[parameter]["slow"])
+    other(torch.ones(2, 8)).sum().backward()
+    loaded.step()

@@ -146,3 +146,5 @@ def test_lookahead() -> None:
     optimizer = timm.optim.create_optimizer_v2(model, "lookahead_shampoo4", lr=2e-3)
     losses = train(model, optimizer, 8)
     assert isinstance(optimizer._base_optimizer, Shampoo4) and losses[-1] < 0.9 * losses[0]
+    other = timm.optim.create_optimizer_v2(vit(), "lookahead_shampoo4", lr=2e-3)
+    other.load_state_dict(optimizer.state_dict())
