@@ -135,7 +135,9 @@ class Base:
     def load(self, plain: dict[str, Any], optimizer: Optimizer, soap: Collection[Tensor]) -> None:
         """Go on with ``optimizer``'s groups and states, which it has just loaded from the state_dict ``plain``.
 
-        The parameters ``soap`` are not the base's: what stands in their states is some wrapper's. A rule that has a ``load_state_dict`` of its own loads the states in its way: torch's casts them to the type
+        The parameters ``soap`` are not the base's: what stands in their states is some wrapper's.
+
+        A rule that has a ``load_state_dict`` of its own loads the states in its way: torch's casts them to the type
         of their parameters, which codes do not survive.
         """
         if self.rule.load_state_dict is not Optimizer.load_state_dict:
