@@ -85,6 +85,8 @@ class Session:
     def begin(self, calling: str) -> None:
         """Begin a call that is collective where factors are spread over ranks."""
         if self.ranks is not None and self.spread:
+            if self.ranks.gone:
+                self._start_again(self.members.groups, self.ranks)
             self.ranks.meet(calling)
 
     def use_host(self, host: Host) -> None:

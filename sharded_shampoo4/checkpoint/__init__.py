@@ -82,7 +82,7 @@ def async_save(
     subject = Subject(optimizer, model, frozen, "checkpoint.async_save()")
     _wait_for_background(subject.optimizer)
     background = _BACKGROUNDS.get(subject.optimizer)
-    if background is None:
+    if background is None or background.ranks.gone:
         background = _BACKGROUNDS[subject.optimizer] = _Background(subject.ranks.duplicate())
     data = files.new_data_folder(Path(directory), subject.ranks)
     manifest, tensors = collect(subject)

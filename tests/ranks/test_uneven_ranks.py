@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
 
+from sharded_shampoo4 import checkpoint
+
 
 def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
@@ -112,16 +114,20 @@ def made_again(rank: int, store: str) -> dict[str, Any]:
     """The process group is destroyed and made again between steps."""
     training = Training("none")
     training.train(range(5))
+    checkpoint.async_save(training.optimizer, f"{store}-before", model=training.model).result()
     dist.barrier()
     dist.destroy_process_group()
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    said = [hosts.said(training.optimizer.health), hosts.said(training.optimizer.consolidate_state_dict)]
+    saved = checkpoint.async_save(training.optimizer, f"{store}-after", model=training.model)
+    said.append(hosts.said(saved.result))
     trained = training.train(range(5, 9))
     grouped = Training("none", process_group=dist.new_group([0, 1]))
     grouped.train(range(1))
     dist.barrier()
     dist.destroy_process_group()
     dist.init_process_group("gloo", init_method=f"file://{store}2", rank=rank, world_size=2)
-    return {"trained": trained, "group": hosts.said(lambda: grouped.train(range(1)))}
+    return {"trained": trained, "group": hosts.said(lambda: grouped.train(range(1))), "said": said}
 
 
 def test_a_process_group_that_is_made_again(tmp_path: Path) -> None:
@@ -130,3 +136,4 @@ def test_a_process_group_that_is_made_again(tmp_path: Path) -> None:
     for told in hosts.run_ranks(2, made_again, str(tmp_path / "store")):
         assert_equal(told["trained"], expected)
         assert "the group that process_group= was given was destroyed" in told["group"]
+        assert told["said"] == ["nothing was raised"] * 3
