@@ -86,10 +86,10 @@ def quiet() -> None:
 
     DeepSpeed and FSDP1 call functions that are deprecated in torch 2.13, and torch's DCP some that are deprecated in
     torch 2.9. FSDP2 warns of the view that a ViT's embedding returns. DeepSpeed says that it has found no accelerator,
-    as :func:`rehearse_on_cpu` says too. transformers imports torchao where it is installed; torchao then warns of
-    kernels for other machines, and torch of torchao's calls.
+    as :func:`rehearse_on_cpu` says too. transformers imports torchao and bitsandbytes where they are installed; these
+    warn of kernels for other machines, and torch of torchao's calls.
     """
-    for name in ("torchao", "torch.utils._pytree"):
+    for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message="TypedStorage is deprecated")
     warnings.filterwarnings("ignore", message="`torch.distributed.* is deprecated", category=FutureWarning)

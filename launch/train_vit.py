@@ -26,7 +26,6 @@ from accelerate.logging import get_logger
 from accelerate.utils import gather_object, set_seed
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import get_scheduler
 from vit.args import Arguments, parse_args
 from vit.augment import BatchTransform
 from vit.data import Images, Plan, make_loaders, mixed_seed, natural_channels, normalization
@@ -115,7 +114,7 @@ class Run:
         self.host = describe_distribution(self.accelerator, self.model)
         warmup = self.args.num_warmup_steps
         # Not prepared: Accelerate would step it once per process and so run through the schedule too fast.
-        self.scheduler = get_scheduler(
+        self.scheduler = transformers.get_scheduler(
             self.args.lr_scheduler_type,
             self.inner_optimizer,
             num_warmup_steps=math.ceil(self.args.warmup_ratio * self.plan.total_steps) if warmup is None else warmup,

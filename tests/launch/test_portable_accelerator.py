@@ -249,9 +249,16 @@ def advance(training: tuple[Any, ...], steps: int) -> list[float]:
     return rates
 
 
-def on_two_processes(rank: int, folder: str) -> list[float]:
+def scheduled_on_two(rank: int) -> tuple[Any, ...]:
+    """As :func:`scheduled`, in one of two processes that Accelerate knows of."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     training = scheduled(2)
+    assert training[0].num_processes == 2
+    return training
+
+
+def on_two_processes(rank: int, folder: str) -> list[float]:
+    training = scheduled_on_two(rank)
     rates = advance(training, 3)
     training[0].save_state(folder)
     return rates
@@ -354,7 +361,7 @@ def test_a_save_that_fails_leaves_no_state_that_counts(tmp_path: Path, monkeypat
 
 
 def save_and_load_badly(rank: int, folder: str) -> list[str]:
-    accelerator = scheduled(2)[0]
+    accelerator = scheduled_on_two(rank)[0]
     told = [hosts.said(lambda: accelerator.save_state(f"{folder}/directory"))]
     accelerator.save_state(f"{folder}/damaged")
     if rank == 0:
