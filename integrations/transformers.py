@@ -63,7 +63,7 @@ def shampoo4(args: TrainingArguments | None = None, **options: Any) -> tuple[typ
     """What ``Trainer(optimizer_cls_and_kwargs=...)`` takes to train with ``Shampoo4``.
 
     Args:
-        args: the Trainer's arguments, which are read when it makes the optimizer, in each trial of a search anew.
+        args: the Trainer's arguments. They are read when the Trainer makes the optimizer, so in each trial of a search.
             Learning rate, weight decay and, where the base optimizer has ``betas``, these and ``eps`` (``adam_beta1``,
             ``adam_beta2``, ``adam_epsilon``) are taken from them unless ``options`` give them; ``total_steps`` from
             ``max_steps``, if it is set; any option from ``optim_args``, such as
@@ -87,7 +87,7 @@ def shampoo4(args: TrainingArguments | None = None, **options: Any) -> tuple[typ
 
 
 def _with_args(options: Mapping[str, Any], args: TrainingArguments) -> dict[str, Any]:
-    """``options``, and from the Trainer's arguments those that they do not give."""
+    """Add to ``options`` what the Trainer's arguments say, where ``options`` says nothing."""
     options = {**_optim_args(args.optim_args), **options}
     return {
         "lr": args.learning_rate,

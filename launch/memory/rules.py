@@ -16,8 +16,9 @@ Shampoo4               this library's defaults: for each block, on its rank, two
 Shampoo4, compact      the same with momentum in 8 bits, means of rows and columns of the second moment, 4-bit bases
 =====================  ===============================================================================================
 
-Elementwise states, but for moments of blocks, are sharded as the weights are: whole under DDP and ZeRO 0, rows of each
-parameter under FSDP2 and HSDP, padded flat partitions under ZeRO 1 to 3, one for each parameter group (Muon has two).
+Elementwise states are sharded as the weights are: whole under DDP and ZeRO 0, rows of each parameter under FSDP2 and
+HSDP, padded flat partitions under ZeRO 1 to 3, one for each parameter group (Muon has two). The moments of a block are
+on the block's rank instead.
 The report assumes that 8-bit AdamW quantizes each rank's shards, and that both 32-bit Shampoos give each block to one
 rank, as this library does. Meta's own ways under FSDP2 keep more on the fullest rank, and factors of 1-D parameters,
 which are not counted.

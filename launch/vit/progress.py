@@ -112,7 +112,7 @@ class Checkpoints:
     def begin(self, source: str | None, overwrite: bool) -> None:
         """Resume from a checkpoint, or start at step 0. The main process decides for all processes.
 
-        Complete checkpoints of later steps than the one to resume from are renamed: the run makes these steps anew.
+        If it resumes, complete checkpoints of later steps are renamed, since the run repeats these steps.
 
         Args:
             source: a checkpoint; ``"latest"`` for the newest, if there is one; None to start at step 0.

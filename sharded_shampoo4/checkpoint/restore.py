@@ -224,11 +224,11 @@ class Restoration:
                         f"differ ({said}): it keeps {group.get(option)!r}"
                     )
             restored = _as_before(agreed, group)
-            try:
-                PreconditionerOptions.of_group({**group, **restored})
-            except ValueError as error:  # what an earlier version took
-                warn(f"param group {number} keeps soap_betas={group.get('soap_betas')}: {error}")
-                del restored["soap_betas"]
+            without = {option: value for option, value in restored.items() if option != "soap_betas"}
+            refused = _refusal({**group, **restored})
+            if refused and not _refusal({**group, **without}):  # what an earlier version took
+                warn(f"param group {number} keeps soap_betas={group['soap_betas']}: {refused}")
+                restored = without
             group.update(restored)
 
     def _sources(self) -> dict[int, dict[int, str]]:
@@ -240,6 +240,15 @@ class Restoration:
                 number = self._manifest["parameters"][saved]["group"]
                 sources.setdefault(entry.group, {}).setdefault(number, entry.name)
         return sources
+
+
+def _refusal(group: Mapping[str, Any]) -> str:
+    """What is wrong with a group's options; empty if nothing is."""
+    try:
+        PreconditionerOptions.of_group(group)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def _as_before(saved: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:

@@ -106,7 +106,7 @@ class Subject:
                     yield self.names[matrix.name], distributor, matrix, owned
 
     def mark_loaded(self) -> None:
-        """Have ``optimizer.state`` tell of all factors that were loaded, and forget what is not trained now."""
+        """Mark the loaded factors in ``optimizer.state``, and drop the states of parameters that are not trained."""
         self.optimizer._consolidated = None
         self._session.loaded = {}
         for entry in self._entries:

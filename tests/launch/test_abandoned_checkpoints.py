@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from support import launching  # noqa: F401  finds launch/
 
 # isort: split
 from vit.progress import Checkpoints
 
-
-@pytest.fixture(autouse=True)
-def one_process() -> Iterator[None]:
-    """Accelerate's state, for this process alone, taken back afterwards."""
-    PartialState()
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+pytestmark = pytest.mark.usefixtures("one_process")
 
 
 def checkpoints(folder: Path, loaded: list[str], limit: int | None = None) -> Checkpoints:

@@ -7,7 +7,6 @@ import itertools
 import json
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from datasets import Dataset, DatasetDict
 from PIL import Image
 from safetensors.torch import load_file
@@ -54,15 +52,6 @@ IN_PROCESS: dict[str, tuple[object, ...]] = {
     "shampoo4-compact": (*OFTEN, *SHORT),
     "sgd": (*SHORT, "--max_train_steps", 60, "--learning_rate", 0.02),
 }
-
-
-@pytest.fixture
-def one_process() -> Iterator[None]:
-    """Accelerate's state, for this process alone, taken back afterwards."""
-    PartialState()
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 @pytest.fixture(scope="module")

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from support import forked
 from support.launching import LAUNCH, results, train
 
@@ -22,15 +20,6 @@ from vit.optim import build_optimizer
 TWO = ("--gradient_accumulation_steps", 2, "--per_device_train_batch_size", 8, "--num_hidden_layers", 1)
 SHORT = (*TWO, "--max_train_steps", 2, "--max_train_samples", 64, "--max_eval_samples", 32)
 TORCHRUN = (Path(sys.executable).parent / "torchrun", "--standalone", "--nproc_per_node", 1)
-
-
-@pytest.fixture
-def one_process() -> Iterator[None]:
-    """Accelerate's state, for this process alone, taken back afterwards."""
-    PartialState()
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 def deepspeed_file(folder: Path, **changes: Any) -> Path:
