@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from sharded_shampoo4.integrations.accelerate import on_main_process
@@ -122,22 +121,22 @@ class Checkpoints:
             ValueError: the checkpoint does not exist or is of another run, or a run that starts at step 0 would meet
                 checkpoints of an earlier one. All processes raise.
         """
-        decision: list[str | None] = [None, None]  # the folder to load, or what is wrong
-        if self.accelerator.is_main_process:
-            try:
-                if source is None:
-                    self._make_room(overwrite)
-                elif (folder := self._choose(source)) is not None:
-                    decision[0] = str(folder)
-            except (OSError, ValueError) as error:
-                decision[1] = str(error)
-        folder_name, problem = broadcast_object_list(decision)
-        if problem:
-            raise ValueError(problem)
+        folder_name = on_main_process(self._decide, source, overwrite)
         if folder_name:
             self.accelerator.load_state(folder_name)
             logger.info(f"Resumed from {folder_name}")
             on_main_process(self._abandon_later, Path(folder_name))
+
+    def _decide(self, source: str | None, overwrite: bool) -> str | None:
+        """Return the folder to resume from, or None to start at step 0."""
+        try:
+            if source is not None:
+                folder = self._choose(source)
+                return None if folder is None else str(folder)
+            self._make_room(overwrite)
+        except OSError as error:
+            raise ValueError(str(error)) from error
+        return None
 
     def _abandon_later(self, resumed: Path) -> None:
         """Rename complete checkpoints of later steps, so that they are neither resumed from nor pruned."""
