@@ -19,7 +19,6 @@ import contextlib
 import logging
 import math
 import os
-import warnings
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -79,23 +78,6 @@ def rehearse_on_cpu(timeout: timedelta | None = None) -> bool:
     if state.is_main_process:
         logger.warning(f"No accelerator here: rehearsing on the CPU, {_processes(state.num_processes)} over gloo")
     return True
-
-
-def quiet() -> None:
-    """Leave out warnings that nobody who starts a launch script can act on. Call it before anything else.
-
-    DeepSpeed and FSDP1 call functions that are deprecated in torch 2.13, and torch's DCP some that are deprecated in
-    torch 2.9. FSDP2 warns of the view that a ViT's embedding returns. DeepSpeed says that it has found no accelerator,
-    as :func:`rehearse_on_cpu` says too. transformers imports torchao and bitsandbytes where they are installed; these
-    warn of kernels for other machines, and torch of torchao's calls.
-    """
-    for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message="TypedStorage is deprecated")
-    warnings.filterwarnings("ignore", message="`torch.distributed.* is deprecated", category=FutureWarning)
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    if not torch.accelerator.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def adjust_deepspeed(accelerator: Accelerator, gradient_clipping: float) -> bool:

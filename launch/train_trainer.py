@@ -13,6 +13,10 @@ these commands. Without a GPU they run on the CPU.
 
 from __future__ import annotations
 
+from sharded_shampoo4.integrations.quiet import quiet
+
+quiet()  # before the imports of packages that give warnings
+
 import argparse
 import logging
 import os
@@ -27,7 +31,7 @@ from transformers import EvalPrediction, HfArgumentParser, TrainingArguments, Vi
 from transformers.trainer_utils import set_seed
 
 from sharded_shampoo4.arguments import Shampoo4Arguments
-from sharded_shampoo4.integrations.rehearsal import describe_distribution, inner_optimizer, quiet, rehearse_on_cpu
+from sharded_shampoo4.integrations.rehearsal import describe_distribution, inner_optimizer, rehearse_on_cpu
 from sharded_shampoo4.integrations.transformers import PortableTrainer, shampoo4
 
 
@@ -89,7 +93,6 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
 def main() -> None:
     """Train, and print the accuracy on the evaluation images."""
     logging.basicConfig(level=logging.WARNING)
-    quiet()
     example, shampoo, args = parse_args()
     set_seed(args.seed)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}

@@ -1,5 +1,5 @@
 """Parts of benchmark.py: optimizers, measurements, tables and pictures."""
 
-from sharded_shampoo4.integrations.rehearsal import quiet
+from sharded_shampoo4.integrations.quiet import quiet
 
 quiet()

@@ -8,7 +8,7 @@ from pathlib import Path
 from sphinx.application import Sphinx
 
 import sharded_shampoo4
-from sharded_shampoo4.integrations.rehearsal import quiet
+from sharded_shampoo4.integrations.quiet import quiet
 
 quiet()  # autodoc imports transformers and DeepSpeed
 project = "sharded_shampoo4"

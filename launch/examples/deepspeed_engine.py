@@ -1,5 +1,9 @@
 """Run under DeepSpeed: torchrun --standalone --nproc_per_node 2 launch/examples/deepspeed_engine.py"""
 
+from sharded_shampoo4.integrations.quiet import quiet
+
+quiet()  # before the imports of packages that give warnings
+
 from pathlib import Path
 
 import deepspeed

@@ -1,5 +1,9 @@
 """Train a small Llama: accelerate launch --config_file launch/configs/fsdp2.yaml launch/examples/language_model.py"""
 
+from sharded_shampoo4.integrations.quiet import quiet
+
+quiet()  # before the imports of packages that give warnings
+
 import argparse
 import os
 from pathlib import Path

@@ -1,5 +1,9 @@
 """Run under the Trainer of transformers: torchrun --standalone --nproc_per_node 2 launch/examples/trainer.py"""
 
+from sharded_shampoo4.integrations.quiet import quiet
+
+quiet()  # before the imports of packages that give warnings
+
 from pathlib import Path
 
 import torch

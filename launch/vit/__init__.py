@@ -1,5 +1,5 @@
 """The parts of train_vit.py: its options, data, models, optimizers, progress and reports."""
 
-from sharded_shampoo4.integrations.rehearsal import quiet
+from sharded_shampoo4.integrations.quiet import quiet
 
 quiet()

@@ -144,7 +144,7 @@ def test_two_processes_train_as_one_does(runs: Runs, single: Path, host: str) ->
     assert (found["host"], alone["host"]) == (HOSTS[host], "one process")
     assert process.stderr.count("rehearsing on the CPU, 2 processes over gloo") == 1
     assert HOSTS[host] in process.stdout and "process 1, measured" in process.stdout
-    assert "Warning" not in process.stderr, "none that a user cannot act on: rehearsal.quiet()"
+    assert "Warning" not in process.stderr, "none that a user cannot act on: integrations.quiet"
     assert len(losses(folder)) == 24
     assert losses(folder) == pytest.approx(losses(single), abs=TOLERANCE)
     assert found["eval_loss"] == pytest.approx(alone["eval_loss"], abs=TOLERANCE)

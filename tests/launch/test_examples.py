@@ -20,12 +20,7 @@ from sharded_shampoo4 import checkpoint
 EXAMPLES = LAUNCH / "examples"
 HOSTS = ("plain", "ddp", "fsdp2", "deepspeed_engine", "accelerate_launch", "trainer")
 
-COMPLAINTS = re.compile(r"warning|deprecated|^\W*(\[rank\d+\]:\[)?W\d{4} ", re.I)
-# What neither the scripts nor their users can change.
-EXCUSED = re.compile(
-    r"all_gather_into_tensor. is deprecated"  # DeepSpeed calls it (0.19.8, torch 2.13)
-    r"|register_constant\(\) on Enum subclasses is deprecated"  # torchao calls it, where transformers imports it
-)
+COMPLAINTS = re.compile(r"warning|deprecated|failed to load|^\W*(\[rank\d+\]:\[)?W\d{4} ", re.I)
 
 
 def command(script: str) -> list[str]:
@@ -35,11 +30,11 @@ def command(script: str) -> list[str]:
     return docstring.partition(": ")[2].split()
 
 
-def start(*words: str, without: str = "") -> Finished:
-    """Run a command as a shell would that has an activated environment, ``without`` one of its variables."""
+def start(*words: str) -> Finished:
+    """Run a command as a shell would that has an activated environment and knows nothing of DeepSpeed."""
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
     env = {**environment(), "PATH": path}
-    env.pop(without, None)
+    del env["DS_ACCELERATOR"]
     return subprocess.run(words, env=env, capture_output=True, text=True, timeout=280)
 
 
@@ -47,7 +42,7 @@ def losses(found: Finished) -> list[float]:
     """The losses that a script has printed, and nothing to complain of."""
     assert found.returncode == 0, found.stderr[-3000:]
     lines = (found.stdout + found.stderr).splitlines()
-    assert [line for line in lines if COMPLAINTS.search(line) and not EXCUSED.search(line)] == []
+    assert [line for line in lines if COMPLAINTS.search(line)] == []
     return [float(loss) for loss in re.findall(r"(?:: loss |'loss': ')([\d.]+)", found.stdout)]
 
 
@@ -75,8 +70,7 @@ def test_the_loss_falls_and_a_second_start_resumes(script: str, folder: Path) ->
 @pytest.mark.slow
 def test_the_language_model_trains(folder: Path) -> None:
     flags = ("--steps", "40", "--batch_size", "8")
-    # rehearse_on_cpu() sets the variable before transformers imports DeepSpeed.
-    found = losses(start(*command("language_model"), *flags, without="DS_ACCELERATOR"))
+    found = losses(start(*command("language_model"), *flags))
     assert len(found) == 2 and found[0] > found[1] + 0.5
 
 
@@ -100,7 +94,7 @@ def test_an_offloaded_optimizer_stays_what_it_is(folder: Path) -> None:
 def test_the_scripts_differ_in_the_lines_of_their_hosts() -> None:
     texts = {script: (EXAMPLES / f"{script}.py").read_text().splitlines() for script in HOSTS}
     for script, lines in texts.items():
-        assert len(lines) < 50
+        assert len(lines) <= 50
         others = [line for line in texts["plain"] if line not in lines]
         assert script == "trainer" or len(others) <= 16, (script, others)
 

@@ -6,6 +6,7 @@ import ast
 import configparser
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -81,6 +82,27 @@ def test_twine_has_no_objection(sdist: Path, wheel: Path) -> None:
     if importlib.util.find_spec("twine") is None:
         pytest.skip("twine is not installed")
     subprocess.run([sys.executable, "-m", "twine", "check", "--strict", str(sdist), str(wheel)], check=True)
+
+
+def test_a_published_page_has_no_links_that_lead_nowhere(source: Path, tmp_path: Path) -> None:
+    """The workflow knows the repository's address, and a package index resolves no relative links."""
+    checkout = shutil.copytree(source, tmp_path / "checkout")
+    address = "https://example.com/someone/sharded_shampoo4"
+    script = checkout / ".github" / "absolute_links.py"
+    subprocess.run([sys.executable, str(script), address, "v1.0"], check=True, cwd=checkout)
+    program = "from setuptools import build_meta; print(build_meta.prepare_metadata_for_build_wheel('.'))"
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=checkout, stdout=subprocess.DEVNULL)
+    (found,) = checkout.glob("*.dist-info")
+    metadata = Parser().parsestr((found / "METADATA").read_text())
+    targets = re.findall(r"\]\(([^)]*)\)", metadata.get_payload())
+    assert f"{address}/raw/v1.0/launch/rivals.png" in targets
+    before = re.findall(r"\]\(([^)]*)\)", (source / "README.md").read_text())
+    for target, was in zip(targets, before, strict=True):
+        if was.startswith(("https:", "#")):
+            assert target == was
+        else:
+            assert (checkout / target.split("/v1.0/")[1].partition("#")[0]).is_file() and target.endswith(was)
+    assert f"Issues, {address}/issues" in metadata.get_all("Project-URL")
 
 
 def test_the_citation_has_the_version() -> None:
