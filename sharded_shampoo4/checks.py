@@ -26,6 +26,20 @@ def check_something_is_left(entries: Sequence[HeldParameter], matrices: Sequence
         raise ValueError("Shampoo4 finds no matrix to precondition in what ZeRO has made of the parameters")
 
 
+def refuse_shared_gradients(entries: Sequence[HeldParameter]) -> None:
+    """Raise ValueError if one tensor is the gradient of two holders: a step writes directions over gradients."""
+    seen: dict[int, HeldParameter] = {}
+    for entry in entries:
+        if entry.holder.grad is None:
+            continue
+        first = seen.setdefault(id(entry.holder.grad), entry)
+        if first.holder is not entry.holder and (first.view or entry.view):
+            raise ValueError(
+                f"{first.name} and {entry.name} have one tensor as their gradients, and Shampoo4 writes directions "
+                "over gradients: give one of them a copy, p.grad = p.grad.clone()"
+            )
+
+
 def warn_if_lost(
     chosen: Sequence[HeldParameter], state: Mapping[Tensor, Any], members: Members, loaded: Container[Tensor]
 ) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
 
 from .advice import Given
@@ -22,10 +23,10 @@ from .held import HeldParameter, Signature, describe_tensors
 from .hosts import FlatTensor, Host, find_host
 from .names import match_names, names_in, plain_name, plain_names
 from .options import OPTION_NAMES, PreconditionerOptions
-from .placement import check_shared
+from .placement import check_shared, is_dtensor
 from .planning.schedule import Phases, stagger
 from .planning.views import matrix_view
-from .recognition import Member, MemberGroup, lasting_options, recognize
+from .recognition import Member, MemberGroup, Reference, lasting_options, recognize, refer_to
 
 _WATCHED = (*OPTION_NAMES, *NOT_OF_SOAP)  # options of groups that a step looks at again
 
@@ -51,9 +52,16 @@ class Members:
         names = group.get("param_names") or [f"parameter {place} of group {index}" for place in range(len(params))]
         host, members = self._host or find_host(None, params), []
         for name, parameter in zip(names, params, strict=True):
-            reference, shape = weakref.ref(parameter), host.shape(parameter)
+            if isinstance(parameter, UninitializedParameter):
+                raise ValueError(f"{name} has no shape yet: run the model once before the optimizer is made")
+            reference, shape = self._refer_to(parameter), host.shape(parameter)
             members.append(Member(plain_name(name), named, reference, reference, shape, parameter.requires_grad))
         self._given.append(MemberGroup(group, members, lasting_options(group)))
+        self._relabel()
+
+    def remove(self, group: dict[str, Any]) -> None:
+        """Forget a group that was refused."""
+        self._given = [given for given in self._given if given.group is not group]
         self._relabel()
 
     def follow(self, groups: Sequence[dict[str, Any]]) -> None:
@@ -88,11 +96,14 @@ class Members:
             before_it = member.held()
             if before_it is not None and before_it is not parameter:
                 self.replaced.append((weakref.ref(before_it), member))
-            member.held = weakref.ref(parameter)
+            member.held = self._refer_to(parameter)
         self._given = found
         self.changes += 1
         self._relabel()
         self._write_names()
+
+    def _refer_to(self, parameter: Tensor) -> Reference:
+        return refer_to(parameter, stays=self._host is not None or is_dtensor(parameter))
 
     def adopt(self, groups: Sequence[dict[str, Any]]) -> None:
         """Take over new dictionaries of the same groups, as ``Optimizer.load_state_dict`` makes them."""
@@ -160,6 +171,11 @@ class Members:
                     member.shape = host.shape(parameter)
                     if not member.named and parameter in names:
                         member.name = plain_name(names[parameter])
+            if given.is_in_place(given.group["params"]):
+                for member, standing in zip(given.members, given.group["params"], strict=True):
+                    was_given = member.given() is standing
+                    member.held = self._refer_to(standing)
+                    member.given = member.held if was_given else member.given
         self._relabel()
 
     def find_host(self, optimizer: Optimizer) -> None:
@@ -238,7 +254,7 @@ class Members:
         ]
 
     def trained(self) -> list[Given]:
-        """Every parameter that was to be trained when it was given."""
+        """Every parameter that is not frozen."""
         found = []
         for given in self._given:
             options = PreconditionerOptions.of_group(given.group)
@@ -250,7 +266,7 @@ class Members:
     def schedule(self) -> Mapping[tuple[int, str], Phases]:
         """The phases of every parameter's factors, by group and name; the same object as long as nothing has changed.
 
-        They follow from all that was given, whatever part of it a step is about.
+        They follow from all that was given and is not frozen, whatever part of it a step is about.
         """
         by_group = [PreconditionerOptions.of_group(given.group) for given in self._given]
         if not any(options.refresh == "staggered" for options in by_group):

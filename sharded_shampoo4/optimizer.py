@@ -249,11 +249,11 @@ class Shampoo4(SavedStates):
         super().add_param_group(param_group)
         try:
             check_group(param_group, len(self.param_groups) - 1, given, self.base)
+            self._members.add(param_group)
+            self._advise()
         except Exception:
-            self.param_groups.pop()
+            self._members.remove(self.param_groups.pop())
             raise
-        self._members.add(param_group)
-        self._advise()
 
     def _advise(self) -> None:
         if self._advice is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,19 +12,35 @@ from torch import Tensor
 
 from .report import shorten
 
+Reference = Callable[[], Tensor | None]
+
+
+def refer_to(parameter: Tensor, stays: bool) -> Reference:
+    """A reference to a parameter. It keeps alive one that ``stays``, and not one that a host may replace and free.
+
+    torch does not swap tensors that have weak references, as ``model.cpu()`` and ``model.float()`` do under FSDP2.
+    """
+    return (lambda: parameter) if stays else weakref.ref(parameter)
+
 
 @dataclass(eq=False)
 class Member:
-    """A parameter as it was given. The references are weak: hosts that replace parameters want the old ones freed."""
+    """A parameter as it was given."""
 
     name: str  # without what wrappers put into names
     named: bool  # by whoever made the optimizer, or by DeepSpeed's engine
-    given: weakref.ReferenceType[Tensor]
-    held: weakref.ReferenceType[Tensor]  # what stands in the group: the one that was given, or one that replaced it
+    given: Reference
+    held: Reference  # what stands in the group: the one that was given, or one that replaced it
     shape: torch.Size
-    trained: bool
+    was_trained: bool  # when it was given
     plain: str | None = None  # its name in the model, once that is known
     label: str = ""  # for messages: the name, made different from all others
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether it is not frozen now, as far as it is still there."""
+        known = [parameter for parameter in (self.held(), self.given()) if parameter is not None]
+        return known[0].requires_grad if known else self.was_trained
 
 
 @dataclass
@@ -40,8 +56,8 @@ class MemberGroup:
         return [parameter for parameter in (member.given() for member in self.members) if parameter is not None]
 
     def trained_shapes(self) -> Iterator[tuple[str, torch.Size]]:
-        """Names and whole shapes of those that were to be trained when they were given."""
-        return ((member.label, member.shape) for member in self.members if member.trained)
+        """Names and whole shapes of those that are not frozen."""
+        return ((member.label, member.shape) for member in self.members if member.is_trained)
 
     def is_in_place(self, params: Sequence[Tensor]) -> bool:
         """Whether ``params`` are the ones that were given or, if they were replaced, those seen last."""
@@ -68,6 +84,10 @@ def recognize(
     if before is None:
         raise ValueError(f"param group {number} is none of those that Shampoo4 was given: use add_param_group()")
     free = [member for member in before.members if id(member) not in standing]
+    if not free:
+        raise ValueError(
+            f"param group {number} has {len(new)} parameters more than it was given: use add_param_group()"
+        )
     for chosen in (free, [member for member in free if _is_trained(member)]):
         if [member.shape for member in chosen] == [parameter.shape for parameter in new]:
             replaced = iter(chosen)

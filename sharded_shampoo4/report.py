@@ -110,12 +110,15 @@ def _parameters(members: Members, groups: Sequence[dict[str, Any]]) -> list[_Par
 def _progress(session: Session, parameters: Sequence[_Parameter]) -> str:
     """How far preconditioning has come, in a sentence; empty where nothing is preconditioned."""
     matrices = [matrix for distributor in session.all() for matrix in distributor.matrices]
+    if session.loaded and not matrices:
+        return "Preconditioning goes on where the states that were loaded left off."
     steps = max((matrix.step for matrix in matrices), default=0)
-    roots = max((matrix.roots for matrix in matrices), default=0)
-    if roots and all(matrix.is_soap for matrix in matrices):
-        return f"Preconditioned: eigenbases were computed {roots} times in {steps} steps."
-    if roots:
-        return f"Preconditioned: inverse roots were computed {roots} times in {steps} steps."
+    soap, shampoo = (max((m.roots for m in matrices if m.is_soap == kind), default=0) for kind in (True, False))
+    computed = [
+        f"{what} were computed {n} times" for what, n in (("eigenbases", soap), ("inverse roots", shampoo)) if n
+    ]
+    if computed:
+        return f"Preconditioned: {' and '.join(computed)} in {steps} steps."
     begins = [first_root(p.options) for p in parameters if p.trained and p.options.precondition]
     if not begins:
         return ""

@@ -39,6 +39,10 @@ class SavedStates(SteppingTogether):
         """What stands in the groups, in their order."""
         return [parameter for group in self.param_groups for parameter in group["params"]]
 
+    def _options(self) -> dict[Tensor, PreconditionerOptions]:
+        """The options of what stands in the groups."""
+        return {p: PreconditionerOptions.of_group(group) for group in self.param_groups for p in group["params"]}
+
     def attach(self, calling: str, model: torch.nn.Module | None) -> tuple[Session, list[HeldParameter]]:
         """Attach all parameters as they are now, between steps; collective. For portable checkpoints.
 
@@ -56,7 +60,8 @@ class SavedStates(SteppingTogether):
 
         ``["state"][i]["preconditioner"]`` is a copy; the base's tensors are the live ones, as in torch. Everything
         loads with ``torch.load(weights_only=True)``. Under DeepSpeed's ZeRO 1, 2 and 3, which save every rank's state,
-        it holds this rank's part of the factors instead, in ``["preconditioner_pieces"]``.
+        it holds this rank's part of the factors instead, in ``["preconditioner_pieces"]``. Factors of parameters whose
+        group has ``precondition=False`` by now are left out.
         """
         before, after = self._optimizer_state_dict_pre_hooks, self._optimizer_state_dict_post_hooks
         for prepare in list(before.values()):
@@ -76,7 +81,8 @@ class SavedStates(SteppingTogether):
             return {**super().state_dict(), PIECES_KEY: own_pieces(self._session)}
         self._session.let_go(self.param_groups, self.state)
         packed = self._packed(everywhere=find_host(self, self._current()).engine is not None)
-        return join(super().state_dict(), [packed.get(parameter) for parameter in self._current()])
+        used = {p for p, options in self._options().items() if options.precondition}
+        return join(super().state_dict(), [packed.get(p) if p in used else None for p in self._current()])
 
     @own_arithmetic()
     def consolidate_state_dict(self) -> None:
@@ -134,7 +140,7 @@ class SavedStates(SteppingTogether):
         state = super().__getstate__()
         state["state"] = defaultdict(dict, without_marks(self.state))
         own = {"_process_group": self._process_group, "base": self.base}
-        options = {p: PreconditionerOptions.of_group(group) for group in self.param_groups for p in group["params"]}
+        options = {**self._options(), **{p: entry.options for p, entry in self._session.loaded.items()}}
         packed = {p: PackedState(options[p], data) for p, data in self._packed().items() if p in options}
         return {**state, **own, "_consolidated": None, "_loaded": packed}
 

@@ -17,7 +17,13 @@ from torch.optim import Optimizer
 from . import packing
 from .agreement import check_groups
 from .base_options import refuse_ignored
-from .checks import check_something_is_left, separate_step_counts, warn_if_lost, without_gradients
+from .checks import (
+    check_something_is_left,
+    refuse_shared_gradients,
+    separate_step_counts,
+    warn_if_lost,
+    without_gradients,
+)
 from .comm.groups import leave_word
 from .comm.ranks import DeferredErrors, Ranks, has_waited
 from .distributor import Distributor
@@ -145,6 +151,7 @@ class Session:
             refuse_ignored(PreconditionerOptions.of_group(group), group)
         for entry in entries:
             entry.check(entry.holder.grad)
+        refuse_shared_gradients(entries)
         return entries
 
     def mark_stepped(self, state: MutableMapping[Tensor, Any]) -> None:

@@ -178,8 +178,9 @@ def own_pieces(session: Session) -> dict[int, dict[str, Any]]:
         found.update(
             {parameter: pack_pieces(distributor, index) for index, parameter in enumerate(distributor.parameters)}
         )
-    places = {parameter: place for place, (_, parameter, _) in enumerate(session.members.given())}
-    pieces = {places[parameter]: entry for parameter, entry in found.items()}
+    given = enumerate(session.members.given())
+    places = {parameter: place for place, (_, parameter, options) in given if options.precondition}
+    pieces = {places[parameter]: entry for parameter, entry in found.items() if parameter in places}
     return {place: entry.as_plain() for place, entry in sorted(pieces.items()) if isinstance(entry, PackedPieces)}
 
 

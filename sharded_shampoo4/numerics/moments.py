@@ -16,6 +16,8 @@ from . import eigenbasis, linalg
 from .pool import Coding, Index, Layout, Pool, layout_bytes
 
 _SMALLEST = 1 / 255**2  # level above zero of 8-bit linear squares
+_TOO_LARGE = 1e36  # for a second moment: it is near the end of float32's range, or has been beyond
+_LARGEST = torch.finfo(torch.float32).max
 
 
 def moments_layout(rows: int, columns: int, options: PreconditionerOptions) -> Layout:
@@ -83,6 +85,9 @@ class MomentPool(Pool):
         With R = V_new^T V_old the momentum becomes R M on the left side, and the second moment (R * R) D: what it would
         be if the coordinates of gradients were uncorrelated. A coordinate that is new would else be divided by nothing.
 
+        A second moment that is too large for float32, as after a gradient of 1e20, would stop its block for good: the
+        moments of the block begin anew.
+
         Args:
             where: the blocks.
             turns: at most one for each side.
@@ -92,6 +97,10 @@ class MomentPool(Pool):
             momentum and second moment (k, rows, columns) before they are rounded to what is stored.
         """
         momentum, moment = self._fresh("momentum", where, dtype), self._second_moment(where, dtype)
+        lost = ~(moment.flatten(1).amax(1) < _TOO_LARGE)  # true of NaN
+        self.tensors["decays"][where] = torch.where(lost.view(-1, 1), 1.0, self.stored("decays", where))
+        for kept in (momentum, moment):
+            kept.masked_fill_(lost.view(-1, 1, 1), 0.0)
         for turn in turns:
             rotation = linalg.matmul(turn.new, turn.old.mT)
             momentum, moment = _turned(momentum, rotation, turn), _turned(moment, rotation.square(), turn)
@@ -165,9 +174,11 @@ class MomentPool(Pool):
         roots = moment.sqrt()
         if self.options.second_moment_dtype == "factored":
             for kind, means in zip(("rows", "columns"), _means(moment), strict=True):
-                self.tensors[f"second_moment.{kind}"][where] = means.to(torch.float32)
+                self.tensors[f"second_moment.{kind}"][where] = means.clamp_max(_LARGEST).to(torch.float32)
+        elif self.options.second_moment_dtype == "int8":
+            self._store("second_moment", where, roots.clamp_max(_LARGEST**0.5))
         else:
-            self._store("second_moment", where, roots if self.options.second_moment_dtype == "int8" else moment)
+            self._store("second_moment", where, moment)
         return roots
 
     def _store(self, name: str, where: Index, values: Tensor) -> None:

@@ -172,6 +172,7 @@ def test_a_run_that_is_known_to_be_too_short_is_warned_about(options: dict[str, 
         Shampoo4([nn.Parameter(torch.zeros(8, 8))], **SHAMPOO, **options)
     found = [str(warning.message) for warning in caught if "this run has" in str(warning.message)]
     assert (said is None and not found) or (said is not None and len(found) == 1 and said in found[0]), found
+    assert not found or "Give a smaller root_interval" in found[0]  # total_steps is given
 
 
 def test_a_step_without_gradients_says_why() -> None:

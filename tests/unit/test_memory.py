@@ -194,6 +194,19 @@ def test_describe_tells_the_method() -> None:
     (row,) = (line for line in lines if line.startswith("out"))
     assert "yes: soap, 8 bits" in row
     assert lines[-1] == "Preconditioned: eigenbases were computed 1 times in 1 steps."
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.describe().endswith("Preconditioning goes on where the states that were loaded left off.")
+
+
+def test_describe_tells_both_methods() -> None:
+    first, second = (nn.Parameter(torch.zeros(8, 8)) for _ in range(2))
+    groups = [{"params": [first]}, {"params": [second], "method": "shampoo", "root_interval": 2}]
+    optimizer = Shampoo4(groups, statistics_interval=2, interval_warmup=False)
+    first.grad, second.grad = torch.ones(8, 8), torch.ones(8, 8)
+    for _ in range(2):
+        optimizer.step()
+    told = "Preconditioned: eigenbases were computed 2 times and inverse roots were computed 1 times in 2 steps."
+    assert optimizer.describe().endswith(told)
 
 
 @pytest.mark.parametrize(("method", "of_base"), [("shampoo", SHAPES), ("soap", ("token", "bias"))])

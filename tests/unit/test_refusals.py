@@ -200,3 +200,21 @@ def test_a_frozen_complex_matrix_is_no_obstacle() -> None:
     trained.grad = torch.ones_like(trained)
     optimizer.step()
     assert "no: frozen" in optimizer.describe()
+
+
+@pytest.mark.parametrize("precondition", [True, False])
+def test_two_parameters_with_one_gradient_are_refused(precondition: bool) -> None:
+    """Directions are written over gradients. The base optimizer only reads them."""
+    first, second = (nn.Parameter(torch.zeros(8, 8)) for _ in range(2))
+    optimizer = Shampoo4([("first", first), ("second", second)], precondition=precondition)
+    first.grad = second.grad = torch.ones(8, 8)
+    if not precondition:
+        optimizer.step()
+        return
+    with pytest.raises(ValueError, match="first and second have one tensor as their gradients"):
+        optimizer.step()
+
+
+def test_a_lazy_module_must_have_run() -> None:
+    with pytest.raises(ValueError, match="weight has no shape yet: run the model once"):
+        Shampoo4(nn.LazyLinear(4).named_parameters())

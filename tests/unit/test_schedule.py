@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from sharded_shampoo4 import Shampoo4
 from sharded_shampoo4.options import METHODS, PreconditionerOptions
@@ -125,6 +127,34 @@ def test_intervals_of_a_group_may_change() -> None:
         optimizer.step()
         if step == 4:  # t = 5: of 7 steps, the first two have something to do
             assert torch.equal(optimizer.state_dict()["state"][0]["preconditioner"][16:], kept[16:])
+
+
+@pytest.mark.parametrize("how", ["a copy", "state_dict()"])
+def test_a_run_resumes_with_the_same_steps_while_a_layer_is_frozen(how: str) -> None:
+    """The steps of all factors depend on what is trained, so they are others while a layer is frozen, in every run."""
+
+    def trained(resumed: bool) -> torch.Tensor:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4))
+        options: dict[str, Any] = {"refresh": "staggered", "statistics_interval": 3, "interval_warmup": False}
+        optimizer = Shampoo4(model.named_parameters(), **options)
+        for step in range(20):
+            if step in (4, 12):
+                model[0].requires_grad_(step == 12)
+                optimizer.zero_grad()
+            if step == 7 and resumed and how == "a copy":
+                model, optimizer = copy.deepcopy((model, optimizer))
+            elif step == 7 and resumed:
+                model, saved = copy.deepcopy(model), copy.deepcopy(optimizer.state_dict())
+                optimizer = Shampoo4(model.named_parameters(), **options)
+                optimizer.load_state_dict(saved)
+            for parameter in model.parameters():
+                gradient = torch.randn_like(parameter)
+                parameter.grad = gradient if parameter.requires_grad else None
+            optimizer.step()
+        return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+    assert torch.equal(trained(False), trained(True))
 
 
 @pytest.mark.parametrize("name", ["refresh", "root", "scale_dtype"])

@@ -272,3 +272,19 @@ def test_gradients_that_are_not_finite_are_counted_and_raised(bits: int) -> None
     with pytest.raises(RuntimeError, match=r"preconditioner of first, block .* failed to update 2 times in a row"):
         step()
     assert torch.equal(named["second"], before)
+
+
+@pytest.mark.parametrize("at", [7, 10])
+@pytest.mark.parametrize("kept", ["float32", "bfloat16", "int8", "factored"])
+def test_one_gradient_whose_square_overflows_does_not_stop_a_block(kept: str, at: int) -> None:
+    """In a step with new eigenbases, and between two of them. Its second moments begin anew with the next ones."""
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(16, 24))
+    optimizer = Shampoo4([weight], lr=0.01, min_quant_numel=64, second_moment_dtype=kept, interval_warmup=False)
+    for step in range(20):
+        weight.grad = torch.randn(16, 24)
+        if step == at:
+            weight.grad[3, 5] = 1e20
+        before = weight.detach().clone()
+        optimizer.step()
+    assert weight.isfinite().all() and (weight - before).abs().amin() > 1e-6
