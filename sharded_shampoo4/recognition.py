@@ -85,9 +85,7 @@ def recognize(
         raise ValueError(f"param group {number} is none of those that Shampoo4 was given: use add_param_group()")
     free = [member for member in before.members if id(member) not in standing]
     if not free:
-        raise ValueError(
-            f"param group {number} has {len(new)} parameters more than it was given: use add_param_group()"
-        )
+        raise ValueError(f"param group {number} has more parameters than it was given: use add_param_group()")
     for chosen in (free, [member for member in free if _is_trained(member)]):
         if [member.shape for member in chosen] == [parameter.shape for parameter in new]:
             replaced = iter(chosen)
