@@ -110,8 +110,6 @@ def _parameters(members: Members, groups: Sequence[dict[str, Any]]) -> list[_Par
 def _progress(session: Session, parameters: Sequence[_Parameter]) -> str:
     """How far preconditioning has come, in a sentence; empty where nothing is preconditioned."""
     matrices = [matrix for distributor in session.all() for matrix in distributor.matrices]
-    if session.loaded and not matrices:
-        return "Preconditioning goes on where the states that were loaded left off."
     steps = max((matrix.step for matrix in matrices), default=0)
     soap, shampoo = (max((m.roots for m in matrices if m.is_soap == kind), default=0) for kind in (True, False))
     computed = [
@@ -122,6 +120,8 @@ def _progress(session: Session, parameters: Sequence[_Parameter]) -> str:
     begins = [first_root(p.options) for p in parameters if p.trained and p.options.precondition]
     if not begins:
         return ""
+    if session.loaded and not matrices:
+        return "Preconditioning goes on where the states that were loaded left off."
     if min(begins) == 1:
         return "Preconditioning begins with the first step."
     return f"Preconditioning begins with step {min(begins)}, after {steps} so far: until then the base works alone."
