@@ -61,12 +61,20 @@ class FSDP1Host(Host):
 
         FSDP2 would show them in the shards' place, and both would use them in the next forward pass, whatever the
         shards have become.
+
+        Raises:
+            RuntimeError: the program itself has FSDP1's weights whole at the moment.
         """
         module: Any = sys.modules.get("torch.distributed.fsdp")
         for part in model.modules() if module is not None else ():
             if isinstance(part, module.FSDPModule):
                 part.reshard()
             elif isinstance(part, module.FullyShardedDataParallel) and _has_run(part):
+                if part._handle._training_state == module._common_utils.HandleTrainingState.SUMMON_FULL_PARAMS:
+                    raise RuntimeError(
+                        "inside FSDP.summon_full_params(), which writes the whole weights back at its end: leave it "
+                        "before a checkpoint is saved or loaded"
+                    )
                 module._runtime_utils._reshard(part, part._handle, True)
 
     def shape(self, parameter: Tensor) -> torch.Size:

@@ -107,11 +107,18 @@ class Members:
 
     def adopt(self, groups: Sequence[dict[str, Any]]) -> None:
         """Take over new dictionaries of the same groups, as ``Optimizer.load_state_dict`` makes them."""
-        kept = [given for given in self._given if given.members]  # DeepSpeed drops empty groups
-        for given, group in zip(self._given if len(groups) == len(self._given) else kept, groups, strict=True):
+        for given, group in zip(self._kept(len(groups)), groups, strict=True):
             given.group, given.options = group, lasting_options(group)
         self._version += 1
         self._write_names()
+
+    def _kept(self, count: int) -> list[MemberGroup]:
+        """The groups if ``count`` of them are left: DeepSpeed drops empty ones."""
+        return self._given if count == len(self._given) else [given for given in self._given if given.members]
+
+    def shapes(self, count: int) -> list[list[tuple[str, torch.Size]]]:
+        """Names and whole shapes of all parameters as they were given, by the ``count`` groups that are left."""
+        return [[(member.label, member.shape) for member in given.members] for given in self._kept(count)]
 
     def _by_tensor(self) -> dict[Tensor, Member]:
         """Every parameter that was given, or has replaced one."""

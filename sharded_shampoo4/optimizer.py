@@ -291,9 +291,9 @@ class Shampoo4(SavedStates):
             else:
                 distributor.precondition()
                 with self._together_at_first(distributor):
-                    updates.step_along(self.param_groups)
                     with updates.left_to_base(self.param_groups, self.state):
-                        self.base.step(self.param_groups, self.state)
+                        self.base.step(self.param_groups, self.state)  # first: it may refuse what it is given
+                    updates.step_along(self.param_groups)
             self._session.mark_stepped(self.state)
         return loss
 

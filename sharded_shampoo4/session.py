@@ -308,11 +308,16 @@ class Session:
         except Exception as found:
             error = error or found
         idle = stepping and all(entry.holder.grad is None for entry in entries)
-        failed, any_stale, any_changed, any_cleared, any_busy = ranks.any(
-            [error is not None, stale, changed, bool(cleared), not idle]
+        is_new = distributor is None
+        failed, any_stale, any_changed, any_cleared, any_busy, any_new, any_known = ranks.any(
+            [error is not None, stale, changed, bool(cleared), not idle, is_new, not is_new]
         )
         if failed:
             ranks.raise_together(error)
+        if any_new and any_known:
+            everyone = ranks.gather(is_new)
+            loaded, other = everyone.index(True), everyone.index(False)
+            raise ValueError(f"rank {loaded} has called load_state_dict(), unlike rank {other}: call it on every rank")
         if entries and not any_busy:
             raise RuntimeError(without_gradients(entries))
         if any_cleared:

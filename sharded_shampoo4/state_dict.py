@@ -227,11 +227,11 @@ def read(
     names = None if members.partitioned else members.names()
     if names is not None:
         state_dict = arranged(state_dict, names)
-    shapes = [(known[p].name, known[p].shape) if p in known else ("", p.shape) for p in current]
-    check_loadable(state_dict, groups, shapes)
+    standing = [(known[p].name, known[p].shape) if p in known else ("", p.shape) for p in current]
+    check_loadable(state_dict, groups, standing, members.shapes(len(groups)))
     plain, packed = separate(state_dict)
     options = [PreconditionerOptions.of_group(group) for group in plain["param_groups"] for _ in group["params"]]
-    loaded = _read_pieces(pieces or {}, session)
+    loaded = _read_pieces(pieces or {}, session, plain["param_groups"])
     for parameter, option, data in zip(current, options, packed, strict=True):
         if data is not None:
             loaded[parameter] = PackedState(option, data.detach().clone())
@@ -256,16 +256,23 @@ def _without_former_options(state_dict: dict[str, Any], groups: Sequence[dict[st
     return {**state_dict, "param_groups": known}
 
 
-def _read_pieces(stored: Mapping[int, Mapping[str, Any]], session: Session) -> dict[Tensor, Loaded]:
-    """Undo :func:`own_pieces`. Raises ValueError unless they are of these parameters, with options that fit."""
+def _read_pieces(
+    stored: Mapping[int, Mapping[str, Any]], session: Session, groups: Sequence[Mapping[str, Any]]
+) -> dict[Tensor, Loaded]:
+    """Undo :func:`own_pieces`, written with the options in ``groups``.
+
+    Raises ValueError unless they are of these parameters, with options that fit.
+    """
     given, host = session.members.given(), session.members.host
+    shapes = session.members.shapes(len(groups))
+    options = [PreconditionerOptions.of_group(group) for group, own in zip(groups, shapes, strict=True) for _ in own]
     loaded: dict[Tensor, Loaded] = {}
     for place, plain in stored.items():
-        name, parameter, options = given[place] if place < len(given) else ("", None, None)
-        if parameter is None or options is None:
+        name, parameter, _ = given[place] if place < len(given) else ("", None, None)
+        if parameter is None:
             raise ValueError(f"the state_dict has a preconditioner of parameter {place}, which is not there")
-        piece = PackedPieces.of_plain(options, plain)
-        matrix = Matrix.of(name, host.shape(parameter), options, piece.data.device)
+        piece = PackedPieces.of_plain(options[place], plain)
+        matrix = Matrix.of(name, host.shape(parameter), options[place], piece.data.device)
         if matrix is None:
             raise ValueError(f"the state_dict has a preconditioner of {name}, which is not preconditioned here")
         piece.check(matrix)
@@ -284,19 +291,25 @@ def separate(state_dict: dict[str, Any]) -> tuple[dict[str, Any], list[Tensor | 
 
 
 def check_loadable(
-    state_dict: dict[str, Any], groups: Sequence[dict[str, Any]], shapes: Sequence[tuple[str, Sequence[int]]]
+    state_dict: dict[str, Any],
+    groups: Sequence[dict[str, Any]],
+    standing: Sequence[tuple[str, Sequence[int]]],
+    given: Sequence[Sequence[tuple[str, Sequence[int]]]],
 ) -> None:
     """Raise ValueError, with the option and both values or the parameter's name, unless ``state_dict`` fits.
 
-    ``shapes`` are the names and whole shapes of the parameters.
+    Args:
+        state_dict: without pieces.
+        groups: the optimizer's.
+        standing: names and whole shapes of what stands in them, such as parameters or flat tensors.
+        given: names and whole shapes of the parameters that were given, by group.
     """
     saved_groups = state_dict["param_groups"]
     saved_sizes = [len(group["params"]) for group in saved_groups]
     sizes = [len(group["params"]) for group in groups]
     if saved_sizes != sizes:
         raise ValueError(f"the state_dict has param groups of {saved_sizes} parameters, this optimizer of {sizes}")
-    remaining = iter(shapes)
-    for index, (saved, group) in enumerate(zip(saved_groups, groups, strict=True)):
+    for index, (saved, group, own) in enumerate(zip(saved_groups, groups, given, strict=True)):
         version = saved.get(VERSION_KEY)
         if version is None:
             raise ValueError(f"param group {index} of the state_dict was not written by Shampoo4")
@@ -306,14 +319,13 @@ def check_loadable(
             )
         stored = PreconditionerOptions.of_group(saved)
         refuse_former_levels(version, stored, f"param group {index} of the state_dict")
-        own = [next(remaining) for _ in group["params"]]
         difference = shaping_difference(stored, PreconditionerOptions.of_group(group), own)
         if difference:
             raise ValueError(f"param group {index} of the state_dict has {difference}")
 
     plain, packed = separate(state_dict)
     options = [PreconditionerOptions.of_group(group) for group in saved_groups for _ in group["params"]]
-    for key, data, option, (name, whole) in zip(_keys(plain), packed, options, shapes, strict=True):
+    for key, data, option, (name, whole) in zip(_keys(plain), packed, options, standing, strict=True):
         matrix = Matrix.of(name, whole, option, torch.device("meta"))
         if matrix and data is not None:
             PackedState(option, data).check(matrix)

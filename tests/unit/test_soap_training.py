@@ -288,3 +288,14 @@ def test_one_gradient_whose_square_overflows_does_not_stop_a_block(kept: str, at
         before = weight.detach().clone()
         optimizer.step()
     assert weight.isfinite().all() and (weight - before).abs().amin() > 1e-6
+
+
+def test_nothing_moves_if_the_base_refuses_its_parameters() -> None:
+    """A sparse gradient of a vector is AdamW's to refuse."""
+    matrix, vector = nn.Parameter(torch.randn(20, 30)), nn.Parameter(torch.randn(8))
+    optimizer = Shampoo4([matrix, vector], lr=0.1)
+    matrix.grad, vector.grad = torch.randn(20, 30), torch.ones(8).to_sparse()
+    before = matrix.detach().clone()
+    with pytest.raises(RuntimeError, match="sparse"):
+        optimizer.step()
+    assert torch.equal(matrix, before)
