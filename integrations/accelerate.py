@@ -119,6 +119,8 @@ class PortableAccelerator(Accelerator):  # type: ignore[misc]
     def load_state(self, input_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
         """As in ``Accelerator``; every process must call it.
 
+        Without a folder, under automatic naming, it is the newest with a complete checkpoint.
+
         Raises:
             FileNotFoundError, ValueError: on every process alike: there is no such checkpoint, or it does not fit.
         """
@@ -126,8 +128,10 @@ class PortableAccelerator(Accelerator):  # type: ignore[misc]
         if not pairs:
             super().load_state(input_dir, *args, **kwargs)
             return
+        if input_dir is None and not self.project_configuration.automatic_checkpoint_naming:
+            raise ValueError("load_state() needs the folder, unless the project has automatic_checkpoint_naming")
         if input_dir is None:
-            raise ValueError("load_state() of a PortableAccelerator needs the folder")
+            input_dir = str(on_main_process(_newest, Path(self.project_dir) / "checkpoints", pairs))
         folder = Path(input_dir).expanduser()
         saved = on_main_process(_read_counts, folder) or self._counts()
         before, now = (1 if c.get("split_batches") else c["num_processes"] for c in (saved, self._counts()))
@@ -254,6 +258,16 @@ class _Pair(NamedTuple):
 
 def _folder(number: int) -> str:
     return f"shampoo4_{number}" if number else "shampoo4"
+
+
+def _newest(checkpoints: Path, pairs: list[_Pair]) -> Path:
+    """The folder with the highest number in which all optimizers have complete checkpoints."""
+    numbers = [folder.name.removeprefix("checkpoint_") for folder in checkpoints.glob("checkpoint_*")]
+    for number in sorted((int(number) for number in numbers if number.isdecimal()), reverse=True):
+        folder = checkpoints / f"checkpoint_{number}"
+        if all((folder / pair.folder / checkpoint.MANIFEST).is_file() for pair in pairs):
+            return folder
+    raise FileNotFoundError(f"{checkpoints} has no complete checkpoint")
 
 
 def _make_incomplete(folder: Path) -> None:

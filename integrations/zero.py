@@ -212,25 +212,31 @@ class ZeroHost(Host):
         return steps if isinstance(steps, int) else None
 
     def progress(self) -> dict[str, Any] | None:
-        """Return the engine's counters, loss scale and scheduler."""
+        """Return the engine's counters, loss scale and scheduler. Raises ValueError if JSON cannot hold its state."""
+        from sharded_shampoo4.checkpoint import schedulers  # its imports take a while
+
         engine = self.engine
         if engine is None:
             return None
-        scaler = _loss_scaler(engine)
+        scaler, scheduler = _loss_scaler(engine), engine.lr_scheduler
         return {
             "counters": {name: getattr(engine, name) for name in _COUNTERS},
             "loss_scale": {name: getattr(scaler, name) for name in _LOSS_SCALE if hasattr(scaler, name)},
-            "scheduler": engine.lr_scheduler.state_dict() if hasattr(engine.lr_scheduler, "state_dict") else {},
+            "dynamic_loss_scale": _is_dynamic(scaler),
+            "scheduler": schedulers.to_json(scheduler),
+            "scheduler_class": None if scheduler is None else schedulers.kind(scheduler),
         }
 
     def restore_progress(self, saved: Mapping[str, Any]) -> None:
-        """Undo :meth:`progress`. A loss scale that the configuration fixes stays as it is."""
+        """Undo :meth:`progress`. Only a dynamic loss scale moves, and only to an engine that has one too."""
         engine = self.engine
         for name, value in saved["counters"].items():
             setattr(engine, name, value)
-        scaler = _loss_scaler(engine)
-        if getattr(scaler, "dynamic", False) or getattr(scaler, "dynamic_loss_scale", False):
-            for name, value in saved["loss_scale"].items():
+        scaler, scale = _loss_scaler(engine), saved["loss_scale"]
+        # Without a mark, as early versions saved, this is None or missing for a fixed scale.
+        dynamic = saved.get("dynamic_loss_scale", scale.get("last_overflow_iter") is not None)
+        if dynamic and _is_dynamic(scaler):
+            for name, value in scale.items():
                 if hasattr(scaler, name):
                     setattr(scaler, name, value)
         if saved["scheduler"] and engine.lr_scheduler is not None:
@@ -261,6 +267,10 @@ def _loss_scaler(engine: Any) -> Any:
     """What has the loss scale: a scaler at stages 1 to 3, a configuration in the optimizers of stage 0."""
     optimizer = engine.optimizer
     return getattr(optimizer, "loss_scaler", None) or getattr(optimizer, "loss_scale_config", None)
+
+
+def _is_dynamic(scaler: Any) -> bool:
+    return bool(getattr(scaler, "dynamic", False) or getattr(scaler, "dynamic_loss_scale", False))
 
 
 def _refresh_weights(engine: Any) -> None:

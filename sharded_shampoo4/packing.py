@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from .comm.ranks import Ranks
+from .layout import sharded_dimension
 from .numerics.matrix import Matrix
 from .numerics.preconditioner import fresh_block
 from .options import CUTTING, FORMER_CUTTING, PreconditionerOptions
+from .placement import local_tensor, placements_of
 from .planning.blocks import Block
 from .planning.plan import Owned
 from .planning.views import matrix_view
@@ -135,20 +137,18 @@ class PackedPieces:
         Raises ValueError, on every rank alike, unless the parts belong together.
         """
         header = _HEADER.size
-        everyone = ranks.gather((bytes(self.data[:header].tolist()), self.blocks))
-        if any(other != everyone[0][0] for other, _ in everyone):
-            raise ValueError(f"the ranks have loaded preconditioners of {matrix.name} from different steps")
-        found = sorted(number for _, blocks in everyone for number in blocks)
+        everyone = ranks.gather(self.blocks)
+        found = sorted(number for blocks in everyone for number in blocks)
         if found != list(range(len(matrix.blocks))):
             raise ValueError(
                 f"the ranks have loaded blocks {found} of the preconditioner of {matrix.name}, which has "
                 f"{len(matrix.blocks)}: every rank must load what the same number of ranks have saved"
             )
-        sizes = [[matrix.block_bytes(matrix.blocks[number]) for number in blocks] for _, blocks in everyone]
+        sizes = [[matrix.block_bytes(matrix.blocks[number]) for number in blocks] for blocks in everyone]
         mine = self.data[header:].to(matrix.device)
         parts = ranks.gather_bytes(mine, [sum(size) for size in sizes])
         cut: dict[int, Tensor] = {}
-        for (_, blocks), size, part in zip(everyone, sizes, parts, strict=True):
+        for blocks, size, part in zip(everyone, sizes, parts, strict=True):
             cut.update(zip(blocks, part.split(size), strict=True))
         return torch.cat([self.data[:header].to(matrix.device), *(cut[number] for number in sorted(cut))])
 
@@ -181,13 +181,42 @@ class PackedPieces:
 
 
 def check_that_ranks_agree(ranks: Ranks, stored: Mapping[str, PackedState | PackedPieces | None]) -> None:
-    """Raise ValueError, on every rank alike, if some ranks have stored bytes of a parameter and others none."""
-    everyone = ranks.gather([name for name, entry in stored.items() if entry is not None])
-    for rank, names in enumerate(everyone):
-        if names != everyone[0]:
-            name = min(set(names) ^ set(everyone[0]))
-            having = "has" if name in names else "has not"
+    """Raise ValueError, on every rank alike, unless all ranks have stored bytes of the same parameters and steps.
+
+    Of a sharded vector only those ranks can tell the step that hold its first bytes.
+    """
+    headers = {name: _header_of(entry.data) for name, entry in stored.items() if entry is not None}
+    everyone: list[dict[str, bytes | None]] = ranks.gather(headers)
+    for rank, found in enumerate(everyone):
+        if found.keys() != everyone[0].keys():
+            name = min(found.keys() ^ everyone[0].keys())
+            having = "has" if name in found else "has not"
             raise ValueError(f"rank {rank} {having} loaded a preconditioner of {name}, unlike rank 0")
+    for name in everyone[0]:
+        known = [(rank, header) for rank, found in enumerate(everyone) if (header := found[name]) is not None]
+        for rank, header in known:
+            if header != known[0][1]:
+                raise ValueError(
+                    f"the ranks have loaded preconditioners of {name} from different steps: {_words(*known[0])}, "
+                    f"{_words(rank, header)}"
+                )
+
+
+def _header_of(data: Tensor) -> bytes | None:
+    """The header of a whole or sharded vector of bytes, if this rank holds it."""
+    placements = placements_of(data)
+    if placements is not None:
+        coordinate = data.device_mesh.get_coordinate()  # type: ignore[attr-defined]
+        cuts = [sharded_dimension(placement) is not None for placement in placements]
+        if coordinate is None or any(cut and place for cut, place in zip(cuts, coordinate, strict=True)):
+            return None
+    header = bytes(local_tensor(data)[: _HEADER.size].tolist())
+    return header if len(header) == _HEADER.size else None
+
+
+def _words(rank: int, header: bytes) -> str:
+    step, roots = _HEADER.unpack(header)
+    return f"rank {rank} from step {step} with {roots} refreshes of roots"
 
 
 def check_same_bytes(old: Matrix, new: Matrix) -> None:

@@ -27,7 +27,8 @@ from ..context import own_arithmetic
 from ..hosts import Host
 from ..optimizer import Shampoo4
 from ..report import shorten, warn
-from . import files
+from . import files, schedulers
+from .agreement import Seen, check_seen, own_share
 from .contents import collect
 from .files import MANIFEST, read_manifest
 from .fit import Fit
@@ -56,13 +57,14 @@ def save(
         frozen: False leaves out frozen parameters, such as the base model under adapters. Buffers are still saved.
 
     Raises:
-        OSError, ValueError: on every rank alike; the checkpoint that was there is untouched. Also for a base optimizer
-            whose states are neither numbers nor elementwise, such as bitsandbytes' codes.
+        OSError, ValueError: on every rank alike; the checkpoint that was there is untouched, and what was written is
+            removed. Also for a base optimizer whose states are neither numbers nor elementwise, such as bitsandbytes'
+            codes, for sparse buffers, and where ranks train different parameters or were given different arguments.
     """
     subject = Subject(optimizer, model, frozen, "checkpoint.save()")
     _wait_for_background(subject.optimizer)
-    data = files.new_data_folder(Path(directory), subject.ranks)
     manifest, tensors = collect(subject)
+    data = files.new_data_folder(Path(directory), subject.ranks)
     files.write(data, manifest, tensors, subject.ranks)
 
 
@@ -84,10 +86,10 @@ def async_save(
     background = _BACKGROUNDS.get(subject.optimizer)
     if background is None or background.ranks.gone:
         background = _BACKGROUNDS[subject.optimizer] = _Background(subject.ranks.duplicate())
-    data = files.new_data_folder(Path(directory), subject.ranks)
     manifest, tensors = collect(subject)
     with subject.ranks.together():
         tensors = {key: on_host(tensor) for key, tensor in tensors.items()}
+    data = files.new_data_folder(Path(directory), subject.ranks)
     background.pending = background.thread.submit(files.write, data, manifest, tensors, background.ranks)
     return background.pending
 
@@ -118,25 +120,44 @@ def load(
     Raises:
         FileNotFoundError: ``directory`` has no complete checkpoint.
         ValueError: on every rank alike, with both values: a newer format, other parameters, shapes or options that
-            shape stored bytes, another base optimizer, missing or damaged files. Nothing has been changed then.
+            shape stored bytes, another base optimizer, missing or damaged files, ranks that find different checkpoints
+            in their directories. Nothing has been changed then.
     """
     subject = Subject(optimizer, model, frozen, "checkpoint.load()")
     _wait_for_background(subject.optimizer)
     ranks, folder = subject.ranks, Path(directory)
-    with ranks.together():
-        manifest, in_files = with_plain_names(read_manifest(folder))
+    manifest, share = _read_together(subject, folder)
     data = folder / manifest["data"]
     with ranks.together():
+        manifest, in_files = with_plain_names(manifest)
         found = check(manifest, subject)
-        files.verify(data, manifest["files"], ranks)
+        files.verify(data, manifest["files"], share)
     _remark(manifest, found, subject)
     with ranks.together():
         restoration = Restoration(manifest, subject, found, in_files)
+        progress = _fit_progress(subject.host, manifest.get("engine"), folder)
     files.read(data, restoration.tensors, ranks)
     with ranks.together():
         restoration.apply()
     subject.host.refresh_weights()
-    _restore_progress(subject.host, manifest.get("engine"), folder)
+    _restore_progress(subject.host, progress)
+
+
+def _read_together(subject: Subject, folder: Path) -> tuple[dict[str, Any], slice]:
+    """Read the manifest, the same on every rank, and tell which of its files this rank must check; collective."""
+    error: Exception | None = None
+    manifest, seen = dict[str, Any](), None
+    try:
+        manifest = read_manifest(folder)
+        seen = Seen(subject.arguments, folder / manifest["data"], files.identity(folder))
+    except Exception as found:
+        error = found
+    gathered: list[Seen | None] = subject.ranks.gather(seen)
+    everyone = [other for other in gathered if other is not None]
+    if len(everyone) < len(gathered):
+        subject.ranks.raise_together(error)
+    check_seen(everyone)
+    return manifest, own_share(everyone, subject.ranks.rank)
 
 
 def _remark(manifest: Mapping[str, Any], found: Fit, subject: Subject) -> None:
@@ -149,15 +170,27 @@ def _remark(manifest: Mapping[str, Any], found: Fit, subject: Subject) -> None:
         warn(remark)
 
 
-def _restore_progress(host: Host, saved: Mapping[str, Any] | None, folder: Path) -> None:
-    """Give DeepSpeed's engine its counters, loss scale and scheduler back, and warn if they cannot move."""
-    has_scheduler = getattr(host.engine, "lr_scheduler", None) is not None
+def _fit_progress(host: Host, saved: Mapping[str, Any] | None, folder: Path) -> Mapping[str, Any] | None:
+    """Prepare what DeepSpeed's engine gets back, and warn if its scheduler's state cannot move."""
+    scheduler = getattr(host.engine, "lr_scheduler", None)
+    state = saved["scheduler"] if saved else None
+    if scheduler is None or not saved or not state:
+        if scheduler is not None:
+            warn(f"{folder} has no state of DeepSpeed's scheduler, which begins anew")
+        elif state:
+            warn(f"{folder} has a state of DeepSpeed's scheduler, which is not used here")
+        return saved
+    if schedulers.is_of(saved, scheduler):
+        return {**saved, "scheduler": schedulers.from_json(state, scheduler)}
+    there, here = saved.get("scheduler_class") or "a scheduler with other keys", schedulers.kind(scheduler)
+    warn(f"{folder} has the state of {there}, but DeepSpeed's scheduler is {here}, which begins anew")
+    return {**saved, "scheduler": {}}
+
+
+def _restore_progress(host: Host, saved: Mapping[str, Any] | None) -> None:
+    """Give DeepSpeed's engine its counters, loss scale and scheduler back."""
     if host.engine is not None and saved is not None:
         host.restore_progress(saved)
-    if has_scheduler and not (saved and saved["scheduler"]):
-        warn(f"{folder} has no state of DeepSpeed's scheduler, which begins anew")
-    elif saved and saved["scheduler"] and not has_scheduler:
-        warn(f"{folder} has a state of DeepSpeed's scheduler, which is not used here")
 
 
 class _Background:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from ..placement import local_tensor
 from ..planning.shards import Shard
 from ..state_dict import MARK
 from ..tensors import floats, is_low_bit
+from .agreement import check_arguments, check_trained
 from .subject import Subject
 from .vectors import UNTRAINED, VALUES, Interval, block_key, key
 
@@ -26,24 +27,28 @@ def collect(subject: Subject) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Collect what the manifest says of the contents, and this rank's tensors, by their keys; collective.
 
     Raises:
-        ValueError: on every rank alike, if parameters have no names of their own, two have the same, or the base keeps
-            states that are neither numbers nor elementwise.
+        ValueError: on every rank alike, if parameters have no names of their own, two have the same, the base keeps
+            states that are neither numbers nor elementwise, a buffer is not dense, or ranks differ in what they train
+            or were given.
     """
     ranks = subject.ranks
     with ranks.together():
         _refuse_double_names(subject)
-        mine = [(entry.shard.replica, _describe_base(subject, entry)) for entry in subject.trained.values()]
+        mine = {name: (entry.shard.replica, _describe_base(subject, entry)) for name, entry in subject.trained.items()}
+        for other in subject.saved_untrained:
+            other.check()
         replicas = {other.name: other.shard.replica for other in subject.saved_untrained}
-    everyone = ranks.gather((mine, replicas))
-    base, writers = _agree([described for described, _ in everyone])
+    everyone = ranks.gather((subject.arguments, mine, replicas))
+    check_arguments([arguments for arguments, _, _ in everyone])
+    base, writers = _agree([described for _, described, _ in everyone])
     first: dict[str, int] = {}  # the first replica of what is not trained
-    for _, replica_of in everyone:
+    for _, _, replica_of in everyone:
         for name, replica in replica_of.items():
             first[name] = min(replica, first.get(name, replica))
     with ranks.together():
         tensors: dict[str, Tensor] = {}
-        for (name, entry), writer in zip(subject.trained.items(), writers, strict=True):
-            if entry.shard.replica == writer and entry.shard.length:
+        for name, entry in subject.trained.items():
+            if entry.shard.replica == writers[name] and entry.shard.length:
                 for kind, part in _parts(subject, entry):
                     tensors[key(kind, name)] = interval(part, entry.shard, entry.shape)
         for other in subject.saved_untrained:
@@ -71,27 +76,29 @@ def _refuse_double_names(subject: Subject) -> None:
         raise ValueError(f"a parameter that is trained and one that is not have the name {min(double)}")
 
 
-def _agree(everyone: Sequence[Sequence[_Described]]) -> tuple[list[dict[str, Any]], list[int]]:
+def _agree(everyone: Sequence[Mapping[str, _Described]]) -> tuple[dict[str, dict[str, Any]], dict[str, int]]:
     """What the base keeps of each trained parameter, and the replica that writes it: they take turns."""
-    base: list[dict[str, Any]] = []
-    writers: list[int] = []
-    for index, described in enumerate(zip(*everyone, strict=True)):
-        base.append(next((found for _, found in described if found), {}))
+    check_trained(everyone)
+    base: dict[str, dict[str, Any]] = {}
+    writers: dict[str, int] = {}
+    for index, name in enumerate(everyone[0]):
+        described = [of_rank[name] for of_rank in everyone]
+        base[name] = next((found for _, found in described if found), {})
         replicas = sorted({replica for replica, _ in described})
-        writers.append(replicas[index % len(replicas)])
+        writers[name] = replicas[index % len(replicas)]
     return base, writers
 
 
-def _describe(subject: Subject, base: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _describe(subject: Subject, base: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     """What the manifest says of the contents."""
     parameters: dict[str, dict[str, Any]] = {
         name: {
             "shape": list(entry.shape),
             "options": entry.options.shaping_bytes(),
             "group": entry.group,
-            "base": kept,
+            "base": base[name],
         }
-        for (name, entry), kept in zip(subject.trained.items(), base, strict=True)
+        for name, entry in subject.trained.items()
     }
     for name, matrix in subject.matrices():
         parameters[name]["factors"] = {"step": matrix.step, "roots": matrix.roots, "blocks": block_bytes(matrix)}

@@ -50,25 +50,38 @@ def new_data_folder(directory: Path, ranks: Ranks) -> Path:
     of_some = "" if ranks.first is None else f"rank{ranks.first}-"
     name: str = ranks.gather(f"data-{of_some}{uuid.uuid4().hex}")[0]
     data = directory / name
-    with ranks.together():
-        data.mkdir(parents=True, exist_ok=True)
-        if of_some:
-            _refuse_shared(data, of_some)
-        if ranks.rank == 0:
-            (data / _TOKEN).touch()
-    _refuse_separate(data, ranks)
+    with _discarding(data):
+        with ranks.together():
+            data.mkdir(parents=True, exist_ok=True)
+            if of_some:
+                _refuse_shared(data, of_some)
+            if ranks.rank == 0:
+                (data / _TOKEN).touch()
+        _refuse_separate(data, ranks)
     return data
 
 
+@contextlib.contextmanager
+def _discarding(data: Path) -> Iterator[None]:
+    """Remove the folder of a save that raises an error in here, unless a manifest names it already."""
+    try:
+        yield
+    except Exception:
+        with contextlib.suppress(Exception):  # what cannot be read may name it
+            path = data.parent / MANIFEST
+            if not path.exists() or json.loads(path.read_text())["manifest"]["data"] != data.name:
+                shutil.rmtree(data, ignore_errors=True)
+        raise
+
+
 def _refuse_separate(data: Path, ranks: Ranks) -> None:
-    """Raise OSError on every rank if some do not see what rank 0 has written, and take that away; collective."""
+    """Raise OSError on every rank if some do not see what rank 0 has written; collective."""
     token = data / _TOKEN
     for seconds in _PATIENCE:  # network file systems may need a moment
         time.sleep(0 if os.path.exists(token) else seconds)  # Path.exists() raises some errors of such systems
     blind = [rank for rank, sees in enumerate(ranks.gather(os.path.exists(token))) if not sees]
     with ranks.together():
         if blind:
-            shutil.rmtree(data, ignore_errors=True)
             raise OSError(
                 f"rank(s) {', '.join(map(str, blind))} do not see {data.parent} of rank 0: save to storage that all "
                 "nodes share"
@@ -82,7 +95,6 @@ def _refuse_shared(data: Path, of_some: str) -> None:
     started = data.stat().st_mtime - (time.monotonic() - _STARTED)
     for other in data.parent.glob("data-rank*-*"):
         if not other.name.startswith(f"data-{of_some}") and other.stat().st_mtime > started:
-            shutil.rmtree(data, ignore_errors=True)
             ranks = other.name.split("-")[1].replace("rank", "rank ")
             raise ValueError(
                 f"{data.parent} has a checkpoint that {ranks} writes in this run, with an optimizer of other ranks "
@@ -100,8 +112,13 @@ def write(data: Path, manifest: Mapping[str, Any], tensors: dict[str, Tensor], r
         ranks: that share the checkpoint.
 
     Raises:
-        OSError: something could not be written; the checkpoint before is as it was.
+        OSError: something could not be written; the checkpoint before is as it was, and ``data`` is removed.
     """
+    with _discarding(data) if ranks.rank == 0 else contextlib.nullcontext():
+        _write(data, manifest, tensors, ranks)
+
+
+def _write(data: Path, manifest: Mapping[str, Any], tensors: dict[str, Tensor], ranks: Ranks) -> None:
     error: Exception | None = None
     files: dict[str, list[Any]] = {}
     with ranks.together():
@@ -129,11 +146,16 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Write beside, then rename: whoever opens the file finds all of the old one or all of the new one."""
     path = folder / MANIFEST
     draft = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
-    with draft.open("w") as file:
-        json.dump({"checksum": _text_checksum(manifest), "manifest": manifest}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, path)
+    try:
+        with draft.open("w") as file:
+            json.dump({"checksum": _text_checksum(manifest), "manifest": manifest}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    except Exception:
+        with contextlib.suppress(OSError):
+            draft.unlink()
+        raise
     handle = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -182,9 +204,18 @@ def read_manifest(directory: str | os.PathLike[str]) -> dict[str, Any]:
     return manifest
 
 
-def verify(data: Path, files: Mapping[str, list[Any]], ranks: Ranks) -> None:
-    """Raise ValueError if one of this rank's share of the files is missing or not as it was written."""
-    for name in sorted(files)[ranks.rank :: ranks.size]:
+def identity(folder: Path) -> tuple[int, ...]:
+    """Return what is equal for ranks, of whatever node, that see one and the same manifest, and not for its copies.
+
+    Numbers of devices differ between nodes that share a file, but not the time when it was put where it is.
+    """
+    found = (folder / MANIFEST).stat()
+    return found.st_ino, found.st_ctime_ns
+
+
+def verify(data: Path, files: Mapping[str, list[Any]], share: slice) -> None:
+    """Raise ValueError if one of a ``share`` of the files, sorted by name, is missing or not as it was written."""
+    for name in sorted(files)[share]:
         if not (data / name).exists():
             raise ValueError(f"{data / name} is missing")
         size, checksum = files[name]

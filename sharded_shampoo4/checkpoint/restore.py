@@ -105,6 +105,7 @@ class Restoration:
             self._add_values(name, entry)
             self._add_states(name, entry)
         for other, stored in found.values:
+            other.check()
             target = torch.empty(other.held.numel(), dtype=other.held.dtype, device=other.held.device)
             self._values.append((other.held, target))
             if len(target):

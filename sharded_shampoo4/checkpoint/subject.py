@@ -18,6 +18,7 @@ from ..optimizer import Shampoo4
 from ..placement import local_tensor
 from ..planning.plan import Owned
 from ..updates import Updates
+from .agreement import Arguments
 from .untrained import Untrained, find, of_parameter
 
 
@@ -46,6 +47,11 @@ class Subject:
         assert self._session.ranks is not None
         self.ranks = self._session.ranks
         self._imagined: dict[tuple[int, int, torch.dtype], State] = {}
+
+    @property
+    def arguments(self) -> Arguments:
+        """What the call was given; an engine brings its model."""
+        return Arguments(self.model is not None, self.frozen)
 
     @cached_property
     def names(self) -> dict[str, str]:

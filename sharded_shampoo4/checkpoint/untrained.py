@@ -33,6 +33,21 @@ class Untrained:
     shard: Shard
     frozen: bool = False
 
+    def check(self) -> None:
+        """Raise ValueError unless it is dense, with a place in memory for each of its elements."""
+        way_out = "or leave it out: a buffer by persistent=False, a frozen parameter by frozen=False"
+        if self.held.layout != torch.strided:
+            raise ValueError(
+                f"{self.name} is sparse ({self.held.layout}), and portable checkpoints hold dense tensors: make it "
+                f"dense, {way_out}"
+            )
+        shape, strides = tuple(self.held.shape), self.held.stride()
+        if self.held.numel() and any(size > 1 and not stride for size, stride in zip(shape, strides, strict=True)):
+            raise ValueError(
+                f"{self.name} of shape {shape} has several elements in one place in memory (strides {strides}), so it "
+                f"cannot be loaded: make it contiguous(), {way_out}"
+            )
+
     def describe(self) -> dict[str, Any]:
         """What a manifest says of it."""
         dtype = str(self.held.dtype).removeprefix("torch.")

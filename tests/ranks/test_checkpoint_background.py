@@ -54,8 +54,8 @@ def test_an_error_in_the_background_is_told(tmp_path: Path, monkeypatch: pytest.
         pending = checkpoint.async_save(training.optimizer, tmp_path)
         with pytest.raises(OSError, match="No space left"):
             pending.result()
-    with pytest.warns(UserWarning, match="cut off"):
-        Training("none").load(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2  # nothing is left of it
+    Training("none").load(tmp_path)
     checkpoint.async_save(training.optimizer, tmp_path, model=training.model)
     training.save(tmp_path)  # waits for the one before
     assert len(list(tmp_path.iterdir())) == 2
