@@ -7,7 +7,8 @@
     python launch/compare.py --output_dir runs/widths --tasks vit gpt --hidden_sizes 64 128 256    # learning rates
     python launch/compare.py --output_dir runs/modes --modes -- --dataset_name fashion-mnist --decay_all
 
-What stands after ``--`` goes to train_vit.py. A run that has finished is not made again, one that was cut off goes on.
+What stands after ``--`` goes to train_vit.py. A run that has finished is not made again, one that was cut off goes on;
+either must have the options asked for now. A run that diverged is made anew if they have changed.
 ``--ablation`` varies code book, what is quantized, rectification and bits, as the paper's table 3 does. ``--modes``
 takes each option of method="shampoo" that makes the state smaller or the steps more even by itself, and those of its
 compact preset together.
@@ -27,6 +28,7 @@ import sys
 import textwrap
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +36,11 @@ from plots import BLUE, GRAY, LIGHT_GRAY, ORANGE, RED, SERIES, format_bytes, lab
 from rich.console import Console
 from rich.table import Table
 from torch import nn
+from vit.args import DataArguments, ModelArguments, TrainingArguments
 from vit.args import parse_args as parse_training_args
 from vit.optim import OPTIMIZERS as NAMED
 from vit.optim import build_optimizer
+from vit.progress import changed_options, cut_off_options
 from vit.report import read_lines, subject, whole_intervals
 
 TRAIN = Path(__file__).with_name("train_vit.py")
@@ -83,6 +87,9 @@ _WORDS: dict[tuple[str, Any], str] = {
 
 # What decides on the bytes of method="soap".
 _SOAP = {(8, "bfloat16", "bfloat16"): "Shampoo4", (4, "int8", "factored"): "Shampoo4, compact"}
+
+_OPTIONS = "options "  # begins the first line of diverged.txt
+_OURS = ("seed", "optimizer", "output_dir", "overwrite_output_dir", "resume_from_checkpoint")  # differ by the run
 
 # These have the same color in every picture. Variants take the remaining colors of SERIES.
 _COLORS = {"AdamW": GRAY, "32-bit Shampoo": BLUE, "Shampoo4": RED, "4-bit Shampoo": ORANGE}
@@ -132,30 +139,72 @@ def distinct(variants: dict[str, tuple[str, ...]], flags: Sequence[str]) -> dict
     return {name: variants[name] for name in options}
 
 
+def changes(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
+    """Say of each option that changes the training and differs what it was and is.
+
+    An option that an older version did not have was at its default.
+    """
+    known = {**asdict(DataArguments()), **asdict(ModelArguments()), **asdict(TrainingArguments())}
+    return changed_options({**known, **saved}, {**known, **now})
+
+
+def missing(folder: Path, now: dict[str, Any]) -> tuple[str, ...] | None:
+    """The flags with which the run in ``folder`` starts or goes on; None if there is nothing to do.
+
+    Args:
+        folder: of the run.
+        now: its options.
+
+    Raises:
+        SystemExit: the folder holds a run with other options.
+    """
+    finished, diverged = folder / "all_results.json", folder / "diverged.txt"
+    if diverged.exists() and not finished.exists():
+        first = diverged.read_text().partition("\n")[0]
+        saved = json.loads(first.removeprefix(_OPTIONS)) if first.startswith(_OPTIONS) else now  # an older file
+        return ("--overwrite_output_dir",) if changes(saved, now) else None
+    saved = json.loads(finished.read_text())["options"] if finished.exists() else cut_off_options(folder)
+    changed = changes(saved, now) if saved is not None else {}
+    if changed:
+        raise SystemExit(
+            f"{folder} holds a run with other options: {', '.join(changed.values())}. Give another --output_dir, or "
+            "remove that folder"
+        )
+    return None if finished.exists() else ("--resume_from_checkpoint", "latest")
+
+
 def train(output_dir: Path, variants: dict[str, tuple[str, ...]], seeds: Sequence[int], flags: Sequence[str]) -> None:
     """Make the runs that have not finished yet, one after the other.
 
     Raises:
-        SystemExit: a run fails. A loss that is not finite, as with 3 bits and no rectification, is a result.
+        SystemExit: a run fails, or a folder holds a run with other options, before any is made. A loss that is not
+            finite, as with 3 bits and no rectification, is a result.
     """
-    for seed in seeds:
+    planned = []
+    for seed in dict.fromkeys(seeds):
         for name, own in variants.items():
             folder = output_dir / f"{name}-seed{seed}"
-            if (folder / "all_results.json").exists() or (folder / "diverged.txt").exists():
-                continue
-            own = (*own, "--seed", str(seed), "--output_dir", str(folder), "--resume_from_checkpoint", "latest")
-            print(f"training {folder}", flush=True)
-            process = subprocess.run([sys.executable, str(TRAIN), *flags, *own], stderr=subprocess.PIPE, text=True)
-            if process.returncode and "FloatingPointError" in process.stderr:
-                (folder / "diverged.txt").write_text(process.stderr[-2000:])
-            elif process.returncode:
-                raise SystemExit(f"{folder}: status {process.returncode}\n{process.stderr[-3000:]}")
+            given = [*flags, *own, "--seed", str(seed), "--output_dir", str(folder)]
+            options = parse_training_args(given).flat()
+            start = missing(folder, options)
+            if start is not None:
+                planned.append((folder, [*given, *start], options))
+    for folder, given, options in planned:
+        print(f"training {folder}", flush=True)
+        process = subprocess.run([sys.executable, str(TRAIN), *given], stderr=subprocess.PIPE, text=True)
+        diverged = folder / "diverged.txt"
+        if process.returncode and "FloatingPointError" in process.stderr:
+            diverged.write_text(f"{_OPTIONS}{json.dumps(options)}\n{process.stderr[-2000:]}")
+        elif process.returncode:
+            raise SystemExit(f"{folder}: status {process.returncode}\n{process.stderr[-3000:]}")
+        else:
+            diverged.unlink(missing_ok=True)  # of other options
 
 
 def read_runs(folders: Sequence[Path]) -> Runs:
     """The results of every folder that holds a finished run; other folders are named and left out.
 
-    A second run of a name and a seed has its folder in its label.
+    A run has its folder in its label if the label has its seed already, or a first run with other options.
     """
     runs: Runs = defaultdict(dict)
     for folder in dict.fromkeys(folders):
@@ -165,7 +214,9 @@ def read_runs(folders: Sequence[Path]) -> Runs:
             continue
         results = json.loads(path.read_text())
         name, length, seed = label_of(results), f"{results['epochs']:g} epochs", results["options"]["seed"]
-        if seed in runs[f"{name}, {length}"]:
+        others = runs[f"{name}, {length}"]
+        first = next(iter(others.values()), results)["options"]
+        if seed in others or changes(first, results["options"]).keys() - {"seed"}:
             name = f"{name} ({folder})"
         runs[f"{name}, {length}"][seed] = {**results, "folder": folder, "name": name}
     if not runs:
@@ -220,7 +271,9 @@ def draw(runs: Runs, path: Path) -> None:
             style = _LINES[colors[:number].count(color) % len(_LINES)]
             logs = [whole_intervals(read_lines(run["folder"] / "metrics.jsonl")) for run in seeds.values()]
             steps, losses = _together(logs, "step", "loss")
-            seconds = statistics.mean(run["total_seconds"] for run in seeds.values()) / steps[-1]
+            if not steps:
+                print(f"{label}: the logs have no step in common, so no training loss is drawn")
+            seconds = statistics.mean(run["total_seconds"] / run["steps"] for run in seeds.values())
             _band(by_step, steps, losses, color, style, label)
             _band(by_time, [step * seconds for step in steps], losses, color, style, label)
             _band(by_epoch, *_together(logs, "epoch", "eval_accuracy"), color, style, label)
@@ -257,7 +310,7 @@ def heading(runs: Runs) -> str:
 
 
 def _together(logs: Sequence[list[dict[str, Any]]], key: str, value: str) -> tuple[list[float], list[list[float]]]:
-    """Where all logs have ``value``, and its values there."""
+    """Where all logs have ``value``, and its values there; nothing if they have no place in common."""
     series = [{line[key]: line[value] for line in log if line.get(value) is not None} for log in logs]
     places = sorted(set.intersection(*map(set, series)))
     return places, [[one[place] for one in series] for place in places]
@@ -278,7 +331,7 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, l
     add("runs", nargs="*", type=Path, help="output folders of finished runs")
     add("--output_dir", type=Path, help="make runs in this folder, and compare what it holds")
     usual = ["adamw", "shampoo32", "shampoo4-paper", "shampoo4"]
-    add("--optimizers", nargs="+", choices=list(OPTIMIZERS), default=usual, help=f"what to train ({' '.join(usual)})")
+    add("--optimizers", nargs="+", choices=list(OPTIMIZERS), help=f"what to train ({' '.join(usual)})")
     add("--seeds", nargs="+", type=int, default=[0], help="one run of each optimizer for each (0)")
     sets = parser.add_mutually_exclusive_group()
     add("--tasks", nargs="+", choices=["vit", "gpt"], help="compare with other optimizers, each at its own best rate")
@@ -298,8 +351,17 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, l
         parser.error("give either folders of finished runs, or --output_dir to make runs in")
     if args.hidden_sizes and not args.tasks:
         parser.error("--hidden_sizes needs --tasks")
-    if args.runs and (flags or args.ablation or args.modes):
-        parser.error("--ablation, --modes and flags for train_vit.py need --output_dir")
+    if args.runs and (flags or args.optimizers or args.ablation or args.modes):
+        parser.error("--optimizers, --ablation, --modes and flags for train_vit.py need --output_dir")
+    if args.optimizers and (args.ablation or args.modes):
+        parser.error("--ablation and --modes choose the optimizers themselves: drop --optimizers")
+    if args.tasks and (flags or args.optimizers or args.ablation or args.modes):
+        parser.error("--tasks chooses optimizers and flags itself: drop --optimizers, --ablation, --modes and --")
+    for flag in flags:
+        name = flag.partition("=")[0].lstrip("-").replace("-", "_")
+        if flag.startswith("--") and name in _OURS:
+            parser.error(f"{flag} after -- has no effect: give --seeds, --optimizers and --output_dir before --")
+    args.optimizers = args.optimizers or usual
     args.output = args.output or (args.output_dir or Path()) / "comparison.png"
     return args, flags
 

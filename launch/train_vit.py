@@ -263,6 +263,7 @@ class Run:
             self.output_dir.mkdir(parents=True, exist_ok=True)
         self.checkpoints.begin(args.resume_from_checkpoint, args.overwrite_output_dir)
         if accelerator.is_main_process:
+            self.checkpoints.remove_results()
             self.log = MetricsLog(self.output_dir / "metrics.jsonl", resumed_at=self.progress.step)
             if args.log_health:
                 self.health_log = MetricsLog(self.output_dir / "health.jsonl", resumed_at=self.progress.step)

@@ -28,8 +28,19 @@ _IDENTITY = ("seed", "optimizer", "step_images", "epoch_steps")  # must be equal
 _HARMLESS = (  # options that do not change the training
     *("output_dir", "overwrite_output_dir", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint"),
     *("logging_steps", "log_health", "with_tracking", "ddp_timeout", "scratch_mib", "per_device_eval_batch_size"),
-    *("dataloader_num_workers", "cache_images_gb"),
+    *("dataloader_num_workers", "cache_images_gb", "local_rank", "recipe"),  # a recipe's own values are options too
 )
+RESULTS = ("all_results.json", "curves.png", "health.png")  # written at the end; the first one marks a finished run
+
+
+def changed_options(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
+    """Return what to say of each option that differs, without those that do not change the training."""
+    now = json.loads(json.dumps(now))
+    return {
+        name: f"{name} was {saved.get(name)}, is {now.get(name)}"
+        for name in sorted(now.keys() | saved.keys())
+        if name not in _HARMLESS and saved.get(name) != now.get(name)
+    }
 
 
 @dataclass
@@ -138,6 +149,13 @@ class Checkpoints:
             raise ValueError(str(error)) from error
         return None
 
+    def remove_results(self) -> None:
+        """Remove results and pictures of an earlier end, or they would pass for those of this run."""
+        if (self.output_dir / RESULTS[0]).exists():
+            logger.info(f"{self.output_dir} holds the results of an earlier run, which this one replaces")
+        for name in RESULTS:
+            (self.output_dir / name).unlink(missing_ok=True)
+
     def _abandon_later(self, resumed: Path) -> None:
         """Rename complete checkpoints of later steps, so that they are neither resumed from nor pruned."""
         step = _marked(resumed)["step"]
@@ -176,12 +194,8 @@ class Checkpoints:
 
     def _check(self, folder: Path) -> None:
         """Refuse a checkpoint of another run. Warn of other options that have changed."""
-        saved = _marked(folder)["options"]
-        now = json.loads(json.dumps(self.options))
-        changed = [
-            name for name in now.keys() | saved.keys() if saved.get(name) != now.get(name) and name not in _HARMLESS
-        ]
-        text = ", ".join(f"{name} was {saved.get(name)}, is {now.get(name)}" for name in sorted(changed))
+        changed = changed_options(_marked(folder)["options"], self.options)
+        text = ", ".join(changed.values())
         if any(name in _IDENTITY for name in changed):
             raise ValueError(f"{folder} cannot be continued by this run: {text}")
         if changed:
@@ -195,6 +209,15 @@ class Checkpoints:
         for folder in folders:
             if folder not in keep:
                 shutil.rmtree(folder)
+
+
+def cut_off_options(output_dir: Path) -> dict[str, Any] | None:
+    """Return the options of the run that the newest checkpoint would go on with, or None without one."""
+    found = [_marked(path.parent) for path in output_dir.glob(f"checkpoint-*/{MARKER}")]
+    if not found:
+        return None
+    options = max(found, key=lambda marked: marked["step"])["options"]
+    return {name: value for name, value in options.items() if name not in ("step_images", "epoch_steps")}
 
 
 def _marked(folder: Path) -> dict[str, Any]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -42,6 +44,106 @@ def test_compare_trains_what_is_missing_and_shows_it(
     assert ended.value.code == 2
 
 
+@pytest.fixture
+def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The command lines of runs, which are not made. A run with a rate of 9 diverges."""
+    made: list[list[str]] = []
+
+    def run(command: list[str], **_: Any) -> Any:
+        made.append(command)
+        Path(command[command.index("--output_dir") + 1]).mkdir(parents=True, exist_ok=True)
+        diverges = command[command.index("--learning_rate") + 1] == "9"
+        return SimpleNamespace(returncode=int(diverges), stderr="FloatingPointError: step 3 is nan" if diverges else "")
+
+    monkeypatch.setattr(compare.subprocess, "run", run)
+    return made
+
+
+def flat(*flags: str) -> dict[str, Any]:
+    return json.loads(json.dumps(parse_args([*flags]).flat()))
+
+
+def finish(folder: Path, *flags: str, loss_steps: tuple[int, ...] = (), **options: Any) -> Path:
+    """Write the files of a finished run."""
+    folder.mkdir(parents=True)
+    found = {"options": {**flat(*flags), **options}, "epochs": 1.0, "steps": 20, "total_seconds": 2.0}
+    found |= {"state_bytes": {"base": 8, "preconditioner": 0}, "train_loss": 1.0, "eval_accuracy": 0.5}
+    (folder / "all_results.json").write_text(json.dumps(found))
+    lines = [{"step": step, "epoch": step / 20, "loss": 1.0, "eval_accuracy": 0.5} for step in loss_steps]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def train_adamw(folder: Path, *flags: str, seeds: tuple[int, ...] = (0,)) -> None:
+    compare.train(folder, {"adamw": ("--optimizer", "adamw")}, seeds, flags)
+
+
+def test_a_finished_run_of_other_options_is_not_taken(tmp_path: Path, commands: list[list[str]]) -> None:
+    finish(tmp_path / "adamw-seed1", "--optimizer", "adamw", "--learning_rate", "0.1", "--seed", "1")
+    said = rf"{tmp_path}/adamw-seed1 holds .* learning_rate was 0\.1, is 0\.2\. Give another --output_dir"
+    with pytest.raises(SystemExit, match=said):
+        train_adamw(tmp_path, "--learning_rate", "0.2", seeds=(0, 1))
+    assert not commands, "refused before a run is made"
+    train_adamw(tmp_path, "--learning_rate", "0.1", "--logging_steps", "3", seeds=(1,))
+    assert not commands, "it is taken: how often it logs changes nothing"
+    train_adamw(tmp_path, "--learning_rate", "0.1", seeds=(0, 1, 0))
+    assert len(commands) == 1 and commands[0][-2:] == ["--resume_from_checkpoint", "latest"]
+
+
+def test_an_option_that_an_older_run_does_not_know_was_at_its_default(tmp_path: Path) -> None:
+    folder = finish(tmp_path / "adamw-seed0", "--optimizer", "adamw")
+    results = json.loads((folder / "all_results.json").read_text())
+    del results["options"]["nesterov"]
+    (folder / "all_results.json").write_text(json.dumps(results))
+    train_adamw(tmp_path)
+    with pytest.raises(SystemExit, match="nesterov was False, is True"):
+        train_adamw(tmp_path, "--nesterov")
+
+
+def test_a_run_cut_off_does_not_go_on_with_other_options(tmp_path: Path, commands: list[list[str]]) -> None:
+    for step, rate in ((9, "0.3"), (10, "0.1")):
+        (tmp_path / "adamw-seed0" / f"checkpoint-{step}").mkdir(parents=True)
+        options = flat("--optimizer", "adamw", "--learning_rate", rate) | {"step_images": 64, "epoch_steps": 3}
+        marker = tmp_path / "adamw-seed0" / f"checkpoint-{step}" / "complete.json"
+        marker.write_text(json.dumps({"step": step, "options": options}))
+    with pytest.raises(SystemExit, match=r"learning_rate was 0\.1, is 0\.2"):
+        train_adamw(tmp_path, "--learning_rate", "0.2")
+    train_adamw(tmp_path, "--learning_rate", "0.1")
+    assert commands[0][-2:] == ["--resume_from_checkpoint", "latest"]
+
+
+def test_a_run_that_diverged_is_made_anew_with_other_options(tmp_path: Path, commands: list[list[str]]) -> None:
+    folder = tmp_path / "adamw-seed0"
+    for _ in range(2):
+        train_adamw(tmp_path, "--learning_rate", "9")
+    assert len(commands) == 1 and "FloatingPointError" in (folder / "diverged.txt").read_text()
+    train_adamw(tmp_path, "--learning_rate", "0.1")
+    assert len(commands) == 2 and commands[1][-1] == "--overwrite_output_dir", "not from checkpoints of the other run"
+    assert "--resume_from_checkpoint" not in commands[1] and not (folder / "diverged.txt").exists()
+    (folder / "diverged.txt").write_text("{'an older file': 'has no options'}\n")
+    train_adamw(tmp_path, "--learning_rate", "0.2")
+    assert len(commands) == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        *((["--output_dir", "x", "--", *own], f"{own[0]} after -- has no effect") for own in (
+            ["--seed", "5"], ["--seed=5"], ["--optimizer", "sgd"], ["--output_dir", "y"], ["--output-dir", "y"],
+            ["--resume_from_checkpoint", "y"], ["--overwrite_output_dir"],
+        )),
+        (["--output_dir", "x", "--ablation", "--optimizers", "sgd"], "drop --optimizers"),
+        (["--output_dir", "x", "--tasks", "vit", "--", "--decay_all"], "drop --optimizers"),
+        (["x", "--optimizers", "sgd"], "need --output_dir"),
+    ],
+)  # fmt: skip
+def test_what_would_have_no_effect_is_refused(given: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        compare.parse_args(given)
+    assert said in capsys.readouterr().err
+    assert compare.parse_args(["--output_dir", "x", "--", "--decay_all"])[0].optimizers[0] == "adamw"
+
+
 @pytest.mark.parametrize("recipe", sorted((LAUNCH / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
 def test_a_recipes_preset_leaves_no_two_equal_optimizers(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -63,6 +165,25 @@ def test_a_second_run_of_a_name_is_shown_with_its_folder(tmp_path: Path) -> None
     assert list(compare.read_runs([first, second, second])) == ["AdamW", f"AdamW ({second})"]
     every = compare.read_runs([first, second, third])
     assert list(every) == ["AdamW, 1 epochs", f"AdamW ({second}), 1 epochs", "AdamW, 2 epochs"]
+
+
+def test_runs_of_other_options_are_no_seeds_of_one_optimizer(tmp_path: Path) -> None:
+    options = ("--optimizer", "adamw", "--learning_rate")
+    same = [finish(tmp_path / f"{seed}", *options, "0.1", seed=seed, logging_steps=seed + 1) for seed in (0, 1)]
+    other = finish(tmp_path / "other", *options, "0.2", seed=2)
+    runs = compare.read_runs([*same, other])
+    assert {label: list(seeds) for label, seeds in runs.items()} == {"AdamW": [0, 1], f"AdamW ({other})": [2]}
+
+
+def test_logs_without_a_step_in_common_are_said_to_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As of seeds that log every 10 steps and every 8."""
+    folders = [
+        finish(tmp_path / f"{seed}", "--optimizer", "adamw", seed=seed, loss_steps=steps)
+        for seed, steps in enumerate([(10, 20), (8, 16)])
+    ]
+    compare.main([*map(str, folders), "--output", str(tmp_path / "x.png")])
+    assert "AdamW: the logs have no step in common, so no training loss is drawn" in capsys.readouterr().out
+    assert (tmp_path / "x.png").stat().st_size > 10_000
 
 
 def test_a_run_is_named_by_what_trained_it(tmp_path: Path) -> None:

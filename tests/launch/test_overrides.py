@@ -1,4 +1,4 @@
-"""What the launcher and DeepSpeed's configuration say of options that train_vit.py has as well."""
+"""What the launcher and DeepSpeed's configuration say of options that train_vit.py has as well, and used folders."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from support.launching import LAUNCH, results, train
 
 # isort: split
 import train_vit  # found through launching, as the others are
+from vit import report
 from vit.args import parse_args
 from vit.optim import build_optimizer
 
@@ -61,3 +62,41 @@ def test_a_number_in_deepspeeds_file_is_the_decay(params: dict[str, Any], decay:
     model = torch.nn.Sequential(torch.nn.Linear(2, 2))
     optimizer = build_optimizer(args, model, None, {"type": "Shampoo4", "params": params})
     assert [group["weight_decay"] for group in optimizer.params] == [decay, 0.0]
+
+
+@pytest.mark.parametrize("how", [[], ["--resume_from_checkpoint", "latest"], ["--overwrite_output_dir"]])
+def test_a_run_removes_the_results_of_an_earlier_one(
+    how: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_process: None
+) -> None:
+    """A run killed in the folder would leave them, and they would pass for its own."""
+    old = ("all_results.json", "curves.png", "health.png")
+    for name in (*old, "metrics.jsonl"):
+        (tmp_path / name).write_text("{}")
+
+    def killed(*_: Any, **__: Any) -> None:
+        assert not any((tmp_path / name).exists() for name in old)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_vit, "MetricsLog", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train_vit.main(["--output_dir", str(tmp_path), *map(str, SHORT), *how])
+
+
+def test_a_resumed_run_removes_the_results_of_the_earlier_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_process: None
+) -> None:
+    command = ["--output_dir", str(tmp_path), *map(str, SHORT), "--checkpointing_steps", "1"]
+    train_vit.main(command)
+    assert results(tmp_path)["steps"] == 2
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    resumed = [*command, "--resume_from_checkpoint", str(tmp_path / "checkpoint-1")]
+    with monkeypatch.context() as patch:
+        patch.setattr(report.MetricsLog, "write", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train_vit.main(resumed)
+    assert not (tmp_path / "all_results.json").exists() and not (tmp_path / "curves.png").exists()
+    train_vit.main(resumed)
+    assert results(tmp_path)["steps"] == 2
