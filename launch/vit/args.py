@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
+import math
 import sys
+import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import HfArgumentParser, SchedulerType
+from transformers import HfArgumentParser
 
 from sharded_shampoo4.arguments import Shampoo4Arguments
 from vit.augment import AUGMENTATIONS
@@ -39,7 +41,21 @@ _BY_DATA_SET: dict[str, dict[str, Any]] = {
     },
 }
 _SHORT_RUNS = {"statistics_interval": 10, "root_interval": 50}
-_MAY_BE_ZERO = ("seed", "local_rank", "dataloader_num_workers", "crop_padding", "num_warmup_steps")
+# Smallest and largest values of options. Other whole numbers must be at least 1.
+_RANGES: dict[str, tuple[float, float]] = {
+    "seed": (0, math.inf),
+    "local_rank": (-1, math.inf),
+    "dataloader_num_workers": (0, math.inf),
+    "crop_padding": (0, math.inf),
+    "mixup": (0, math.inf),
+    "num_warmup_steps": (0, math.inf),
+    "warmup_ratio": (0, 1),
+    "max_grad_norm": (0, math.inf),
+}
+# Those of transformers that need no arguments of their own.
+SCHEDULES = (
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
+)  # fmt: skip
 
 
 def _option(default: Any, help: str, **of_argparse: Any) -> Any:
@@ -67,8 +83,8 @@ class DataArguments:
     label_column_name: str | None = _option(
         None, "column with the labels (default: label, labels, or the one that holds classes)"
     )
-    max_train_samples: int | None = _option(None, "train on the first N images only")
-    max_eval_samples: int | None = _option(None, "evaluate on the first N images only")
+    max_train_samples: int | None = _option(None, "train on N images only: the first, or of folders any")
+    max_eval_samples: int | None = _option(None, "evaluate on N images only: the first, or of folders any")
     cache_images_gb: float = _option(1.0, "decode the images once when they fit in this much memory")
     dataloader_num_workers: int = _option(0, "processes that decode images which are not kept decoded")
     image_mean: list[float] | None = _option(None, "per channel, in 0..1 (default: that of the training images)")
@@ -148,11 +164,7 @@ class TrainingArguments:
     adam_epsilon: float = _option(1e-8, "added to the root of the second moment")
     momentum: float = _option(0.9, "of SGD")
     nesterov: bool = _option(False, "the variant of SGD's momentum")
-    lr_scheduler_type: str = _option(
-        "cosine",
-        "of transformers",
-        choices=[kind.value for kind in SchedulerType if kind.value not in ("reduce_lr_on_plateau", "greedy")],
-    )
+    lr_scheduler_type: str = _option("cosine", "of transformers", choices=SCHEDULES)
     num_warmup_steps: int | None = _option(None, "overrides --warmup_ratio")
     warmup_ratio: float = _option(0.1, "share of the steps in which the learning rate rises")
     max_grad_norm: float = _option(1.0, "clip the gradient's norm; 0 is off")
@@ -206,17 +218,38 @@ def parse_args(argv: Sequence[str] | None = None) -> Arguments:
     )
     given = list(sys.argv[1:] if argv is None else argv)
     try:
-        recipe = parser.parse_args(given).recipe
-        given = [*_flags(Path(recipe)), *given] if recipe else given
+        typed = vars(parser.parse_args(given))
+        given = [*_flags(Path(typed["recipe"])), *given] if typed["recipe"] else given
         parser.set_defaults(**_defaults(vars(parser.parse_args(given))))
         data, model, training, shampoo = parser.parse_args_into_dataclasses(given, look_for_args_file=False)
         arguments = Arguments(data, model, training, _shampoo_options(training.optimizer, shampoo.given()))
-        for name, value in arguments.flat().items():
-            if type(value) is int and value < 1 and name not in _MAY_BE_ZERO and name not in arguments.shampoo:
-                raise ValueError(f"--{name} must be at least 1, got {value}")
+        _check_ranges(arguments)
+        _warn_of_unused(training.optimizer, typed)
     except (OSError, ValueError, yaml.YAMLError) as error:
         parser.error(str(error))
     return arguments
+
+
+def _check_ranges(arguments: Arguments) -> None:
+    for name, value in arguments.flat().items():
+        if name in arguments.shampoo or value is None:  # Shampoo4 checks its own
+            continue
+        low, high = _RANGES.get(name, (1, math.inf) if type(value) is int else (None, None))
+        if low is not None and not low <= value <= high:
+            allowed = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+            raise ValueError(f"--{name} must be {allowed}, got {value}")
+
+
+def _warn_of_unused(optimizer: str, typed: dict[str, Any]) -> None:
+    """Name options of Shampoo4 on the command line of another optimizer. A recipe may have them for other runs.
+
+    No error, since compare.py gives the same options to all optimizers.
+    """
+    unused = [option.name for option in fields(Shampoo4Arguments) if typed[option.name] is not None]
+    if typed["shampoo_base"] != TrainingArguments.shampoo_base:
+        unused.append("shampoo_base")
+    if unused and not optimizer.startswith("shampoo"):
+        warnings.warn(f"--optimizer {optimizer} does not use --{', --'.join(unused)}", stacklevel=3)
 
 
 def _flags(file: Path) -> list[str]:

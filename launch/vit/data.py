@@ -20,19 +20,50 @@ from vit.sources import ImageData
 if TYPE_CHECKING:
     from vit.args import Arguments, TrainingArguments
 
-_DECODE_ROWS = 256  # rows decoded together
+_READ_ROWS = 256  # rows read together
+_CHANNEL_ROWS = 64  # images that decide on the number of channels
+_STATISTICS_ROWS = 2048
+
+# Modes of Pillow.
+_SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
+_GRAY = ("1", "L", "I", "F", *_SIXTEEN_BITS)
+_EIGHT_BITS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
 
 
 def natural_channels(data: ImageData) -> int:
-    """Return 1 if the first training image is gray, else 3."""
-    image = next(_decoded(data.train.select(range(1)), data.image_column))
-    return 1 if image.mode in ("1", "L", "I", "I;16", "F") else 3
+    """Return 1 if the training images are gray, else 3. Looks at 64 of them."""
+    images = _decoded(data.train, data.image_column, spread_rows(len(data.train), _CHANNEL_ROWS))
+    return 1 if all(image.mode in _GRAY for _, image in images) else 3
+
+
+def spread_rows(total: int, count: int) -> list[int]:
+    """Return ``count`` rows of ``total``, evenly spread, or all of them if they are fewer."""
+    return torch.linspace(0, total - 1, min(count, total), dtype=torch.float64).round().long().tolist()
 
 
 def to_pixels(image: Pillow.Image, size: int, channels: int) -> Tensor:
-    """Scale the shorter side of an image to ``size`` and keep the middle, as uint8 (channels, size, size)."""
-    image = ImageOps.fit(image.convert("L" if channels == 1 else "RGB"), (size, size), Pillow.Resampling.BICUBIC)
+    """Scale the shorter side of an image to ``size`` and keep the middle, as uint8 (channels, size, size).
+
+    Raises:
+        ValueError: its mode or the range of its values is not supported.
+    """
+    image = _eight_bits(image).convert("L" if channels == 1 else "RGB")
+    image = ImageOps.fit(image, (size, size), Pillow.Resampling.BICUBIC)
     return torch.from_numpy(np.array(image)).view(size, size, channels).permute(2, 0, 1)
+
+
+def _eight_bits(image: Pillow.Image) -> Pillow.Image:
+    """Bring 16 bits to 8. Pillow would clip them."""
+    if image.mode in _EIGHT_BITS:
+        return image
+    if image.mode != "I" and image.mode not in _SIXTEEN_BITS:
+        raise ValueError(f"mode {image.mode} is not supported: convert the images to mode L or RGB")
+    values = np.asarray(image)
+    low, high = values.min(), values.max()
+    if low < 0 or high > 0xFFFF:
+        raise ValueError(f"values go from {low} to {high}: convert the images to 16 bits, 0 to 65535, or to mode L")
+    shift = 0 if image.mode == "I" and high <= 0xFF else 8
+    return Pillow.fromarray((values >> shift).astype(np.uint8))
 
 
 def encode_labels(rows: Rows, column: str, label_names: list[str]) -> Tensor:
@@ -71,21 +102,24 @@ class Images(Dataset[dict[str, Tensor]]):
         self.column = data.image_column
         self.shape = (channels, size, size)
         self.labels = encode_labels(rows, data.label_column, data.label_names)
-        self.decoded = self._decode(rows) if len(rows) * channels * size * size <= cache_bytes else None
+        self.decoded = self._decode() if len(rows) * channels * size * size <= cache_bytes else None
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
         """Return a batch. The loader calls this instead of collecting rows one by one."""
-        pixels = self._decode(self.rows.select(indices)) if self.decoded is None else self.decoded[indices]
+        pixels = self._decode(indices) if self.decoded is None else self.decoded[indices]
         return {"pixel_values": pixels, "labels": self.labels[indices]}
 
     def statistics(self) -> tuple[list[float], list[float]]:
-        """Return mean and standard deviation per channel, in 0..1; of 2,048 images if they are not kept decoded."""
+        """Return mean and standard deviation per channel, in 0..1.
+
+        Images that are not kept decoded stand for the others: 2,048 of them, evenly spread.
+        """
         pixels = self.decoded
         if pixels is None:
-            pixels = self.__getitems__(list(range(min(2048, len(self)))))["pixel_values"]
+            pixels = self._decode(spread_rows(len(self), _STATISTICS_ROWS))
         counts = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in pixels.transpose(0, 1)])
         levels = torch.arange(256, dtype=torch.float64) / 255
         shares = counts / counts.sum(1, keepdim=True, dtype=torch.float64)
@@ -93,19 +127,47 @@ class Images(Dataset[dict[str, Tensor]]):
         std = (shares @ levels.square() - mean.square()).clamp_min(1e-6).sqrt()
         return mean.tolist(), std.tolist()
 
-    def _decode(self, rows: Rows) -> Tensor:
-        pixels = torch.empty((len(rows), *self.shape), dtype=torch.uint8)
-        for place, image in enumerate(_decoded(rows, self.column)):
-            pixels[place] = to_pixels(image, self.shape[1], self.shape[0])
+    def _decode(self, numbers: list[int] | None = None) -> Tensor:
+        """Return the pixels of these rows, or of all."""
+        pixels = torch.empty((len(self) if numbers is None else len(numbers), *self.shape), dtype=torch.uint8)
+        for place, (name, image) in enumerate(_decoded(self.rows, self.column, numbers)):
+            try:
+                pixels[place] = to_pixels(image, self.shape[1], self.shape[0])
+            except ValueError as error:
+                raise ValueError(f"image {name}: {error}") from error
         return pixels
 
 
-def _decoded(rows: Rows, column: str) -> Iterator[Pillow.Image]:
-    if not isinstance(rows.features[column], Image):
-        rows = rows.with_format("numpy")  # array columns come as nested lists otherwise
-    for batch in rows.select_columns([column]).iter(batch_size=_DECODE_ROWS):
-        for image in batch[column]:
-            yield Pillow.fromarray(image.astype(np.uint8)) if isinstance(image, np.ndarray) else image
+def _decoded(rows: Rows, column: str, numbers: list[int] | None = None) -> Iterator[tuple[str, Pillow.Image]]:
+    """Yield the images of these rows, or of all, each with the name of its file or row.
+
+    Raises:
+        ValueError: an image cannot be read.
+    """
+    feature = rows.features[column]
+    encoded = isinstance(feature, Image)
+    # Encoded images are decoded here, so that a broken one can be named. Other columns would come as nested lists.
+    chosen = rows.select_columns([column]).with_format("arrow" if encoded else "numpy")
+    chosen = chosen if numbers is None else chosen.select(numbers)
+    places = iter(range(len(rows)) if numbers is None else numbers)
+    for batch in chosen.iter(batch_size=_READ_ROWS):
+        for value in batch[column].to_pylist() if encoded else batch[column]:
+            name = _name(rows, next(places), value)
+            try:
+                image = feature.decode_example(value) if encoded else Pillow.fromarray(value.astype(np.uint8))
+            except Exception as error:  # Pillow raises many kinds
+                raise ValueError(f"image {name} cannot be read: {error}") from error
+            if image is None:
+                raise ValueError(f"{name} has no image")
+            yield name, image
+
+
+def _name(rows: Rows, number: int, value: Any) -> str:
+    """Return the path of an image, or its row before any split."""
+    if isinstance(value, dict) and value["path"]:
+        return str(value["path"])
+    mapping = rows._indices
+    return f"row {number if mapping is None else mapping.column(0)[number].as_py()}"
 
 
 class EpochSampler(Sampler[int]):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import glob
 import gzip
+import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from datasets import Array2D, ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset, load_from_disk
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 if TYPE_CHECKING:
     from vit.args import DataArguments
@@ -32,7 +36,7 @@ class ImageData:
 
 
 def load_image_data(args: DataArguments) -> ImageData:
-    """Load the data set that the options name, or its first N rows."""
+    """Load the data set that the options name, or N rows of it: the first ones, but of folders any."""
     splits = _load_splits(args)
     train = _split(splits, "train")
     image = args.image_column_name or _find_image_column(train)
@@ -48,17 +52,29 @@ def load_image_data(args: DataArguments) -> ImageData:
         validation = _split(splits, evaluation)
     else:
         train, validation = _hold_out(train, label, args.train_val_split)
-    if args.max_train_samples:
-        train = train.select(range(min(args.max_train_samples, len(train))))
-    if args.max_eval_samples:
-        validation = validation.select(range(min(args.max_eval_samples, len(validation))))
+    by_class = args.train_dir is not None
+    train = _limit(train, args.max_train_samples, by_class)
+    validation = _limit(validation, args.max_eval_samples, by_class)
     return ImageData(train, validation, image, label, names)
+
+
+def _limit(rows: Dataset, count: int | None, by_class: bool) -> Dataset:
+    """Take ``count`` rows: the first ones, or random ones of rows that are in the order of their classes."""
+    if count is None or count >= len(rows):
+        return rows
+    return (rows.shuffle(seed=_SPLIT_SEED) if by_class else rows).select(range(count))
 
 
 def _load_splits(args: DataArguments) -> DatasetDict:
     if args.train_dir:
-        folders = {"train": args.train_dir, "validation": args.validation_dir}
-        files = {split: str(Path(folder).resolve() / "**") for split, folder in folders.items() if folder}
+        files = {}
+        for split, option, folder in (
+            ("train", "--train_dir", args.train_dir),
+            ("validation", "--validation_dir", args.validation_dir),
+        ):
+            if folder:
+                _check_folder(option, Path(folder))
+                files[split] = str(Path(glob.escape(str(Path(folder).resolve()))) / "**")
         return load_dataset("imagefolder", data_files=files, drop_labels=False)
     if args.dataset_name == "fashion-mnist":
         return _load_fashion(args.dataset_path)
@@ -70,6 +86,47 @@ def _load_splits(args: DataArguments) -> DatasetDict:
     if not isinstance(splits, DatasetDict):
         raise ValueError(f"--dataset_name {args.dataset_name} is streamed or has no splits; a plain data set is needed")
     return splits
+
+
+def _check_folder(option: str, root: Path) -> None:
+    """Check that images lie in folders of classes, where alone their labels are known.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or no image in it.
+        ValueError: an image lies elsewhere.
+    """
+    if not root.is_dir():
+        raise FileNotFoundError(f"{option} {root}: there is no such folder")
+    empty = True
+    for place, folders, files in os.walk(root):
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))  # as datasets leaves them out
+        image = next((name for name in files if _is_image(name)), None)
+        if image is None:
+            continue
+        empty = False
+        path = Path(place, image)
+        if len(path.relative_to(root).parts) != 2:
+            raise ValueError(
+                f"{option} {root}: {path} does not lie in the folder of a class; images must lie exactly one level "
+                f"below, as in {root / 'CLASS' / image}{_advice(root)}"
+            )
+    if empty:
+        raise FileNotFoundError(f"{option} {root} has no images in sub-folders")
+
+
+def _is_image(name: str) -> bool:
+    return not name.startswith(".") and os.path.splitext(name)[1].lower() in ImageFolder.EXTENSIONS
+
+
+def _advice(root: Path) -> str:
+    """Name the flags for a folder of splits."""
+    folders = {path.name.lower(): path for path in root.iterdir() if path.is_dir()}
+    train = folders.get("train")
+    evaluation = next((folders[name] for name in ("validation", "val", "valid", "test") if name in folders), None)
+    flags = [
+        f"{flag} {folder}" for flag, folder in (("--train_dir", train), ("--validation_dir", evaluation)) if folder
+    ]
+    return f". For these splits give {' '.join(flags)}" if flags else ""
 
 
 def _load_digits() -> DatasetDict:
@@ -147,10 +204,24 @@ def _split(splits: DatasetDict, name: str) -> Dataset:
 
 
 def _hold_out(rows: Dataset, label_column: str, share: float) -> tuple[Dataset, Dataset]:
-    """Split the rows at random, with the same proportions of classes."""
+    """Split the rows at random, with the same proportions of classes.
+
+    Raises:
+        ValueError: a class has too few images.
+    """
     from sklearn.model_selection import train_test_split
 
     labels = np.asarray(rows[label_column][:])
+    classes, counts = np.unique(labels, return_counts=True)
+    held_rows = math.ceil(share * len(labels))
+    if min(counts) < 2 or min(held_rows, len(labels) - held_rows) < len(classes):
+        feature, rarest = rows.features[label_column], classes[counts.argmin()].item()
+        name = feature.int2str(rarest) if isinstance(feature, ClassLabel) and rarest >= 0 else rarest
+        raise ValueError(
+            f"class {name!r} has only {min(counts)} image(s): too few to hold out a share of {share} of "
+            f"{len(labels)} images in {len(classes)} classes with some of each class on both sides. Give "
+            "evaluation images by --validation_dir or --validation_split, or another --train_val_split"
+        )
     kept, held = train_test_split(np.arange(len(rows)), test_size=share, stratify=labels, random_state=_SPLIT_SEED)
     return rows.select(kept), rows.select(held)
 
