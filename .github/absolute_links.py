@@ -35,6 +35,8 @@ def project_urls(address: str) -> str:
 def main() -> None:
     address, tag = sys.argv[1].rstrip("/"), sys.argv[2]
     readme, setup = Path("README.md"), Path("setup.cfg")
+    if f'__version__ = "{tag.removeprefix("v")}"\n' not in Path("sharded_shampoo4/__init__.py").read_text():
+        sys.exit(f"{tag} is not the version in sharded_shampoo4/__init__.py")
     readme.write_text(absolute(readme.read_text(), address, tag))
     setup.write_text(setup.read_text().replace("[options]\n", f"{project_urls(address)}\n[options]\n", 1))
 

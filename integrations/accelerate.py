@@ -119,7 +119,7 @@ class PortableAccelerator(Accelerator):  # type: ignore[misc]
     def load_state(self, input_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
         """As in ``Accelerator``; every process must call it.
 
-        Without a folder, under automatic naming, it is the newest with a complete checkpoint.
+        Without a folder, but with automatic naming, the newest complete state is loaded.
 
         Raises:
             FileNotFoundError, ValueError: on every process alike: there is no such checkpoint, or it does not fit.

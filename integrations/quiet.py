@@ -23,7 +23,7 @@ def quiet() -> None:
 
     - DeepSpeed and FSDP1 call functions that torch 2.13 deprecates, and torch's DCP some that torch 2.9 deprecates.
     - FSDP2 warns of the view that a ViT's embedding returns.
-    - DeepSpeed says that it has found no accelerator, where there is none: it is told so.
+    - DeepSpeed says that it has found no accelerator. Where there is none, the variable DS_ACCELERATOR says so first.
     - transformers imports torchao and bitsandbytes where they are installed. These warn of kernels for other machines,
       and torch of torchao's calls.
     """

@@ -191,20 +191,19 @@ def train(output_dir: Path, variants: dict[str, tuple[str, ...]], seeds: Sequenc
                 planned.append((folder, [*given, *start], options))
     for folder, given, options in planned:
         print(f"training {folder}", flush=True)
-        process = subprocess.run([sys.executable, str(TRAIN), *given], stderr=subprocess.PIPE, text=True)
         diverged = folder / "diverged.txt"
+        diverged.unlink(missing_ok=True)  # of other options
+        process = subprocess.run([sys.executable, str(TRAIN), *given], stderr=subprocess.PIPE, text=True)
         if process.returncode and "FloatingPointError" in process.stderr:
             diverged.write_text(f"{_OPTIONS}{json.dumps(options)}\n{process.stderr[-2000:]}")
         elif process.returncode:
             raise SystemExit(f"{folder}: status {process.returncode}\n{process.stderr[-3000:]}")
-        else:
-            diverged.unlink(missing_ok=True)  # of other options
 
 
 def read_runs(folders: Sequence[Path]) -> Runs:
     """The results of every folder that holds a finished run; other folders are named and left out.
 
-    A run has its folder in its label if the label has its seed already, or a first run with other options.
+    A label gets the folder if another run has the same label and seed, or the same label and other options.
     """
     runs: Runs = defaultdict(dict)
     for folder in dict.fromkeys(folders):

@@ -8,7 +8,7 @@ shift
 nodes=${PET_NNODES:-${SLURM_NNODES:?neither Slurm nor Kubeflow says how many nodes there are}}
 rank=${PET_NODE_RANK:-${SLURM_NODEID:?}} # known on the node only: in a batch script it is 0
 processes=${PROCS_PER_NODE:-${PET_NPROC_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}}
-[[ $processes =~ ^(auto|gpu)$ ]] && processes=$(nvidia-smi --list-gpus | wc -l) # as Kubeflow may say
+[[ $processes =~ ^(auto|gpu)$ ]] && processes=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true) # as Kubeflow may say
 [[ $processes =~ ^[1-9][0-9]*$ ]] || { echo "node.sh: $processes processes on a node? Set PROCS_PER_NODE" >&2; exit 2; }
 
 options=()

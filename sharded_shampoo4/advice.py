@@ -55,7 +55,7 @@ class Advice:
 
     def __init__(self, total_steps: int | None = None) -> None:
         self.total_steps = None if total_steps is None else int(to_integer(total_steps))
-        self._has_chosen = total_steps is not None  # intervals that fit
+        self._chose_intervals = total_steps is not None
         self._told: set[Hashable] = set()
 
     def give(self, parameters: Sequence[Given]) -> None:
@@ -79,7 +79,7 @@ class Advice:
     def _on_length(self, parameters: Sequence[Given]) -> Iterable[str]:
         first, steps = max((first_root(g.options) for g in parameters if g.matrix()), default=0), self.total_steps
         if steps is not None and steps < 2 * first and self._is_new(("length", steps, first)):
-            chosen = "" if self._has_chosen else f"total_steps={steps}, which chooses the intervals, or "
+            chosen = "" if self._chose_intervals else f"total_steps={steps}, which chooses the intervals, or "
             share = f"only from step {first} on" if first <= steps else "in no step"
             yield (
                 f"this run has {steps} steps, and directions are preconditioned {share}: before, the base optimizer "

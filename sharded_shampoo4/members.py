@@ -26,7 +26,7 @@ from .options import OPTION_NAMES, PreconditionerOptions
 from .placement import check_shared, is_dtensor
 from .planning.schedule import Phases, stagger
 from .planning.views import matrix_view
-from .recognition import Member, MemberGroup, Reference, lasting_options, recognize, refer_to
+from .recognition import Member, MemberGroup, Reference, is_trained, lasting_options, recognize, refer_to
 
 _WATCHED = (*OPTION_NAMES, *NOT_OF_SOAP)  # options of groups that a step looks at again
 
@@ -96,6 +96,7 @@ class Members:
             before_it = member.held()
             if before_it is not None and before_it is not parameter:
                 self.replaced.append((weakref.ref(before_it), member))
+                member.given = weakref.ref(before_it) if member.given() is before_it else member.given
             member.held = self._refer_to(parameter)
         self._given = found
         self.changes += 1
@@ -267,7 +268,7 @@ class Members:
             options = PreconditionerOptions.of_group(given.group)
             alive = [p for p in given.parameters() if p.requires_grad]
             itemsize = alive[0].itemsize if alive else 4
-            found += [Given(name, shape, itemsize, options) for name, shape in given.trained_shapes()]
+            found += [Given(name, shape, itemsize, options) for name, shape in given.trained_shapes(now=True)]
         return found
 
     def schedule(self) -> Mapping[tuple[int, str], Phases]:
@@ -278,10 +279,11 @@ class Members:
         by_group = [PreconditionerOptions.of_group(given.group) for given in self._given]
         if not any(options.refresh == "staggered" for options in by_group):
             return _NO_PHASES
+        now = not self.partitioned  # a flat tensor does not tell what of it is frozen
         described = [
             (number, name, shape, options)
             for number, (given, options) in enumerate(zip(self._given, by_group, strict=True))
-            for name, shape in given.trained_shapes()
+            for name, shape in given.trained_shapes(now)
         ]
         if described != self._described:
             views = {(number, name): (matrix_view(name, shape, o), o) for number, name, shape, o in described}
@@ -370,8 +372,7 @@ class Members:
         options = PreconditionerOptions.of_group(group)
         if given.is_in_place(params):
             for member, parameter in zip(given.members, params, strict=True):
-                trained = parameter.requires_grad or parameter.grad is not None
-                shape = host.shape(parameter)
+                shape, trained = host.shape(parameter), is_trained(parameter)
                 yield HeldParameter(member.label, parameter, options, shape, parameter, False, trained, number, host)
             return
         flats = {id(flat.tensor): flat for flat in host.flat_tensors(number, params, given.parameters())}

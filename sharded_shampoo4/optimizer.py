@@ -290,16 +290,18 @@ class Shampoo4(SavedStates):
                     self.base.make_states(self.param_groups, self.state)
             else:
                 distributor.precondition()
+                # The base first: it may refuse what it is given.
+                with self._together_at_first(distributor), updates.left_to_base(self.param_groups, self.state):
+                    self.base.step(self.param_groups, self.state)
                 with self._together_at_first(distributor):
-                    with updates.left_to_base(self.param_groups, self.state):
-                        self.base.step(self.param_groups, self.state)  # first: it may refuse what it is given
                     updates.step_along(self.param_groups)
+                distributor.has_stepped = True
             self._session.mark_stepped(self.state)
         return loss
 
     @contextlib.contextmanager
     def _together_at_first(self, distributor: Distributor) -> Iterator[None]:
-        """Raise on every rank what a first base step raises on one: it takes the memory for the base's states.
+        """Raise on every rank what a part of the first step raises on one: the base takes memory for its states.
 
         Warnings that depend on the framework are given here too: they may be errors.
         """
@@ -310,7 +312,6 @@ class Shampoo4(SavedStates):
             self._take_length_of_host()
             self._warn_of_saving()
             yield
-        distributor.has_stepped = True
 
     def _take_length_of_host(self) -> None:
         total_steps = self.host.total_steps

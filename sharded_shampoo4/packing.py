@@ -216,7 +216,7 @@ def _header_of(data: Tensor) -> bytes | None:
 
 def _words(rank: int, header: bytes) -> str:
     step, roots = _HEADER.unpack(header)
-    return f"rank {rank} from step {step} with {roots} refreshes of roots"
+    return f"rank {rank} from step {step} ({roots} refreshes)"
 
 
 def check_same_bytes(old: Matrix, new: Matrix) -> None:

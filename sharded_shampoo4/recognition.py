@@ -23,6 +23,11 @@ def refer_to(parameter: Tensor, stays: bool) -> Reference:
     return (lambda: parameter) if stays else weakref.ref(parameter)
 
 
+def is_trained(parameter: Tensor) -> bool:
+    """Whether a parameter takes part in the training: it is not frozen, or has a gradient all the same."""
+    return parameter.requires_grad or parameter.grad is not None
+
+
 @dataclass(eq=False)
 class Member:
     """A parameter as it was given."""
@@ -38,9 +43,9 @@ class Member:
 
     @property
     def is_trained(self) -> bool:
-        """Whether it is not frozen now, as far as it is still there."""
-        known = [parameter for parameter in (self.held(), self.given()) if parameter is not None]
-        return known[0].requires_grad if known else self.was_trained
+        """Whether it takes part in the training now."""
+        held = self.held()
+        return self.was_trained if held is None else is_trained(held)
 
 
 @dataclass
@@ -55,9 +60,13 @@ class MemberGroup:
         """Those that were given and are still there."""
         return [parameter for parameter in (member.given() for member in self.members) if parameter is not None]
 
-    def trained_shapes(self) -> Iterator[tuple[str, torch.Size]]:
-        """Names and whole shapes of those that are not frozen."""
-        return ((member.label, member.shape) for member in self.members if member.is_trained)
+    def trained_shapes(self, now: bool) -> Iterator[tuple[str, torch.Size]]:
+        """Names and whole shapes of those that take part in the training, ``now`` or when they were given."""
+        return (
+            (member.label, member.shape)
+            for member in self.members
+            if (member.is_trained if now else member.was_trained)
+        )
 
     def is_in_place(self, params: Sequence[Tensor]) -> bool:
         """Whether ``params`` are the ones that were given or, if they were replaced, those seen last."""
@@ -85,7 +94,7 @@ def recognize(
         raise ValueError(f"param group {number} is none of those that Shampoo4 was given: use add_param_group()")
     free = [member for member in before.members if id(member) not in standing]
     if not free:
-        raise ValueError(f"param group {number} has more parameters than it was given: use add_param_group()")
+        raise ValueError(f"param group {number} has a parameter that it was not given: use add_param_group()")
     for chosen in (free, [member for member in free if _is_trained(member)]):
         if [member.shape for member in chosen] == [parameter.shape for parameter in new]:
             replaced = iter(chosen)

@@ -83,8 +83,8 @@ class DataArguments:
     label_column_name: str | None = _option(
         None, "column with the labels (default: label, labels, or the one that holds classes)"
     )
-    max_train_samples: int | None = _option(None, "train on N images only: the first, or of folders any")
-    max_eval_samples: int | None = _option(None, "evaluate on N images only: the first, or of folders any")
+    max_train_samples: int | None = _option(None, "train on N images only: the first, or random ones of --train_dir")
+    max_eval_samples: int | None = _option(None, "evaluate on N images only, chosen in the same way")
     cache_images_gb: float = _option(1.0, "decode the images once when they fit in this much memory")
     dataloader_num_workers: int = _option(0, "processes that decode images which are not kept decoded")
     image_mean: list[float] | None = _option(None, "per channel, in 0..1 (default: that of the training images)")

@@ -36,7 +36,7 @@ class ImageData:
 
 
 def load_image_data(args: DataArguments) -> ImageData:
-    """Load the data set that the options name, or N rows of it: the first ones, but of folders any."""
+    """Load the data set that the options name, or N rows of it: the first ones, or random ones of folders."""
     splits = _load_splits(args)
     train = _split(splits, "train")
     image = args.image_column_name or _find_image_column(train)
@@ -52,17 +52,17 @@ def load_image_data(args: DataArguments) -> ImageData:
         validation = _split(splits, evaluation)
     else:
         train, validation = _hold_out(train, label, args.train_val_split)
-    by_class = args.train_dir is not None
-    train = _limit(train, args.max_train_samples, by_class)
-    validation = _limit(validation, args.max_eval_samples, by_class)
+    shuffled = args.train_dir is not None  # rows of folders are in the order of their classes
+    train = _limit(train, args.max_train_samples, shuffled)
+    validation = _limit(validation, args.max_eval_samples, shuffled)
     return ImageData(train, validation, image, label, names)
 
 
-def _limit(rows: Dataset, count: int | None, by_class: bool) -> Dataset:
-    """Take ``count`` rows: the first ones, or random ones of rows that are in the order of their classes."""
+def _limit(rows: Dataset, count: int | None, shuffled: bool) -> Dataset:
+    """Take ``count`` rows: the first ones, or random ones, which are always the same."""
     if count is None or count >= len(rows):
         return rows
-    return (rows.shuffle(seed=_SPLIT_SEED) if by_class else rows).select(range(count))
+    return (rows.shuffle(seed=_SPLIT_SEED) if shuffled else rows).select(range(count))
 
 
 def _load_splits(args: DataArguments) -> DatasetDict:

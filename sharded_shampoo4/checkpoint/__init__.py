@@ -28,7 +28,7 @@ from ..hosts import Host
 from ..optimizer import Shampoo4
 from ..report import shorten, warn
 from . import files, schedulers
-from .agreement import Seen, check_seen, own_share
+from .consistency import Seen, check_seen, own_share
 from .contents import collect
 from .files import MANIFEST, read_manifest
 from .fit import Fit
@@ -57,9 +57,10 @@ def save(
         frozen: False leaves out frozen parameters, such as the base model under adapters. Buffers are still saved.
 
     Raises:
-        OSError, ValueError: on every rank alike; the checkpoint that was there is untouched, and what was written is
-            removed. Also for a base optimizer whose states are neither numbers nor elementwise, such as bitsandbytes'
-            codes, for sparse buffers, and where ranks train different parameters or were given different arguments.
+        OSError, ValueError: on every rank alike. Unless the new checkpoint was complete by then, what was written is
+            removed, and the checkpoint that was there is untouched. Also for a base optimizer whose states are neither
+            numbers nor elementwise, such as bitsandbytes' codes; for buffers and frozen parameters that are sparse or
+            expanded; and where ranks train different parameters or were given different arguments.
     """
     subject = Subject(optimizer, model, frozen, "checkpoint.save()")
     _wait_for_background(subject.optimizer)

@@ -15,7 +15,7 @@ from ..placement import local_tensor
 from ..planning.shards import Shard
 from ..state_dict import MARK
 from ..tensors import floats, is_low_bit
-from .agreement import check_arguments, check_trained
+from .consistency import check_arguments, check_trained
 from .subject import Subject
 from .vectors import UNTRAINED, VALUES, Interval, block_key, key
 

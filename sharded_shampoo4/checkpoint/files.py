@@ -205,9 +205,10 @@ def read_manifest(directory: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def identity(folder: Path) -> tuple[int, ...]:
-    """Return what is equal for ranks, of whatever node, that see one and the same manifest, and not for its copies.
+    """Identify the manifest file: equal on ranks that read one file, different for copies.
 
-    Numbers of devices differ between nodes that share a file, but not the time when it was put where it is.
+    The device is left out, since its number differs between nodes that share the file. Disks that are clones of one
+    image look like one file.
     """
     found = (folder / MANIFEST).stat()
     return found.st_ino, found.st_ctime_ns

@@ -99,4 +99,4 @@ def _number(text: str) -> int | float | str:
         found = json.loads(text)
     except ValueError:
         return text
-    return found if isinstance(found, (int, float)) else text
+    return found if type(found) in (int, float) else text

@@ -18,7 +18,7 @@ from ..optimizer import Shampoo4
 from ..placement import local_tensor
 from ..planning.plan import Owned
 from ..updates import Updates
-from .agreement import Arguments
+from .consistency import Arguments
 from .untrained import Untrained, find, of_parameter
 
 

@@ -38,7 +38,7 @@ class Untrained:
         way_out = "or leave it out: a buffer by persistent=False, a frozen parameter by frozen=False"
         if self.held.layout != torch.strided:
             raise ValueError(
-                f"{self.name} is sparse ({self.held.layout}), and portable checkpoints hold dense tensors: make it "
+                f"{self.name} has layout {self.held.layout}, and portable checkpoints hold strided tensors: make it "
                 f"dense, {way_out}"
             )
         shape, strides = tuple(self.held.shape), self.held.stride()

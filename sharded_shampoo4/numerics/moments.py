@@ -16,8 +16,7 @@ from . import eigenbasis, linalg
 from .pool import Coding, Index, Layout, Pool, layout_bytes
 
 _SMALLEST = 1 / 255**2  # level above zero of 8-bit linear squares
-_TOO_LARGE = 1e36  # for a second moment: it is near the end of float32's range, or has been beyond
-_LARGEST = torch.finfo(torch.float32).max
+_TOO_LARGE = 1e30  # for a second moment, which float32 and bfloat16 hold up to 3e38
 
 
 def moments_layout(rows: int, columns: int, options: PreconditionerOptions) -> Layout:
@@ -85,8 +84,8 @@ class MomentPool(Pool):
         With R = V_new^T V_old the momentum becomes R M on the left side, and the second moment (R * R) D: what it would
         be if the coordinates of gradients were uncorrelated. A coordinate that is new would else be divided by nothing.
 
-        A second moment that is too large for float32, as after a gradient of 1e20, would stop its block for good: the
-        moments of the block begin anew.
+        A second moment of 1e30, as after one gradient of 1e16, or an infinite one would stop its block for thousands of
+        steps or for good: the moments of the block begin anew.
 
         Args:
             where: the blocks.
@@ -157,7 +156,8 @@ class MomentPool(Pool):
     def _second_moment(self, where: Index, dtype: torch.dtype) -> Tensor:
         """The second moments; of those in 8 bits, no root is below half of the smallest level.
 
-        A root that is rounded to zero would make a direction of any size of what is left of the momentum.
+        A root that is rounded to zero would make a direction of any size of what is left of the momentum. What has been
+        infinite stays infinite, so that directions are zero.
         """
         if self.options.second_moment_dtype == "factored":
             rows, columns = (self.stored(f"second_moment.{kind}", where).to(dtype) for kind in ("rows", "columns"))
@@ -167,18 +167,16 @@ class MomentPool(Pool):
             return moment
         floor = self.stored("second_moment.scales", where).float() * (_SMALLEST / 2)
         floor = floor.repeat_interleave(self.options.quant_block_size, -1)[..., : self.columns]
-        return torch.maximum(moment, floor.to(dtype)).square_()
+        return torch.fmax(moment, floor.to(dtype)).square_()  # a NaN is a part of infinity
 
     def _store_second_moment(self, where: Index, moment: Tensor) -> Tensor:
         """Store the second moments, in 8 bits their roots. Returns the roots."""
         roots = moment.sqrt()
         if self.options.second_moment_dtype == "factored":
             for kind, means in zip(("rows", "columns"), _means(moment), strict=True):
-                self.tensors[f"second_moment.{kind}"][where] = means.clamp_max(_LARGEST).to(torch.float32)
-        elif self.options.second_moment_dtype == "int8":
-            self._store("second_moment", where, roots.clamp_max(_LARGEST**0.5))
+                self.tensors[f"second_moment.{kind}"][where] = means.to(torch.float32)
         else:
-            self._store("second_moment", where, moment)
+            self._store("second_moment", where, roots if self.options.second_moment_dtype == "int8" else moment)
         return roots
 
     def _store(self, name: str, where: Index, values: Tensor) -> None:
@@ -204,9 +202,11 @@ def _means(matrices: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _product(rows: Tensor, columns: Tensor) -> Tensor:
-    """The matrices (k, m, n) of rank one that have these means: Adafactor's second moments."""
+    """The matrices (k, m, n) of rank one that have these means: Adafactor's second moments. Infinite if a mean is."""
     whole = rows.mean(1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
-    return (rows / whole).unsqueeze(2) * columns.unsqueeze(1)
+    infinite = ~whole.isfinite()
+    share, columns = (rows / whole).masked_fill_(infinite, 1.0), columns.masked_fill(infinite, torch.inf)
+    return share.unsqueeze(2) * columns.unsqueeze(1)
 
 
 def _each(numbers: Tensor, like: Tensor) -> Tensor:

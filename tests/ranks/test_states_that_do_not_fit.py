@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from support import worlds as hosts
 from support import zero_worlds as zero
@@ -40,7 +42,7 @@ def inside_summon_full_params(rank: int, folder: str) -> list[str]:
     return [*heard, *(name for name in before if not before[name].equal(after[name]))]
 
 
-def test_whole_weights_of_fsdp1(tmp_path: str) -> None:
+def test_whole_weights_of_fsdp1(tmp_path: Path) -> None:
     """A checkpoint needs the shards; FSDP1 writes the whole weights over them at the end of its context."""
     for heard in hosts.run_ranks(2, inside_summon_full_params, str(tmp_path)):
         assert len(heard) == 2
@@ -64,7 +66,7 @@ def other_blocks(rank: int, host: str, folder: str) -> str:
 
 
 @pytest.mark.parametrize("host", ["zero1", "zero3"])
-def test_zeros_states_of_other_blocks(host: str, tmp_path: str) -> None:
+def test_zeros_states_of_other_blocks(host: str, tmp_path: Path) -> None:
     """The option is named, although flat tensors stand in the groups."""
     for heard in hosts.run_ranks(2, other_blocks, host, str(tmp_path)):
         assert "param group 0 of the state_dict has max_preconditioner_dim=" in heard

@@ -69,6 +69,7 @@ def test_the_papers_intervals_do_not_grow() -> None:
 
 @pytest.mark.parametrize("refresh", ["together", "staggered"])
 def test_directions_begin_at_step_ten_when_every_factor_has_seen_gradients(refresh: str) -> None:
+    torch.manual_seed(0)
     parameter = nn.Parameter(torch.zeros(96, 96))
     options = {**SHAMPOO, "refresh": refresh, "max_preconditioner_dim": 32, "grafting": "none"}
     optimizer = Shampoo4([parameter], base="sgd", lr=0.0, **options)

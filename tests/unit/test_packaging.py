@@ -89,19 +89,22 @@ def test_a_published_page_has_no_links_that_lead_nowhere(source: Path, tmp_path:
     checkout = shutil.copytree(source, tmp_path / "checkout")
     address = "https://example.com/someone/sharded_shampoo4"
     script = checkout / ".github" / "absolute_links.py"
-    subprocess.run([sys.executable, str(script), address, "v1.0"], check=True, cwd=checkout)
+    tag = f"v{sharded_shampoo4.__version__}"
+    wrong = subprocess.run([sys.executable, str(script), address, "v99"], cwd=checkout, capture_output=True, text=True)
+    assert wrong.returncode == 1 and "v99 is not the version" in wrong.stderr
+    subprocess.run([sys.executable, str(script), address, tag], check=True, cwd=checkout)
     program = "from setuptools import build_meta; print(build_meta.prepare_metadata_for_build_wheel('.'))"
     subprocess.run([sys.executable, "-c", program], check=True, cwd=checkout, stdout=subprocess.DEVNULL)
     (found,) = checkout.glob("*.dist-info")
     metadata = Parser().parsestr((found / "METADATA").read_text())
     targets = re.findall(r"\]\(([^)]*)\)", metadata.get_payload())
-    assert f"{address}/raw/v1.0/launch/rivals.png" in targets
+    assert f"{address}/raw/{tag}/launch/rivals.png" in targets
     before = re.findall(r"\]\(([^)]*)\)", (source / "README.md").read_text())
     for target, was in zip(targets, before, strict=True):
         if was.startswith(("https:", "#")):
             assert target == was
         else:
-            assert (checkout / target.split("/v1.0/")[1].partition("#")[0]).is_file() and target.endswith(was)
+            assert (checkout / target.split(f"/{tag}/")[1].partition("#")[0]).is_file() and target.endswith(was)
     assert f"Issues, {address}/issues" in metadata.get_all("Project-URL")
 
 

@@ -63,7 +63,7 @@ def check_seen(everyone: Sequence[Seen]) -> None:
 
 
 def own_share(everyone: Sequence[Seen], rank: int) -> slice:
-    """Return which of its files a rank checks: ranks that see the same files take turns, others have copies of them."""
+    """Return the slice of its files that a rank checks. Ranks that read the same files divide them among themselves."""
     mates = [mate for mate, seen in enumerate(everyone) if seen.file == everyone[rank].file]
     return slice(mates.index(rank), None, len(mates))
 
