@@ -95,7 +95,13 @@ def _suits_cholesky(matrices: Tensor) -> bool:
 
 
 def _householder(matrices: Tensor) -> Tensor:
-    return _factorize(lambda batch: (torch.linalg.qr(batch)[0],), matrices)[0]
+    return _factorize(lambda batch: (_orthogonal_factors(batch),), matrices)[0]
+
+
+def _orthogonal_factors(matrices: Tensor) -> Tensor:
+    on_cpu = matrices.device.type == "cpu"  # the same bits, without making R
+    found: Tensor = torch.linalg.householder_product(*torch.geqrf(matrices)) if on_cpu else torch.linalg.qr(matrices)[0]
+    return found
 
 
 def eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:

@@ -74,18 +74,18 @@ def test_a_failing_matrix_harms_no_other(monkeypatch: pytest.MonkeyPatch) -> Non
     found = eigenbasis.inverse_root_of(matrices, 1e-6)
     assert torch.equal(found[[0, 2]], expected[[0, 2]]) and found[1].isnan().all()
 
-    real = torch.linalg.qr
+    real = torch.geqrf
 
     def fails_on_a_marked_matrix(batch: Tensor) -> tuple[Tensor, Tensor]:
         if (batch[:, 0, 0] == 7).any():
             raise torch.linalg.LinAlgError("injected")
         return real(batch)
 
-    monkeypatch.setattr(torch.linalg, "qr", fails_on_a_marked_matrix)
+    monkeypatch.setattr(torch, "geqrf", fails_on_a_marked_matrix)
     matrices = torch.randn(3, 16, 16)
     matrices[2, 0, 0] = 7
     found = linalg.qr(matrices, torch.eye(16))
-    assert torch.equal(found[:2], real(matrices[:2])[0]) and found[2].isnan().all()
+    assert torch.equal(found[:2], torch.linalg.qr(matrices[:2])[0]) and found[2].isnan().all()
 
 
 def test_zero_and_negative_eigenvalues_have_finite_roots() -> None:
