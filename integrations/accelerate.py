@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -260,11 +261,16 @@ def _folder(number: int) -> str:
     return f"shampoo4_{number}" if number else "shampoo4"
 
 
+def numbered(folder: Path, prefix: str) -> list[Path]:
+    """Return the folders in ``folder`` whose names are ``prefix`` and a number, the highest number first."""
+    name = re.compile(rf"{re.escape(prefix)}(\d+)")
+    matches = [(name.fullmatch(path.name), path) for path in folder.glob("*") if path.is_dir()]
+    return [path for _, path in sorted(((int(match[1]), path) for match, path in matches if match), reverse=True)]
+
+
 def _newest(checkpoints: Path, pairs: list[_Pair]) -> Path:
     """The folder with the highest number in which all optimizers have complete checkpoints."""
-    numbers = [folder.name.removeprefix("checkpoint_") for folder in checkpoints.glob("checkpoint_*")]
-    for number in sorted((int(number) for number in numbers if number.isdecimal()), reverse=True):
-        folder = checkpoints / f"checkpoint_{number}"
+    for folder in numbered(checkpoints, "checkpoint_"):
         if all((folder / pair.folder / checkpoint.MANIFEST).is_file() for pair in pairs):
             return folder
     raise FileNotFoundError(f"{checkpoints} has no complete checkpoint")

@@ -48,7 +48,7 @@ from sharded_shampoo4.names import plain_name
 from sharded_shampoo4.report import shorten
 from sharded_shampoo4.values import to_boolean
 
-from .accelerate import consolidate, keep_offloaded, unwrapped
+from .accelerate import consolidate, keep_offloaded, numbered, unwrapped
 from .trainer_logs import LogOptimizer as LogOptimizer
 from .views import grouped, matched, views_of
 
@@ -307,9 +307,7 @@ def _consolidate_if(due: bool, optimizer: Optimizer) -> None:
 
 def _newest(folder: Path) -> Path:
     """The checkpoint with the most steps; those that were cut off lack the Trainer's state, which it writes last."""
-    name = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
-    matches = [(name.fullmatch(path.name), path) for path in folder.glob("*") if path.is_dir()]
-    for _, path in sorted(((int(match[1]), path) for match, path in matches if match), reverse=True):
+    for path in numbered(folder, f"{PREFIX_CHECKPOINT_DIR}-"):
         if (path / TRAINER_STATE_NAME).exists():
             return path
         logger.warning(f"{path} was never finished (no {TRAINER_STATE_NAME}) and is passed over")

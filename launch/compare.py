@@ -7,8 +7,9 @@
     python launch/compare.py --output_dir runs/widths --tasks vit gpt --hidden_sizes 64 128 256    # learning rates
     python launch/compare.py --output_dir runs/modes --modes -- --dataset_name fashion-mnist --decay_all
 
-What stands after ``--`` goes to train_vit.py. A run that has finished is not made again, one that was cut off goes on;
-either must have the options asked for now. A run that diverged is made anew if they have changed.
+What stands after ``--`` goes to train_vit.py. A run that has finished is not made again, and a run that was cut
+off is resumed. Both are refused if their options are not those of this command. A run that diverged is repeated if its
+options have changed.
 ``--ablation`` varies code book, what is quantized, rectification and bits, as the paper's table 3 does. ``--modes``
 takes each option of method="shampoo" that makes the state smaller or the steps more even by itself, and those of its
 compact preset together.

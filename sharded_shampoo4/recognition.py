@@ -61,7 +61,11 @@ class MemberGroup:
         return [parameter for parameter in (member.given() for member in self.members) if parameter is not None]
 
     def trained_shapes(self, now: bool) -> Iterator[tuple[str, torch.Size]]:
-        """Names and whole shapes of those that take part in the training, ``now`` or when they were given."""
+        """Yield the name and whole shape of each parameter that is trained.
+
+        Args:
+            now: whether it is trained now; else, whether it was when it was given.
+        """
         return (
             (member.label, member.shape)
             for member in self.members
@@ -95,7 +99,7 @@ def recognize(
     free = [member for member in before.members if id(member) not in standing]
     if not free:
         raise ValueError(f"param group {number} has a parameter that it was not given: use add_param_group()")
-    for chosen in (free, [member for member in free if _is_trained(member)]):
+    for chosen in (free, [member for member in free if _was_given_unfrozen(member)]):
         if [member.shape for member in chosen] == [parameter.shape for parameter in new]:
             replaced = iter(chosen)
             members = [member or next(replaced) for member in found]
@@ -109,7 +113,7 @@ def recognize(
     )
 
 
-def _is_trained(member: Member) -> bool:
+def _was_given_unfrozen(member: Member) -> bool:
     parameter = member.given()
     return parameter is not None and bool(parameter.requires_grad)
 

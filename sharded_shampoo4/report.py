@@ -111,10 +111,11 @@ def _progress(session: Session, parameters: Sequence[_Parameter]) -> str:
     """How far preconditioning has come, in a sentence; empty where nothing is preconditioned."""
     matrices = [matrix for distributor in session.all() for matrix in distributor.matrices]
     steps = max((matrix.step for matrix in matrices), default=0)
-    soap, shampoo = (max((m.roots for m in matrices if m.is_soap == kind), default=0) for kind in (True, False))
-    computed = [
-        f"{what} were computed {n} times" for what, n in (("eigenbases", soap), ("inverse roots", shampoo)) if n
-    ]
+    computed = []
+    for what, is_soap in (("eigenbases", True), ("inverse roots", False)):
+        times = max((matrix.roots for matrix in matrices if matrix.is_soap == is_soap), default=0)
+        if times:
+            computed.append(f"{what} were computed {times} times")
     if computed:
         return f"Preconditioned: {' and '.join(computed)} in {steps} steps."
     begins = [first_root(p.options) for p in parameters if p.trained and p.options.precondition]

@@ -34,7 +34,7 @@ RESULTS = ("all_results.json", "curves.png", "health.png")  # written at the end
 
 
 def changed_options(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
-    """Return what to say of each option that differs, without those that do not change the training."""
+    """Return a message for each option that differs, by its name; only for options that change the training."""
     now = json.loads(json.dumps(now))
     return {
         name: f"{name} was {saved.get(name)}, is {now.get(name)}"

@@ -74,7 +74,7 @@ def _load_splits(args: DataArguments) -> DatasetDict:
         ):
             if folder:
                 _check_folder(option, Path(folder))
-                files[split] = str(Path(glob.escape(str(Path(folder).resolve()))) / "**")
+                files[split] = f"{glob.escape(str(Path(folder).resolve()))}/**"
         return load_dataset("imagefolder", data_files=files, drop_labels=False)
     if args.dataset_name == "fashion-mnist":
         return _load_fashion(args.dataset_path)

@@ -12,7 +12,7 @@ from typing import Any
 
 
 def kind(scheduler: Any) -> str:
-    """Name the class of a scheduler, and of those that it has inside, as torch's SequentialLR has."""
+    """Return the name of a scheduler's class, with those of inner schedulers in parentheses: "SequentialLR(StepLR)"."""
     inside = getattr(scheduler, "_schedulers", None)
     inner = ", ".join(map(kind, inside)) if isinstance(inside, (list, tuple)) else ""
     return f"{type(scheduler).__name__}({inner})" if inner else type(scheduler).__name__
@@ -70,7 +70,10 @@ def from_json(state: Mapping[str, Any], scheduler: Any) -> dict[str, Any]:
 
 
 def _keys(state: Mapping[str, Any]) -> list[Any]:
-    """What distinguishes states: the keys, without those that vary with torch's version, and those of inner states."""
+    """Return the keys that tell the kind of a scheduler's state, and those of inner states.
+
+    Keys that begin with "_" are left out, since torch changes them between versions.
+    """
     inside = state.get("_schedulers")
     inner = [_keys(part) for part in inside if isinstance(part, dict)] if isinstance(inside, list) else []
     return [{key for key in state if not str(key).startswith("_")}, *inner]

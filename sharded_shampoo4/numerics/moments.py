@@ -84,8 +84,8 @@ class MomentPool(Pool):
         With R = V_new^T V_old the momentum becomes R M on the left side, and the second moment (R * R) D: what it would
         be if the coordinates of gradients were uncorrelated. A coordinate that is new would else be divided by nothing.
 
-        A second moment of 1e30, as after one gradient of 1e16, or an infinite one would stop its block for thousands of
-        steps or for good: the moments of the block begin anew.
+        A second moment of 1e30, as after one gradient of 1e16, would stop its block for thousands of steps, and an
+        infinite one for good. Both moments of such a block are reset to zero.
 
         Args:
             where: the blocks.
