@@ -73,31 +73,34 @@ class BlockBatch:
         """
         found = self._due(chosen, due)
         seen = _some(gradients, due[0]), _some(gradients, due[1]).mT  # a factor's own side first
-        old: list[Tensor] = []  # bases of the factors that are due
         if self.moments is not None:
-            old = [
-                gradients[:0] if basis is None else _some(basis, which)
-                for basis, which in zip(self.bases(chosen, gradients.dtype), due, strict=True)
-            ]
-        changed: list[Tensor | None] = [None, None]
+            return self._turn(self.moments, chosen, due, seen)
         if self._is_shared:
             where = torch.cat([places for _, places in found.values()])
-            known = torch.cat([basis.mT for basis in old]).contiguous() if old else None
-            both = found[0][0].absorb(where, torch.cat(seen), known, with_roots=with_roots)
-            changed = list(both.split([len(due[0]), len(due[1])]))
+            found[0][0].absorb(where, torch.cat(seen), with_roots=with_roots)
         else:
             for side, (pool, where) in found.items():
-                known = old[side].mT.contiguous() if old else None
-                changed[side] = pool.absorb(where, seen[side], known, with_roots=with_roots)
-        if self.moments is None:
-            return None
-        new = self.bases(chosen, gradients.dtype)
+                pool.absorb(where, seen[side], with_roots=with_roots)
+        return None
+
+    def _turn(self, moments: MomentPool, chosen: Sequence[int], due: Sides, seen: tuple[Tensor, Tensor]) -> Refreshed:
+        """:meth:`absorb` with moments. ``seen`` are the gradients that each side absorbs."""
+        found, dtype = self._due(chosen, due), seen[0].dtype
+        bases = {side: basis for side, basis in enumerate(self.bases(chosen, dtype)) if basis is not None}
+        before = {side: _some(basis, due[side]) for side, basis in bases.items()}
+        if self._is_shared:
+            where = torch.cat([places for _, places in found.values()])
+            both = found[0][0].turn(where, torch.cat(seen), torch.cat([before[0], before[1]]))
+            left, right = zip(*(part.split([len(due[0]), len(due[1])]) for part in both), strict=True)
+            turned = {0: left, 1: right}
+        else:
+            turned = {side: pool.turn(where, seen[side], before[side]) for side, (pool, where) in found.items()}
         turns = []
-        for side, (which, basis, kept) in enumerate(zip(due, new, changed, strict=True)):
-            if which and basis is not None and kept is not None:
-                places = index_tensor(which, gradients.device)
-                turns.append(Turn(side, places, old[side], _some(basis, which), kept))
-        return Refreshed(*new, self.moments.rotate(self._run(chosen), turns, gradients.dtype))
+        for side, (after, rotation) in turned.items():
+            places = index_tensor(due[side], self._device)
+            bases[side] = after if len(places) == len(chosen) else bases[side].index_copy_(0, places, after)
+            turns.append(Turn(side, places, rotation))
+        return Refreshed(bases.get(0), bases.get(1), moments.rotate(self._run(chosen), turns, dtype))
 
     def invert(self, chosen: Sequence[int], due: Sides) -> None:
         """Root step of those of the ``chosen`` members that are ``due``, by sides."""

@@ -180,48 +180,71 @@ class FactorPool(Pool):
         """Whether :meth:`absorb` can compute roots, of the new eigenbasis before it is quantized."""
         return self.has_roots and "eigenvalues" in self.tensors and self.options.root == "stored"
 
-    def absorb(
-        self, where: Tensor, gradients: Tensor, bases: Tensor | None = None, *, with_roots: bool = False
-    ) -> Tensor:
+    def absorb(self, where: Tensor, gradients: Tensor, *, with_roots: bool = False) -> None:
         """Statistics step: absorb G G^T of each of ``gradients`` (k, n, any) into the factors ``where``.
 
-        ``bases`` is what :meth:`basis` gives for them, with eigenvectors as columns, if it is at hand. ``with_roots``
-        recomputes inverse roots too.
+        ``with_roots`` recomputes inverse roots too.
 
         A gradient of zeros leaves its factor as it is, as a gradient that is missing does. If the average decayed
-        instead, the first gradient of a layer that wakes up would be scaled without bound. Returns which factors have
-        changed, bool (k,).
+        instead, the first gradient of a layer that wakes up would be scaled without bound.
         """
-        beta, changed = self.options.shampoo_beta, []
-        ridge = self.options.matrix_eps if self.options.method == "soap" else 0.0
-        size = self._chunk_size()
-        alike = bases is not None and (self._rectify_steps[0], self.refresh_dtype) == (
-            self._rectify_steps[1],
-            bases.dtype,
-        )
-        known = iter(bases.split(size)) if bases is not None and alike else None
-        for chunk, gradient in zip(self._chunks(where), gradients.split(size), strict=True):
-            gradient = gradient.to(self.refresh_dtype)
+        beta = self.options.shampoo_beta
+        for chunk, gradient in self._gradients(where, gradients):
             statistic = linalg.matmul(gradient, gradient.mT)
             if "eigenvalues" in self.tensors:
-                values = self.tensors["eigenvalues"][chunk].to(self.refresh_dtype)
-                basis = next(known) if known else self._eigenbasis(chunk, self._rectify_steps[0])[1]
+                values, rows = self._eigenbasis(chunk, self._rectify_steps[0])
                 iterations = self.options.refresh_iterations
-                new_values, new_basis = eigenbasis.refresh(values, basis, statistic, beta, iterations, ridge)
-                codes = self._encode_basis(new_basis.mT, new_values)
-                new = {"eigenvalues": new_values.to(torch.float32), **codes}
+                new_values, new_rows = eigenbasis.refresh(values, rows, statistic, beta, iterations)
+                new = self._encoded(new_values, new_rows)
             else:
                 old = self.decode("statistics", chunk, self.order).to(self.refresh_dtype)
                 new = self.encode("statistics", beta * old + (1 - beta) * statistic)
-            kept = self._commit(chunk, new, _STATISTICS, gradient.flatten(1).any(1))
-            changed.append(kept)
+            changed = self._commit(chunk, new, _STATISTICS, gradient.flatten(1).any(1))
             if with_roots:
-                values = torch.where(kept.view(-1, 1), new_values, values)
-                self._commit_roots(chunk, values, torch.where(kept.view(-1, 1, 1), new_basis, basis))
-        return torch.cat(changed)
+                values = torch.where(changed.view(-1, 1), new_values, values)
+                self._commit_roots(chunk, values, torch.where(changed.view(-1, 1, 1), new_rows, rows))
 
-    def _commit_roots(self, where: Tensor, eigenvalues: Tensor, basis: Tensor) -> None:
-        root = eigenbasis.inverse_root(eigenvalues, basis, self.options.matrix_eps, self._root)
+    def turn(self, where: Tensor, gradients: Tensor, bases: Tensor) -> tuple[Tensor, Tensor]:
+        """Absorb ``gradients`` as :meth:`absorb` does, into factors with method="soap".
+
+        Args:
+            where: the factors.
+            gradients: of each, (k, n, any).
+            bases: what :meth:`basis` gives for them, (k, n, n).
+
+        Returns:
+            the new bases, before they are quantized, and the rotations V_new^T V_old from ``bases`` to them.
+        """
+        options, found = self.options, []
+        alike = (self._rectify_steps[0], self.refresh_dtype) == (self._rectify_steps[1], bases.dtype)
+        known = bases.split(self._chunk_size())
+        for (chunk, gradient), before in zip(self._gradients(where, gradients), known, strict=True):
+            values = self.tensors["eigenvalues"][chunk].to(self.refresh_dtype)
+            rows = before if alike else self._eigenbasis(chunk, self._rectify_steps[0])[1]
+            statistic = linalg.matmul(gradient, gradient.mT)
+            new = eigenbasis.turn(
+                values, rows, statistic, options.shampoo_beta, options.matrix_eps, options.refresh_iterations
+            )
+            encoded = self._encoded(new.eigenvalues, new.rows)
+            changed = self._commit(chunk, encoded, _STATISTICS, gradient.flatten(1).any(1)).view(-1, 1, 1)
+            after = torch.where(changed, new.rows.to(bases.dtype), before)
+            rotation = new.rotation if alike else linalg.matmul(after, before.mT)
+            still = torch.eye(self.order, dtype=rotation.dtype, device=rotation.device)
+            found.append((after, torch.where(changed, rotation, still)))
+        after, rotations = (torch.cat(parts) if len(found) > 1 else parts[0] for parts in zip(*found, strict=True))
+        return after, rotations
+
+    def _gradients(self, where: Tensor, gradients: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """``where`` and ``gradients`` in parts, as many factors at a time as scratch memory is for."""
+        size = self._chunk_size()
+        for chunk, gradient in zip(where.split(size), gradients.split(size), strict=True):
+            yield chunk, gradient.to(self.refresh_dtype)
+
+    def _encoded(self, eigenvalues: Tensor, rows: Tensor) -> dict[str, Tensor]:
+        return {"eigenvalues": eigenvalues.to(torch.float32), **self._encode_basis(rows, eigenvalues)}
+
+    def _commit_roots(self, where: Tensor, eigenvalues: Tensor, rows: Tensor) -> None:
+        root = eigenbasis.inverse_root(eigenvalues, rows, self.options.matrix_eps, self._root)
         self._commit(where, self.encode("root", root), _ROOT)
 
     def invert(self, where: Tensor) -> None:
@@ -267,9 +290,9 @@ class FactorPool(Pool):
         return torch.cat(rows).double()
 
     def _eigenbasis(self, where: Index, rectify_steps: int) -> tuple[Tensor, Tensor]:
-        # Contiguous, or the layout of what is computed from it, and with it the rounding, would depend on the batch.
-        basis = self._decode_basis(where).to(self.refresh_dtype).mT.contiguous()
-        return self.tensors["eigenvalues"][where].to(self.refresh_dtype), eigenbasis.rectify(basis, rectify_steps)
+        """Eigenvalues (k, n), and eigenvectors as rows (k, n, n), in the type of refreshes."""
+        rows = self._decode_basis(where).to(self.refresh_dtype)
+        return self.tensors["eigenvalues"][where].to(self.refresh_dtype), eigenbasis.rectify(rows, rectify_steps)
 
     def _chunk_size(self) -> int:
         return max(1, REFRESH_ELEMENTS_PER_MIB * self.options.scratch_on(self.device) // self.order**2)
@@ -288,10 +311,10 @@ def _leading_first(places: Tensor, order: int) -> Tensor:
     return rest.argsort(dim=1, stable=True)
 
 
-def _orthogonality_error(basis: Tensor) -> Tensor:
-    gram = linalg.matmul(basis.mT, basis)
+def _orthogonality_error(rows: Tensor) -> Tensor:
+    gram = linalg.matmul(rows, rows.mT)
     gram.diagonal(dim1=-2, dim2=-1).sub_(1.0)
-    error: Tensor = torch.linalg.vector_norm(gram, dim=(1, 2)) / basis.shape[-1] ** 0.5
+    error: Tensor = torch.linalg.vector_norm(gram, dim=(1, 2)) / rows.shape[-1] ** 0.5
     return error
 
 

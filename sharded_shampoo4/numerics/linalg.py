@@ -52,6 +52,8 @@ def _is_neutral(left: Tensor, right: Tensor) -> bool:
 def qr(matrices: Tensor, start: Tensor) -> Tensor:
     """The orthogonal factors of (B, n, n) matrices, up to the signs of columns; NaN where that fails.
 
+    Transposes of contiguous matrices are factorized without a copy that transposes, and such come back.
+
     On accelerators LAPACK's algorithm launches thousands of small kernels, so matrices in float32 take
     :func:`cholesky_qr` there, with a ``start``.
     """
@@ -72,9 +74,8 @@ def cholesky_qr(matrices: Tensor, start: Tensor) -> Tensor:
     Nothing is read back from the device. Where a factor is not orthogonal, as of numbers that are not finite, all of it
     is NaN.
     """
-    order, precision = matrices.shape[-1], torch.finfo(matrices.dtype)
-    identity = torch.eye(order, dtype=matrices.dtype, device=matrices.device)
-    shift = 10 * order**0.5 * precision.eps
+    precision = torch.finfo(matrices.dtype)
+    shift = 10 * matrices.shape[-1] ** 0.5 * precision.eps
     found = matrices / matrices.abs().amax(1, keepdim=True).clamp_min(precision.tiny)  # whose squares are not too small
     found /= torch.linalg.vector_norm(found, dim=1, keepdim=True).clamp_min(precision.tiny)
     found.add_(start, alpha=_OF_START)
@@ -85,7 +86,8 @@ def cholesky_qr(matrices: Tensor, start: Tensor) -> Tensor:
         factor, _ = torch.linalg.cholesky_ex(gram)
         found = torch.linalg.solve_triangular(factor.mT, found, upper=True, left=False)
         gram = matmul(found.mT, found)
-    orthogonal = (gram - identity).abs().amax((1, 2)) < _ORTHOGONAL  # false where a number is NaN
+    gram.diagonal(dim1=1, dim2=2).sub_(1.0)
+    orthogonal = gram.abs().amax((1, 2)) < _ORTHOGONAL  # false where a number is NaN
     return torch.where(orthogonal.view(-1, 1, 1), found, torch.nan)
 
 
@@ -95,7 +97,7 @@ def _suits_cholesky(matrices: Tensor) -> bool:
 
 
 def _householder(matrices: Tensor) -> Tensor:
-    return _factorize(lambda batch: (_orthogonal_factors(batch),), matrices)[0]
+    return _factorize(lambda rows: (_orthogonal_factors(rows.mT).mT,), matrices.mT)[0].mT
 
 
 def _orthogonal_factors(matrices: Tensor) -> Tensor:
@@ -106,8 +108,13 @@ def _orthogonal_factors(matrices: Tensor) -> Tensor:
 
 def eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues (B, n) and eigenvectors (B, n, n) of symmetric matrices; NaN where LAPACK fails."""
-    vectors, values = _factorize(lambda batch: torch.linalg.eigh(batch)[::-1], matrices)
-    return values, vectors
+    rows, values = _factorize(_decompose, matrices)
+    return values, rows.mT
+
+
+def _decompose(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    values, vectors = torch.linalg.eigh(matrices)
+    return vectors.mT, values
 
 
 def _factorize(method: Callable[[Tensor], tuple[Tensor, ...]], matrices: Tensor) -> tuple[Tensor, ...]:

@@ -50,15 +50,12 @@ class Turn(NamedTuple):
     Attributes:
         side: 0 for left bases, 1 for right ones.
         which: positions of the blocks, int64 (k,), ascending.
-        old, new: eigenvectors before and after, as rows, (k, n, n).
-        changed: which of them are new at all, bool (k,).
+        rotation: V_new^T V_old of each, (k, n, n).
     """
 
     side: int
     which: Tensor
-    old: Tensor
-    new: Tensor
-    changed: Tensor
+    rotation: Tensor
 
 
 class MomentPool(Pool):
@@ -101,8 +98,8 @@ class MomentPool(Pool):
         for kept in (momentum, moment):
             kept.masked_fill_(lost.view(-1, 1, 1), 0.0)
         for turn in turns:
-            rotation = linalg.matmul(turn.new, turn.old.mT)
-            momentum, moment = _turned(momentum, rotation, turn), _turned(moment, rotation.square(), turn)
+            momentum = _turned(momentum, turn, turn.rotation)
+            moment = _turned(moment, turn, turn.rotation.square())
         self._store("momentum", where, momentum)
         self._store_second_moment(where, moment)
         return momentum, moment
@@ -187,12 +184,11 @@ class MomentPool(Pool):
             self.tensors[key][where] = value
 
 
-def _turned(kept: Tensor, rotation: Tensor, turn: Turn) -> Tensor:
-    """Multiply the blocks of ``kept`` (k, rows, columns) whose basis has changed with ``rotation`` on its side."""
+def _turned(kept: Tensor, turn: Turn, rotation: Tensor) -> Tensor:
+    """Multiply blocks of ``kept`` (k, rows, columns) with ``rotation`` on the side of ``turn``."""
     is_whole = len(turn.which) == len(kept)  # then they are in order
     part = kept if is_whole else kept[turn.which]
     product = linalg.matmul(rotation, part) if turn.side == 0 else linalg.matmul(part, rotation.mT)
-    product = torch.where(turn.changed.view(-1, 1, 1), product, part)
     return product if is_whole else kept.index_copy_(0, turn.which, product)
 
 

@@ -224,7 +224,7 @@ class Factor:
         else:
             p = rectify(self.vectors().to(self.dtype), t1)
             for _ in range(self.iterations):
-                p = torch.linalg.qr(a @ p).Q  # one step of subspace iteration, started from the old basis (App. B)
+                p = torch.linalg.qr((p.T @ a).T).Q  # one step of subspace iteration from the old basis (App. B)
             eigenvalues = (p.T @ a @ p).diagonal()
             if p.isfinite().all() and eigenvalues.float().isfinite().all():
                 self.latest = eigenvalues, p

@@ -1,7 +1,7 @@
 """A small, slow reference of SOAP in low-bit eigenbases (arXiv 2409.11321, with bases as in 4-bit Shampoo) for tests.
 
 One block at a time, no packing, no batching. A basis is absorbed from the gradient of a refresh alone, by one step of
-orthogonal iteration, A V + ridge V = Q R, as the library documents it.
+orthogonal iteration, A V + ridge V = Q R, where V^T V is taken for I, as the library documents it.
 """
 
 from __future__ import annotations
@@ -53,17 +53,20 @@ class Basis:
             rows = torch.stack([next(both[place not in self.places]) for place in range(len(top) + len(rows))])
         return rows.T
 
-    def refresh(self, gradient: Tensor) -> None:
-        """Absorb G G^T; nothing happens if G is zero or the result is not finite."""
+    def refresh(self, gradient: Tensor) -> Tensor:
+        """Absorb G G^T; nothing happens if G is zero or the result is not finite. Return V before it is stored."""
         if not gradient.any():
-            return
-        g = gradient.to(self.dtype)
+            return self.vectors()
+        s = (1 - self.beta) * gradient.to(self.dtype) @ gradient.to(self.dtype).T
         v = rectify(self._stored().to(self.dtype), self.rectify_steps[0])
-        a = self.beta * v @ torch.diag(self.eigenvalues.to(self.dtype)) @ v.T + (1 - self.beta) * g @ g.T
-        q = torch.linalg.qr(a @ v + self.eps * a.diagonal().max() * v).Q
-        if q.isfinite().all():
-            self.eigenvalues = (q.T @ a @ q).diagonal().float()
-            self._store(q)
+        values = self.beta * self.eigenvalues.to(self.dtype)
+        ridge = self.eps * (values + s.diagonal()).max()
+        q = torch.linalg.qr(v @ torch.diag(values) + s @ v + ridge * v).Q
+        if not q.isfinite().all():
+            return self.vectors()
+        self.eigenvalues = ((q.T @ v) ** 2 @ values + (q.T @ s @ q).diagonal()).float()
+        self._store(q)
+        return q.float()
 
 
 class NoBasis(Basis):
@@ -75,8 +78,8 @@ class NoBasis(Basis):
     def vectors(self) -> Tensor:
         return self.identity
 
-    def refresh(self, gradient: Tensor) -> None:
-        pass
+    def refresh(self, gradient: Tensor) -> Tensor:
+        return self.identity
 
 
 class Moment:
@@ -175,13 +178,11 @@ class SoapReference:
 
     def _block(self, t: int, g: Tensor, left: Basis, right: Basis, momentum: Moment, moment: Moment) -> Tensor:
         kept, variance = momentum.value, moment.least**2 if self.roots_kept else moment.value
+        old = v, w = left.vectors(), right.vectors()
         if t == 1 or t % self.interval == 0:
-            old = left.vectors(), right.vectors()
-            left.refresh(g)
-            right.refresh(g.T)
-            r, s = left.vectors().T @ old[0], right.vectors().T @ old[1]
+            v, w = left.refresh(g), right.refresh(g.T)
+            r, s = v.T @ old[0], w.T @ old[1]
             kept, variance = r @ kept @ s.T, r**2 @ variance @ (s**2).T
-        v, w = left.vectors(), right.vectors()
         b1, b2 = self.betas
         p = v.T @ g @ w
         m = b1 * kept + (1 - b1) * p

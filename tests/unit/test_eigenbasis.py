@@ -39,7 +39,7 @@ def test_error_of_the_inverse_root(spectrum: str) -> None:
         return eigenbasis.inverse_root_of(matrix, 1e-6)
 
     matrix = (basis * values[:, None]) @ basis.mT
-    exact = eigenbasis.inverse_root(values, basis, 1e-6)
+    exact = eigenbasis.inverse_root(values, basis.mT, 1e-6)
     off_diagonal = matrix - matrix.diagonal(dim1=-2, dim2=-1).diag_embed()
     rough = stored(basis.mT).mT
     rectified = eigenbasis.rectify(rough, 4)
@@ -61,7 +61,7 @@ def test_refresh_converges_to_the_eigenvectors() -> None:
     values, found = torch.full((1, 8), 1e-6, dtype=torch.float64), torch.eye(8, dtype=torch.float64)[None]
     for _ in range(200):
         values, found = eigenbasis.refresh(values, found, statistic, 0.9)
-    error = (found * values[:, None]) @ found.mT - statistic
+    error = found.mT @ (found * values[..., None]) - statistic
     assert error.norm() < 1e-6 * statistic.norm()
 
 

@@ -187,3 +187,17 @@ def test_a_state_dict_of_an_earlier_format_is_saved_in_the_present_one() -> None
     state["param_groups"][0][state_dict.VERSION_KEY] = 1
     optimizer.load_state_dict(state)
     assert optimizer.state_dict()["param_groups"][0][state_dict.VERSION_KEY] == state_dict.FORMAT_VERSION
+
+
+@pytest.mark.parametrize("options", [{}, {"preset": "compact"}], ids=str)
+def test_orthogonalized_directions_of_an_idle_matrix_fade(options: dict[str, Any]) -> None:
+    """What is left of the momentum becomes too small for its squares; it must not be brought to norm 1."""
+    weight, other = nn.Parameter(torch.zeros(16, 24)), nn.Parameter(torch.zeros(16, 16))
+    optimizer = Shampoo4([weight, other], lr=1e-2, weight_decay=0.0, newton_schulz_steps=3, **options)
+    for number in range(1200):
+        weight.grad = torch.randn(16, 24) if number < 5 else torch.zeros(16, 24)
+        other.grad = torch.randn(16, 16)
+        if number == 1000:
+            before = weight.detach().clone()
+        optimizer.step()
+    torch.testing.assert_close(weight.detach(), before, rtol=0, atol=1e-6)
