@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from .base_options import base_arguments, base_class, base_value
 from .labels import label
-from .placement import dtensor_class, is_dtensor, local_tensor, placements_of
+from .placement import dtensor_class, is_dtensor, reading_attributes
 from .state_dict import STATE_KEY
 from .tensors import bytes_by_tensor
 
@@ -296,31 +296,57 @@ def _held(groups: Groups, states: MutableMapping[Tensor, Any]) -> Iterator[tuple
     DTensor. Both are given back unchanged in two cases: a parameter has no state yet, since its state must become a
     DTensor too; or a gradient has other placements than its parameter, since the ranks must add it up first.
     """
-    kind = dtensor_class()
-    trained = [[p for p in group["params"] if p.grad is not None] for group in groups]
-    sharded: list[Any] = [p for parameters in trained for p in parameters if isinstance(p, kind)]
-    alike = all(placements_of(p.grad) == p.placements and p.dtype == p.grad.dtype for p in sharded)
-    if not sharded or not alike or not all(_is_made(states.get(p)) for parameters in trained for p in parameters):
+    with reading_attributes():
+        local = _local(groups, states)
+    if local is None:
         yield groups, states
         return
-    held: list[dict[str, Any]] = []
-    of_held: dict[Tensor, State] = {}
+    held, of_held, lent = local
     try:
-        for group, parameters in zip(groups, trained, strict=True):
-            held.append({**group, "params": []})
-            for parameter in parameters:
-                local = local_tensor(parameter)
-                if local is not parameter:
-                    local.grad = local_tensor(parameter.grad)
-                held[-1]["params"].append(local)
-                of_held[local] = {
-                    name: value._local_tensor if isinstance(value, kind) else value
-                    for name, value in states[parameter].items()
-                }
+        for parameter, gradient in lent:
+            parameter.grad = gradient
         yield held, of_held
     finally:
-        for parameter in sharded:
-            local_tensor(parameter).grad = None
+        for parameter, _ in lent:
+            parameter.grad = None
+
+
+def _local(groups: Groups, states: Mapping[Tensor, Any]) -> tuple[Groups, dict[Tensor, State], list[Any]] | None:
+    """What stands for ``groups`` and ``states`` in a step, and the pairs of local parameters and gradients in them.
+
+    None where there is no DTensor, or the rule must step on the DTensors themselves.
+    """
+    kind: Any = dtensor_class()
+    held: list[dict[str, Any]] = []
+    of_held: dict[Tensor, State] = {}
+    lent: list[tuple[Tensor, Tensor]] = []
+    if not any(isinstance(parameter, kind) for group in groups for parameter in group["params"]):
+        return None
+    for group in groups:
+        params = []
+        for parameter in group["params"]:
+            if (gradient := parameter.grad) is None:
+                continue
+            state: Any = states.get(parameter)
+            if not _is_made(state):
+                return None
+            if isinstance(parameter, kind):
+                if not _is_alike(parameter, gradient, kind):
+                    return None
+                parameter = parameter._local_tensor
+                lent.append((parameter, gradient._local_tensor))
+                state = {name: v._local_tensor if isinstance(v, kind) else v for name, v in state.items()}
+            params.append(parameter)
+            of_held[parameter] = state
+        held.append({**group, "params": params})
+    return held, of_held, lent
+
+
+def _is_alike(parameter: Any, gradient: Any, kind: Any) -> bool:
+    """Whether the local tensors of a DTensor and its gradient are of the same elements and type."""
+    return (
+        isinstance(gradient, kind) and parameter.placements == gradient.placements and parameter.dtype == gradient.dtype
+    )
 
 
 def _is_made(state: State | None) -> bool:

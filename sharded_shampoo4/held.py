@@ -13,7 +13,7 @@ from torch import Tensor
 from .hosts import Host
 from .numerics.matrix import Matrix
 from .options import PreconditionerOptions
-from .placement import dtensor_class, placements_of
+from .placement import dtensor_class, placements_of, reading_attributes
 from .planning.schedule import Phases
 from .planning.shards import Shard
 from .planning.views import View, matrix_view
@@ -144,13 +144,15 @@ class Signature(NamedTuple):
 def describe_tensors(groups: Sequence[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
     """Return what a step depends on of each tensor in ``groups`` and of its gradient, as cheaply as possible."""
     kind = dtensor_class()
-    return [_describe(tensor, kind) for group in groups for tensor in group["params"]]
+    with reading_attributes():
+        return [_describe(tensor, kind) for group in groups for tensor in group["params"]]
 
 
-def _describe(tensor: Tensor, kind: type | tuple[()]) -> tuple[Any, ...]:
+def _describe(tensor: Any, kind: Any) -> tuple[Any, ...]:
+    placements = tensor.placements if isinstance(tensor, kind) else None
+    described = id(tensor), tensor.requires_grad, tensor.dtype, tensor.device, tensor.shape, placements
     gradient = tensor.grad
-    described: tuple[Any, ...] | None = None
-    if gradient is not None:
-        placements = gradient.placements if isinstance(gradient, kind) else None  # type: ignore[attr-defined]
-        described = gradient.dtype, gradient.layout, placements
-    return id(tensor), tensor.requires_grad, tensor.dtype, tensor.device, tensor.shape, described
+    if gradient is None:
+        return described
+    placements = gradient.placements if isinstance(gradient, kind) else None
+    return *described, gradient.dtype, gradient.layout, placements

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .held import HeldParameter
-from .placement import local_tensor
+from .placement import local_tensor, local_tensors
 
 
 class Updates:
@@ -32,6 +32,11 @@ class Updates:
         self._left: dict[int, list[slice]] = {}
         self._in_states: dict[str, slice] = {}  # by name, where a parameter lies in the vectors of the base's states
         holders = {id(entry.holder) for entry in entries if entry.is_soap}
+        self._whole = {  # holders that are nothing else than one soap matrix
+            id(entry.holder)
+            for entry in entries
+            if entry.is_soap and entry.in_holder == slice(0, local_tensor(entry.holder).numel())
+        }
         for entry in entries:
             if id(entry.holder) not in holders or not entry.trained:
                 continue
@@ -48,18 +53,21 @@ class Updates:
         The weight decay is decoupled, as AdamW's, whatever the base's is.
         """
         for group in groups:
-            weights, directions = [], []
-            for holder in group["params"]:
-                parts = self._along.get(id(holder))
-                if parts is None or holder.grad is None:
-                    continue
-                flat, gradient = local_tensor(holder), local_tensor(holder.grad)
-                whole = parts == [slice(0, flat.numel())]
-                for part in parts if flat.numel() else ():
-                    weights.append(flat if whole else flat.view(-1)[part])
-                    directions.append(gradient if whole else gradient.view(-1)[part])
-            if weights:
+            along = [p for p in group["params"] if self._along.get(id(p)) and p.grad is not None]
+            if along:
+                weights = self._along_of(along, along)
+                directions = self._along_of(along, [holder.grad for holder in along])
                 _step_along(weights, directions, group["lr"], group.get("weight_decay", 0.0))
+
+    def _along_of(self, holders: Sequence[Tensor], tensors: Sequence[Any]) -> list[Tensor]:
+        """What goes along its direction of ``tensors``, which are ``holders`` or their gradients."""
+        found = []
+        for holder, tensor in zip(holders, local_tensors(tensors), strict=True):
+            if id(holder) in self._whole:
+                found.append(tensor)
+            else:
+                found += [tensor.view(-1)[part] for part in self._along[id(holder)]]
+        return found
 
     @contextlib.contextmanager
     def left_to_base(self, groups: Sequence[dict[str, Any]], states: MutableMapping[Tensor, Any]) -> Iterator[None]:
@@ -71,7 +79,7 @@ class Updates:
         gathered: dict[Tensor, Tensor] = {}  # the base's vector, by its holder
         try:
             for group in groups:
-                group["params"] = [self._share(p, gathered) for p in group["params"] if self._has_share(p)]
+                group["params"] = self._shares(group["params"], gathered)
             for holder, vector in gathered.items():
                 if states.get(holder):
                     states[vector] = states.pop(holder)
@@ -87,19 +95,16 @@ class Updates:
                 for part, values in zip(parts, vector.detach().split(lengths), strict=True):
                     holder.detach()[part].copy_(values)
 
-    def _has_share(self, holder: Tensor) -> bool:
-        return id(holder) not in self._along or bool(self._left.get(id(holder)))
-
-    def _share(self, holder: Tensor, gathered: dict[Tensor, Tensor]) -> Tensor:
-        """What the base steps on: the tensor itself, or a vector of its parts."""
-        if id(holder) not in self._along:
-            return holder
-        parts = self._left[id(holder)]
-        vector = torch.nn.Parameter(torch.cat([holder.detach()[part] for part in parts]))
-        if holder.grad is not None:
-            vector.grad = torch.cat([holder.grad[part] for part in parts])
-        gathered[holder] = vector
-        return vector
+    def _shares(self, holders: Sequence[Tensor], gathered: dict[Tensor, Tensor]) -> list[Tensor]:
+        """What the base steps on: the tensors themselves, or vectors of its parts of them, which ``gathered`` gets."""
+        shares = []
+        for holder in holders:
+            if id(holder) not in self._along:
+                shares.append(holder)
+            elif parts := self._left.get(id(holder)):
+                gathered[holder] = _vector(holder, parts)
+                shares.append(gathered[holder])
+        return shares
 
     # -- where the base's states are -----------------------------------------------------------------------------------
 
@@ -115,6 +120,14 @@ class Updates:
         if id(holder) not in self._along:
             return holder
         return holder.detach().new_empty(sum(part.stop - part.start for part in self._left.get(id(holder), ())))
+
+
+def _vector(holder: Tensor, parts: Sequence[slice]) -> Tensor:
+    """The ``parts`` of a flat tensor as a parameter of its own, and those of its gradient."""
+    vector = torch.nn.Parameter(torch.cat([holder.detach()[part] for part in parts]))
+    if holder.grad is not None:
+        vector.grad = torch.cat([holder.grad[part] for part in parts])
+    return vector
 
 
 def _step_along(weights: list[Tensor], directions: list[Tensor], lr: Any, weight_decay: Any) -> None:
