@@ -28,8 +28,8 @@ quantizer: numerics/quantization.py
 + scales = (1.001 * scales).to(scale_dtype)
 
 Bjorck constant: numerics/eigenbasis.py
-- (1.5, basis, -0.5,
-+ (1.5, basis, -0.499,
+- (1.5, rows, -0.5,
++ (1.5, rows, -0.499,
 
 owner choice: planning/plan.py
 - owners[index] = owner = loads
@@ -108,7 +108,7 @@ schedule phase: planning/schedule.py
 + return Phase(phase, (phase + 1 + turn
 
 fresh roots: numerics/factors.py
-- torch.where(kept.view(-1, 1), new_values, values)
+- torch.where(changed.view(-1, 1), new_values, values)
 + new_values
 
 base option: base_options.py
@@ -132,8 +132,16 @@ header: packing.py
 + _HEADER.pack(matrix.step, 0)
 
 second moment of new bases: numerics/moments.py
-- (moment, rotation.square(),
-+ (moment, rotation.abs(),
+- (moment, turn, turn.rotation.square())
++ (moment, turn, turn.rotation.abs())
+
+rotation of moments: numerics/eigenbasis.py
+- rotation, seen = linalg.matmul(rows, old.mT),
++ rotation, seen = linalg.matmul(old, rows.mT),
+
+basis that did not change: numerics/factors.py
+- torch.where(changed, rotation, still)
++ rotation
 
 soap's step: updates.py
 - alpha=-lr)

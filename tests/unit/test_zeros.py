@@ -201,3 +201,20 @@ def test_orthogonalized_directions_of_an_idle_matrix_fade(options: dict[str, Any
             before = weight.detach().clone()
         optimizer.step()
     torch.testing.assert_close(weight.detach(), before, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("bits", [32, 8, 4])
+def test_a_refresh_without_a_gradient_changes_nothing(bits: int) -> None:
+    """The step is that of a run in which no refresh is due, to the bit."""
+    weights = [nn.Parameter(torch.ones(70, 66)) for _ in range(2)]
+    optimizers = [
+        Shampoo4([weight], lr=0.1, bits=bits, interval_warmup=False, statistics_interval=interval)
+        for weight, interval in zip(weights, (10, 100), strict=True)
+    ]
+    generator = torch.Generator().manual_seed(0)
+    for number in range(1, 12):
+        gradient = torch.zeros(70, 66) if number == 10 else torch.randn(70, 66, generator=generator)
+        for weight, optimizer in zip(weights, optimizers, strict=True):
+            weight.grad = gradient.clone()
+            optimizer.step()
+    assert torch.equal(*weights)
