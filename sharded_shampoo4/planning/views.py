@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from ..options import PreconditionerOptions
 
 _LONGEST_KERNEL = 31  # of convolutions in one dimension, as far as they are usual
+_SINGLE_EXPERT = re.compile(r"(expert_?)?\d+")  # in a ModuleList, and in a ModuleDict as Switch Transformers name it
 
 
 class View(NamedTuple):
@@ -49,7 +51,7 @@ def look(name: str, shape: tuple[int, ...], options: PreconditionerOptions) -> S
 
     - three dimensions are a stack of matrices, such as the experts of a layer, unless they look like a convolution's
       or the first is the longest, as in projections of shape (inputs, heads, size of a head). Parameters of modules
-      that are called experts always are;
+      that are called experts always are, but not those of one expert among them, as in ``experts.0.weight``;
     - stacked biases, whose names end with "bias", are left to the base optimizer.
 
     A depthwise convolution is a matrix with a row for each channel.
@@ -72,7 +74,7 @@ def look(name: str, shape: tuple[int, ...], options: PreconditionerOptions) -> S
         return Seen(None, "empty")
     batch, reason = options.batch_dims, ""
     if batch < 0:
-        batch = 1 if is_stack(shape) or _are_experts(name, shape) else 0
+        batch = 1 if is_stack(shape, name) else 0
         reason = "a stack" if batch else ""
         if _is_bias(name) and len(shape) > 1:
             return Seen(None, "stacked biases")
@@ -94,17 +96,21 @@ def matrix_view(name: str, shape: Sequence[int], options: PreconditionerOptions)
     return look(name, tuple(shape), options).view
 
 
-def is_stack(shape: Sequence[int]) -> bool:
-    """Whether a parameter of this ``shape`` looks like a stack of matrices, such as the experts of a layer.
+def is_stack(shape: Sequence[int], name: str = "") -> bool:
+    """Whether a parameter of this ``shape`` and ``name`` looks like a stack of matrices, such as a layer's experts.
 
-    It has three dimensions longer than 1, the first is not longer than both others, and the last is not the kernel of
-    a convolution: short, and the smallest.
+    It has three dimensions, and its name is that of experts. Or they are longer than 1, the first is not longer than
+    both others, and the last is not the kernel of a convolution: short, and the smallest.
 
     >>> is_stack((8, 2048, 1024)), is_stack((512, 256, 3)), is_stack((1, 197, 768)), is_stack((64, 3, 7, 7))
     (True, False, False, False)
     >>> is_stack((4096, 32, 128)), is_stack((32, 128, 4096))  # from the inputs to heads, and from heads to the outputs
     (False, True)
+    >>> is_stack((64, 32, 3), "moe.experts.w1"), is_stack((64, 32, 3), "moe.experts.0.weight")
+    (True, False)
     """
+    if len(shape) == 3 and _are_experts(name):
+        return True
     if len(shape) != 3 or min(shape) <= 1 or shape[0] > max(shape[1:]):
         return False
     return shape[2] > _LONGEST_KERNEL or shape[2] >= min(shape[:2])
@@ -115,10 +121,11 @@ def _is_bias(name: str) -> bool:
     return last == "bias" or last.endswith("_bias")
 
 
-def _are_experts(name: str, shape: Sequence[int]) -> bool:
-    """Whether a parameter is that of a layer's experts, as transformers and torchtitan name it."""
-    *modules, _ = name.partition(" ")[0].split(".")
-    return len(shape) == 3 and any(module.endswith("experts") for module in modules)
+def _are_experts(name: str) -> bool:
+    """Whether a parameter is that of a layer's experts, as transformers and torchtitan name it; not of a single one."""
+    parts = name.partition(" ")[0].split(".")
+    places = [place for place, part in enumerate(parts[:-1]) if part.endswith("experts")]
+    return bool(places) and not any(_SINGLE_EXPERT.fullmatch(part) for part in parts[places[-1] + 1 :])
 
 
 def _split(name: str, rows: int, sizes: tuple[int, ...]) -> tuple[int, ...]:

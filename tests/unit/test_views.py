@@ -109,6 +109,14 @@ def test_describe_tells_each_view_and_why() -> None:
     assert "as 64 of 32 x 48 (a stack)" in rows["moe.experts.w1"]
 
 
+def test_a_single_experts_convolution_is_no_stack() -> None:
+    single = ["experts.0.weight", "experts.expert_1.conv.weight", "moe.experts.2", "experts.w1.3.weight"]
+    stacks = ["0.experts.w1", "experts.0.experts.w1", "moe.shared_experts.w2"]
+    rows = described(dict.fromkeys([*single, *stacks], (24, 12, 3)))
+    assert all("as 24 x 36" in rows[name] for name in single)
+    assert all("as 24 of 12 x 3" in rows[name] for name in stacks)
+
+
 def test_describe_tells_the_exponent_of_roots_on_one_side() -> None:
     rows = described({"adapter": (16, 4096), "layer": (64, 64)}, method="shampoo")
     assert "rows only, max_aspect=7, exponent -1/2" in rows["adapter"] and "exponent" not in rows["layer"]
