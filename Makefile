@@ -1,5 +1,5 @@
 # make train       a vision transformer on real images with AdamW and with Shampoo4: accuracy, state bytes, a picture
-# make test        every promise of the README once: about 9 minutes on two cores
+# make test        most promises of the READMEs once: about 9 minutes on two cores
 # make test-all    all tests: every host, rank count and configuration
 # make test-slow   those that make test leaves out
 # make test-gpu    the tests that need a CUDA device
