@@ -32,9 +32,11 @@ _Fields: Any = make_dataclass(
 class Shampoo4Arguments(_Fields):  # type: ignore[misc]
     """A dataclass with a field for the preset and for every option of the preconditioner; None: not given.
 
-    parser = HfArgumentParser((Shampoo4Arguments, TrainingArguments))
-    options, training = parser.parse_args_into_dataclasses()
-    optimizer = Shampoo4(model.named_parameters(), lr=training.learning_rate, **options.given())
+    ::
+
+        parser = HfArgumentParser((Shampoo4Arguments, TrainingArguments))
+        options, training = parser.parse_args_into_dataclasses()
+        optimizer = Shampoo4(model.named_parameters(), lr=training.learning_rate, **options.given())
     """
 
     _argument_group_name = "Shampoo4"  # of these flags in --help

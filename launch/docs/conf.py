@@ -23,18 +23,26 @@ PAGES = [
     "launch/clusters",
     "launch/RESULTS",
     "sharded_shampoo4/README",
+    ".github/CONTRIBUTING",
     "CHANGELOG",
 ]
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 root_doc = "README"
 include_patterns = [f"{page}.*" for page in (root_doc, *PAGES)]
-exclude_patterns = [".*", "build", "runs", "tests"]  # without this Sphinx looks through virtual environments
+exclude_patterns = [
+    ".[!g]*",
+    ".git",
+    "build",
+    "runs",
+    "tests",
+]  # without this Sphinx looks through virtual environments
 myst_heading_anchors = 3  # the anchors that GitHub gives to headings
 
 smartquotes = False  # quotes are code: method="soap"
 autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True}
+autodoc_mock_imports = ["axolotl", "timm", "torchtitan"]  # which need not be installed to read about them
 maximum_signature_line_length = 88
 
 html_theme = "furo"
@@ -50,6 +58,16 @@ def add_contents(app: Sphinx, page: str, source: list[str]) -> None:
         source[0] += "\n```{toctree}\n:hidden:\n\n" + "\n".join(PAGES) + "\n```\n"
 
 
+def show_code(app: Sphinx, what: str, name: str, thing: object, options: object, lines: list[str]) -> None:
+    """Let indented blocks of a module's docstring be code, as they are in the file."""
+    if what != "module":
+        return
+    for number in range(len(lines) - 1, 1, -1):
+        before = lines[number - 2]
+        if lines[number].startswith("    ") and not lines[number - 1] and before[:1].strip() and before != "::":
+            lines[number:number] = ["::", ""]
+
+
 def make_index(app: Sphinx, error: Exception | None) -> None:
     """Let the front page also be what a browser opens first."""
     front = Path(app.outdir) / f"{root_doc}.html"
@@ -60,4 +78,5 @@ def make_index(app: Sphinx, error: Exception | None) -> None:
 def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
     app.connect("source-read", add_contents)
+    app.connect("autodoc-process-docstring", show_code)
     app.connect("build-finished", make_index)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from support.marks import needs
+from support.spawned import run_spawned
 from torch import nn
 
 from sharded_shampoo4 import Shampoo4
@@ -118,3 +120,45 @@ def test_the_command_line_knows_presets() -> None:
 )  # fmt: skip
 def test_options_on_the_command_line(written: tuple[str, ...], expected: dict[str, Any]) -> None:
     assert expected.items() <= options_of(by_command_line(*written)).items()
+
+
+def train_in_parallel(strategy: str, folder: Path, seed: int, **more: Any) -> list[float]:
+    """Losses of this rank, of two. The batches are the same on both."""
+    import lightning
+    from lightning.pytorch.callbacks import ModelCheckpoint
+    from lightning.pytorch.strategies import ModelParallelStrategy
+    from torch.distributed.fsdp import fully_shard
+
+    class Own(module_class()):  # type: ignore[misc]
+        def configure_model(self) -> None:
+            if strategy == "fsdp2" and not isinstance(self.net[0].weight, torch.distributed.tensor.DTensor):
+                fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+
+        def configure_optimizers(self) -> Any:
+            return Shampoo4(self.named_parameters(), **OPTIONS)
+
+    torch.manual_seed(seed)
+    module = Own()
+    trainer = lightning.Trainer(
+        accelerator="cpu", devices=2, strategy=ModelParallelStrategy() if strategy == "fsdp2" else "ddp",
+        max_steps=11, logger=False, enable_progress_bar=False, enable_model_summary=False,
+        callbacks=[ModelCheckpoint(folder, filename="{step}", every_n_train_steps=5, save_top_k=-1)],
+    )  # fmt: skip
+    trainer.fit(module, **more)
+    return module.losses
+
+
+def resumed_in_parallel(rank: int, strategy: str, folder: Path) -> dict[str, list[float]]:
+    """As torchrun starts a rank, whose process group Lightning finds."""
+    os.environ.update(RANK=f"{rank}", LOCAL_RANK=f"{rank}", WORLD_SIZE="2", GROUP_RANK="0", LOCAL_WORLD_SIZE="2")
+    os.environ.update(TORCHELASTIC_RUN_ID="none", MASTER_ADDR="localhost", MASTER_PORT="0")
+    full = train_in_parallel(strategy, folder / "full", 0)
+    resumed = train_in_parallel(strategy, folder / "resumed", 1, ckpt_path=str(folder / "full" / "step=5.ckpt"))
+    return {"full": full, "resumed": resumed}
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_it_resumes_on_two_ranks(strategy: str, tmp_path: Path) -> None:
+    for losses in run_spawned("gloo", 2, tmp_path, resumed_in_parallel, strategy, tmp_path):
+        assert len(losses["full"]) == 11 and losses["full"][-1] < 0.9 * losses["full"][0]
+        assert losses["resumed"] == pytest.approx(losses["full"][5:], rel=1e-6)
