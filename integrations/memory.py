@@ -9,7 +9,9 @@ Shampoo4 follow as NAME=VALUE; ``dtype=bfloat16`` is the type of the parameters.
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 import transformers
@@ -19,12 +21,20 @@ from transformers import AutoConfig, AutoModel
 from sharded_shampoo4 import estimate_memory
 from sharded_shampoo4.report import format_bytes
 
+from .quiet import quiet
+
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the estimate, and the bytes of AdamW's states for all parameters."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    quiet()
+    logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)  # of retries: the error below says it all
+    parser = argparse.ArgumentParser(
+        usage="python -m sharded_shampoo4.integrations.memory CONFIG [options] [NAME=VALUE ...]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("config", metavar="CONFIG", help="of the model")
     parser.add_argument("options", nargs="*", metavar="NAME=VALUE", help="options of Shampoo4")
     parser.add_argument("--world_size", type=int, default=1, help="number of ranks (1)")
@@ -37,7 +47,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     if kind not in _DTYPES:
         parser.error(f"dtype must be one of {', '.join(_DTYPES)}, got {kind!r}")
     dtype: torch.dtype = getattr(torch, kind)
-    model = on_meta(flags.config, dtype)
+    if not Path(flags.config).exists() and flags.config.startswith(("/", "./", "../", "~")):
+        parser.error(f"there is no folder or file {flags.config}")
+    try:
+        model = on_meta(flags.config, dtype)
+    except (OSError, ValueError) as error:
+        parser.error(f"{flags.config}: {str(error).partition(chr(10))[0]}")
     try:
         found = estimate_memory(
             model.named_parameters(), flags.world_size, host=host, replicas=flags.replicas, dtype=dtype, **options

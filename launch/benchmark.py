@@ -43,6 +43,7 @@ from bench.scale import HOSTS, MODELS, compare_worlds
 from bench.shapes import MODELS as LARGE
 from bench.shapes import compare_shapes
 from memory.models import SIZES
+from plots import make_folder
 from rich.console import Console
 
 COMMANDS = {
@@ -56,17 +57,20 @@ COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     flags = parse(arguments)
-    flags.output_dir.mkdir(parents=True, exist_ok=True)
+    make_folder(flags.output_dir)
     torch.set_num_threads(flags.threads)
     COMMANDS[flags.command](flags, Console(width=150))
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    usage = f"%(prog)s {{{','.join(COMMANDS)}}} [options]"
+    parser = argparse.ArgumentParser(usage=usage, description=__doc__, formatter_class=raw)
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(name: str, about: str) -> argparse.ArgumentParser:
-        made = commands.add_parser(name, help=about, description=about)
+        own = f"{parser.prog} {name} [options]"
+        made = commands.add_parser(name, usage=own, help=about, description=about)
         made.add_argument("--output_dir", type=Path, default=Path(f"runs/{name}"), help=f"for files (runs/{name})")
         made.set_defaults(threads=1, device="cpu")
         if name not in ("scale", "shapes"):

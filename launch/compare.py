@@ -14,35 +14,31 @@ options have changed.
 takes each option of method="shampoo" that makes the state smaller or the steps more even by itself, and those of its
 compact preset together.
 
-A table over seeds and ``comparison.png``: training loss by step and by time, accuracy by epoch, state bytes. "kept" is
-the share of 32-bit Shampoo's gain over AdamW in the last epoch's training loss, over the seeds that all three have.
+A table over seeds and ``comparison.png``: training loss by step and by time, accuracy by epoch, state bytes. "kept",
+where there is one, is the share of 32-bit Shampoo's gain over AdamW in the last epoch's training loss, over the seeds
+that all three have.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
-import statistics
 import subprocess
 import sys
-import textwrap
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from plots import BLUE, GRAY, LIGHT_GRAY, ORANGE, RED, SERIES, format_bytes, label_logarithms, picture
-from rich.console import Console
-from rich.table import Table
+from plots import make_folder
 from torch import nn
 from vit.args import DataArguments, ModelArguments, TrainingArguments
 from vit.args import parse_args as parse_training_args
 from vit.optim import OPTIMIZERS as NAMED
 from vit.optim import build_optimizer
 from vit.progress import changed_options, cut_off_options
-from vit.report import read_lines, subject, whole_intervals
+from vit.side_by_side import Runs, draw, label_of, print_table
 
 TRAIN = Path(__file__).with_name("train_vit.py")
 
@@ -72,54 +68,8 @@ MODES = {
     **{name: OPTIMIZERS[name] for name in ("adamw", "shampoo32", "shampoo4-paper")},
     **{name: ("--optimizer", "shampoo4-paper", *flags) for name, flags in _MODES.items()},
 }
-# How tables say that an option differs from its default; the first four are part of the preset "shampoo-compact".
-_WORDS: dict[tuple[str, Any], str] = {
-    ("codebook", "normal"): "normal levels",
-    ("root", "implicit"): "implicit roots",
-    ("scale_dtype", "bfloat16"): "bfloat16 scales",
-    ("rectify_steps", (1, 1)): "",
-    ("quantize", "preconditioner"): "naive",
-    ("codebook", "dynamic_tree"): "dynamic tree",
-    ("rectify_steps", (0, 0)): "not rectified",
-    ("refresh_iterations", 2): "2 QR steps",
-    ("refresh", "staggered"): "staggered",
-    ("matmul_dtype", "bfloat16"): "bfloat16 products",
-}
-
-# What decides on the bytes of method="soap".
-_SOAP = {(8, "bfloat16", "bfloat16"): "Shampoo4", (4, "int8", "factored"): "Shampoo4, compact"}
-
 _OPTIONS = "options "  # begins the first line of diverged.txt
 _OURS = ("seed", "optimizer", "output_dir", "overwrite_output_dir", "resume_from_checkpoint")  # differ by the run
-
-# These have the same color in every picture. Variants take the remaining colors of SERIES.
-_COLORS = {"AdamW": GRAY, "32-bit Shampoo": BLUE, "Shampoo4": RED, "4-bit Shampoo": ORANGE}
-
-_LINES = ("-", "--", ":")  # of the first run, the second and the third with a color
-
-Runs = dict[str, dict[int, dict[str, Any]]]  # label -> seed -> results
-
-
-def label_of(results: dict[str, Any]) -> str:
-    """What a run's optimizer is called in tables, by its options."""
-    name, by_deepspeed = results["options"]["optimizer"], results.get("deepspeed_optimizer")
-    if by_deepspeed:
-        return f"{by_deepspeed['type']} of a DeepSpeed configuration"
-    if not name.startswith("shampoo4"):
-        return {"adamw": "AdamW", "shampoo32": "32-bit Shampoo", "sgd": "SGD"}[name]
-    # Older runs have all options in one place.
-    options = {**results["options"], **NAMED.get(name, {}), **results.get("optimizer_options", {})}
-    if options.get("method") == "soap":
-        kinds = options["bits"], options["momentum_dtype"], options["second_moment_dtype"]
-        moments = " and ".join(sorted(set(kinds[1:])))
-        return _SOAP.get(kinds, f"Shampoo4, {kinds[0]} bits, {moments} moments")
-    own = [(key, tuple(value) if isinstance(value, list) else value) for key, value in options.items()]
-    found = [place for place in _WORDS if place in own]
-    preset = list(_WORDS)[:4]
-    words = [_WORDS[place] for place in found]
-    if found[:4] == preset:
-        words[:4] = ["compact"]
-    return ", ".join([f"{options['bits']}-bit Shampoo", *filter(None, words)])
 
 
 def distinct(variants: dict[str, tuple[str, ...]], flags: Sequence[str]) -> dict[str, tuple[str, ...]]:
@@ -210,7 +160,9 @@ def read_runs(folders: Sequence[Path]) -> Runs:
     for folder in dict.fromkeys(folders):
         path = folder / "all_results.json"
         if not path.exists():
-            print(f"{folder} holds no finished run" + (": it diverged" if (folder / "diverged.txt").exists() else ""))
+            diverged = (folder / "diverged.txt").exists()
+            why = ": it diverged" if diverged else "" if folder.is_dir() else ": there is no such folder"
+            print(f"{folder} holds no finished run{why}")
             continue
         results = json.loads(path.read_text())
         name, length, seed = label_of(results), f"{results['epochs']:g} epochs", results["options"]["seed"]
@@ -230,103 +182,11 @@ def read_runs(folders: Sequence[Path]) -> Runs:
     return {label: dict(sorted(runs[label].items())) for label in labels}
 
 
-def kept_share(runs: Runs, label: str) -> float | None:
-    """Share of 32-bit Shampoo's gain over AdamW that ``label`` has, by the mean training losses; None without one."""
-    needed = ("AdamW", "32-bit Shampoo", label)
-    seeds = set.intersection(*(set(runs.get(name, {})) for name in needed))
-    if not seeds:
-        return None
-    adamw, full, own = (statistics.mean(runs[name][seed]["train_loss"] for seed in seeds) for name in needed)
-    return (adamw - own) / (adamw - full) if adamw - full > 0.01 * adamw else None
-
-
-def print_table(runs: Runs) -> None:
-    """One line for each optimizer; values of several seeds in the seeds' order."""
-    table = Table()
-    columns = ("optimizer", "seeds", "training loss", "accuracy", "kept", "preconditioner", "all state", "seconds")
-    for column in columns:
-        table.add_column(column, justify="left" if column == "optimizer" else "right")
-    for label, seeds in runs.items():
-        results = list(seeds.values())
-        held, kept = results[0]["state_bytes"], kept_share(runs, label)
-        table.add_row(
-            label,
-            ", ".join(map(str, seeds)),
-            " / ".join(f"{run['train_loss']:.4f}" for run in results),
-            " / ".join(f"{run['eval_accuracy']:.4f}" for run in results),
-            "" if kept is None else f"{kept:.2f}",
-            format_bytes(held["preconditioner"]),
-            format_bytes(sum(held.values())),
-            f"{statistics.mean(run['total_seconds'] for run in results):.0f}",
-        )
-    Console(width=170).print(table)
-
-
-def draw(runs: Runs, path: Path) -> None:
-    """Training loss by step and by time, accuracy by epoch (means over seeds, in bands of all), and state bytes."""
-    with picture(path, 2, 2, size=(13, 8.5)) as (figure, panels):
-        by_step, by_time, by_epoch, bars = panels.flat
-        colors = colors_of(runs)
-        for number, (color, (label, seeds)) in enumerate(zip(colors, runs.items(), strict=True)):
-            style = _LINES[colors[:number].count(color) % len(_LINES)]
-            logs = [whole_intervals(read_lines(run["folder"] / "metrics.jsonl")) for run in seeds.values()]
-            steps, losses = _together(logs, "step", "loss")
-            if not steps:
-                print(f"{label}: the logs have no step in common, so no training loss is drawn")
-            seconds = statistics.mean(run["total_seconds"] / run["steps"] for run in seeds.values())
-            _band(by_step, steps, losses, color, style, label)
-            _band(by_time, [step * seconds for step in steps], losses, color, style, label)
-            _band(by_epoch, *_together(logs, "epoch", "eval_accuracy"), color, style, label)
-        for panel, name in ((by_step, "step"), (by_time, "seconds, all things included")):
-            panel.set(xlabel=name, ylabel="training loss", xlim=(0, None), yscale="log")
-            label_logarithms(panel)
-        by_epoch.set(xlabel="epoch", ylabel="accuracy on the evaluation images", xlim=(0, None))
-        by_step.legend(fontsize=9)
-
-        held = {label: next(iter(seeds.values()))["state_bytes"] for label, seeds in runs.items()}
-        base, own = ([value[key] / 1e6 for value in held.values()] for key in ("base", "preconditioner"))
-        labels = [textwrap.fill(label, 18) for label in held]
-        bars.barh(labels, base, color=LIGHT_GRAY)
-        bars.barh(labels, own, left=base, color=colors)
-        bars.invert_yaxis()
-        bars.grid(visible=False)
-        bars.set(xlabel="MB of optimizer state; gray: of the base optimizer")
-        figure.suptitle(heading(runs))
-
-
-def colors_of(runs: Runs) -> list[str]:
-    """A color for each label: its own if it has one, whatever stands beside it."""
-    left = itertools.cycle(color for color in SERIES if color not in _COLORS.values())
-    return [_COLORS.get(next(iter(seeds.values()))["name"]) or next(left) for seeds in runs.values()]
-
-
-def heading(runs: Runs) -> str:
-    """Data set, model and seeds of all runs."""
-    every = [run for seeds in runs.values() for run in seeds.values()]
-    subjects = list(dict.fromkeys(map(subject, every)))
-    seeds = sorted({seed for seeds in runs.values() for seed in seeds})
-    said = f"mean and range of seeds {', '.join(map(str, seeds))}" if seeds[1:] else f"seed {seeds[0]}"
-    return f"{'; '.join(subjects)} ({said})"
-
-
-def _together(logs: Sequence[list[dict[str, Any]]], key: str, value: str) -> tuple[list[float], list[list[float]]]:
-    """Where all logs have ``value``, and its values there; nothing if they have no place in common."""
-    series = [{line[key]: line[value] for line in log if line.get(value) is not None} for log in logs]
-    places = sorted(set.intersection(*map(set, series)))
-    return places, [[one[place] for one in series] for place in places]
-
-
-def _band(
-    panel: Any, places: Sequence[float], values: Sequence[Sequence[float]], color: str, style: str, label: str
-) -> None:
-    marker = "" if len(places) > 1 else "o"
-    panel.plot(places, [statistics.mean(v) for v in values], style, color=color, label=label, marker=marker)
-    panel.fill_between(places, [min(v) for v in values], [max(v) for v in values], color=color, alpha=0.15)
-
-
 def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
-    """Our own flags, and those for train_vit.py."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Parse our own flags, and find those for train_vit.py."""
+    usage = "%(prog)s RUN ... | --output_dir DIR [options] [-- FLAGS OF train_vit.py]"
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(usage=usage, description=__doc__, formatter_class=raw)
     add = parser.add_argument
     add("runs", nargs="*", type=Path, help="output folders of finished runs")
     add("--output_dir", type=Path, help="make runs in this folder, and compare what it holds")
@@ -369,6 +229,9 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, l
 def main(argv: Sequence[str] | None = None) -> None:
     """Train if asked to, then compare."""
     args, flags = parse_args(argv)
+    make_folder(args.output.parent)
+    if args.output_dir:
+        make_folder(args.output_dir)
     if args.hidden_sizes:
         from rivals.widths import compare_widths
 

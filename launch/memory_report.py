@@ -20,7 +20,7 @@ from typing import Any
 
 from memory.models import SIZES, VITS, parameter_count, shapes_of, title
 from memory.rules import HOSTS, OPTIMIZERS, Footprint, Layout, footprint
-from plots import format_bytes, number_table, write_json
+from plots import format_bytes, make_folder, number_table, write_json
 from rich.console import Console
 from rich.table import Table
 
@@ -39,7 +39,7 @@ Footprints = dict[str, list[Footprint]]  # by model
 
 def main(arguments: Sequence[str] | None = None) -> None:
     flags = parse(arguments)
-    flags.output_dir.mkdir(parents=True, exist_ok=True)
+    make_folder(flags.output_dir)
     console = Console(width=150)
     if flags.largest:
         write_json(flags.output_dir / "largest.json", report_largest(flags, console))
@@ -48,7 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(usage="%(prog)s [options]", description=__doc__, formatter_class=raw)
     parser.add_argument(
         "--models", nargs="+", choices=tuple(SIZES), default=list(REPORTED), metavar="NAME",
         help=f"of {', '.join(SIZES)} (default: {' '.join(REPORTED)})",

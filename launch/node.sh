@@ -1,9 +1,12 @@
 #!/usr/bin/env bash
-# node.sh CONFIG [FLAGS OF train_vit.py]: one node's part of a job on several. To be started once on each node, there:
-# by srun, as slurm/train.sbatch does it, or as a pod's command. Slurm, or Kubeflow's PET_* variables, say which node it is.
+# node.sh CONFIG [FLAGS]: one node's part of a job on several. To be started once on each node, there: by srun, as
+# slurm/train.sbatch does it, or as a pod's command. Slurm, or Kubeflow's PET_* variables, say which node it is.
+# CONFIG is a file of configs/ without .yaml. SCRIPT=my.py in the environment runs another script than train_vit.py.
 set -euo pipefail
-config=$1
+here=$(dirname "${BASH_SOURCE[0]}")
+config=${1:?which file of $here/configs, such as fsdp2}
 shift
+[[ -f $here/configs/$config.yaml ]] || { echo "node.sh: there is no $here/configs/$config.yaml" >&2; exit 2; }
 
 nodes=${PET_NNODES:-${SLURM_NNODES:?neither Slurm nor Kubeflow says how many nodes there are}}
 rank=${PET_NODE_RANK:-${SLURM_NODEID:?}} # known on the node only: in a batch script it is 0
@@ -25,7 +28,7 @@ export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-60}
 # srun hands USR1 to all processes here. It would end the launcher, which does not know it. Ignored from here on, it
 # concerns only the processes that train, once they have set a handler of their own.
 trap '' USR1
-exec accelerate launch --config_file "launch/configs/$config.yaml" \
+exec accelerate launch --config_file "$here/configs/$config.yaml" \
     --num_machines "$nodes" --num_processes $((nodes * processes)) --machine_rank "$rank" \
     --main_process_ip "${PET_MASTER_ADDR:-$MASTER_ADDR}" --main_process_port "${PET_MASTER_PORT:-$MASTER_PORT}" \
-    "${options[@]}" launch/train_vit.py "$@"
+    "${options[@]}" "${SCRIPT:-$here/train_vit.py}" "$@"

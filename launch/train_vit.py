@@ -72,9 +72,12 @@ class Run:
 
     def _load_data(self, args: Arguments) -> transformers.PretrainedConfig:
         """Prepare images and loaders. Return the configuration of the model."""
-        with self.accelerator.main_process_first():  # the others read what the first one has downloaded
-            data = load_image_data(args.data)
-        config = build_config(args.model, data.label_names, natural_channels(data))
+        try:
+            with self.accelerator.main_process_first():  # the others read what the first one has downloaded
+                data = load_image_data(args.data)
+            config = build_config(args.model, data.label_names, natural_channels(data))
+        except (OSError, ValueError) as error:  # of a wrong option, of which a traceback would tell no more
+            raise SystemExit(f"train_vit.py: error: {error}") from error
         shape = side(config.image_size), config.num_channels
         train, evaluation = (
             Images(rows, data, *shape, args.data.cache_images_gb * 1e9) for rows in (data.train, data.validation)

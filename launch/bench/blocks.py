@@ -53,10 +53,10 @@ def step_flops(blocks: Blocks, method: str = "soap") -> dict[str, float]:
         n, whose block has k on its other side:
 
             2 n^2 k         the statistic G G^T
-            4 n^3           A = V diag(d) V^T + statistic, and A V
-            (8/3 + 2) n^3   P = QR(A V), and A P
-            2 n^3           "soap": the rotation P^T V
+            8/3 n^3         P = QR(A V), where A = V diag(d) V^T + statistic
+            6 n^3           "soap": the statistic's products with V and P, and the rotation P^T V
             4 n^2 k         "soap": both moments in the new basis
+            6 n^3           "shampoo": A, A V and A P
             4 n^3           "shampoo": a Bjorck step before the statistic
             2 n^3           "shampoo": the root V diag V^T, of the new eigenbasis
 
@@ -69,8 +69,8 @@ def step_flops(blocks: Blocks, method: str = "soap") -> dict[str, float]:
             products, cube = count * block.rows * block.columns * order, count * order**3
             if method == "soap":
                 ordinary += 4 * products
-                refresh += 6 * products + (4 + 8 / 3 + 2 + 2) * cube
+                refresh += 6 * products + (8 / 3 + 6) * cube
             else:
                 ordinary += 2 * products
-                refresh += 2 * products + (4 + 4 + 8 / 3 + 2 + 2 if order**2 >= SMALLEST else 9 + 2) * cube
+                refresh += 2 * products + (8 / 3 + 6 + 4 + 2 if order**2 >= SMALLEST else 9 + 2) * cube
     return {"ordinary": ordinary, "refresh": refresh}

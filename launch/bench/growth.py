@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from plots import BLUE, GRAY, RED, label_logarithms, number_table, picture, write_json
+from plots import COLORS, label_logarithms, number_table, picture, write_json
 from rich.console import Console
 from rich.table import Table
 
@@ -18,7 +18,12 @@ from .blocks import blocks_of, step_flops
 from .measure import Row, measure, setting
 from .optimizers import ADAMW, shampoo4_with_blocks
 
-KINDS = {"ordinary": BLUE, "refresh": RED, "adamw": GRAY}  # of steps, and their colors
+# Of steps: their optimizer, label and line.
+KINDS = {
+    "ordinary": ("shampoo4", "Shampoo4, ordinary", "o-"),
+    "refresh": ("shampoo4", "Shampoo4, refresh", "o--"),
+    "adamw": ("adamw", "AdamW", "o-"),
+}
 GRADIENTS = 2  # sets that are replayed
 
 
@@ -30,7 +35,9 @@ def compare_sizes(flags: argparse.Namespace, console: Console) -> None:
     title = f"Shampoo4 on stacks like a ViT's; {about['device']}, {clock} time, load before {about['load_before']:.1f}"
     console.print(growth_table(rows, title))
     write_json(flags.output_dir / "growth.json", {**about, "sizes": rows})
-    draw_growth(rows, f"stacks like a ViT's, {about['device']}", flags.output_dir / "growth.png")
+    threads = f", {about['threads']} thread{'s' if about['threads'] > 1 else ''}" if clock == "processor" else ""
+    title = f"AdamW and Shampoo4 on stacks of matrices like a ViT's; {about['device']}{threads}, {clock} time"
+    draw_growth(rows, title, flags.output_dir / "growth.png")
     print(f"wrote {flags.output_dir / 'growth.png'}")
 
 
@@ -101,19 +108,18 @@ def draw_growth(rows: Sequence[Row], title: str, path: Path) -> None:
     )
     sizes = [row["parameters"] for row in rows]
 
-    def line(axes: Any, values: Sequence[float], color: str, label: str) -> None:
-        axes.plot(sizes, values, "o-", color=color, label=label)
+    def line(axes: Any, values: Sequence[float], name: str, label: str, style: str = "o-") -> None:
+        axes.plot(sizes, values, style, color=COLORS[name], label=label)
 
     with picture(path, 1, 2, (11, 4.2)) as (figure, (times, states)):
-        for kind, color in KINDS.items():
-            label = "AdamW" if kind == "adamw" else f"Shampoo4, {kind}"
-            line(times, [row["milliseconds"][kind] / 1e3 for row in rows], color, label)
-        line(states, [row["state_bytes"]["shampoo4"] / 1e6 for row in rows], RED, "Shampoo4")
-        line(states, [row["state_bytes"]["adamw"] / 1e6 for row in rows], GRAY, "AdamW")
+        for kind, (name, label, style) in KINDS.items():
+            line(times, [row["milliseconds"][kind] / 1e3 for row in rows], name, label, style)
+        line(states, [row["state_bytes"]["shampoo4"] / 1e6 for row in rows], "shampoo4", "Shampoo4")
+        line(states, [row["state_bytes"]["adamw"] / 1e6 for row in rows], "adamw", "AdamW")
         times.set_title("seconds of a step")
         states.set_title("MB of optimizer state")
         for axes in (times, states):
             axes.set(xscale="log", yscale="log", xlabel="parameters")
-            label_logarithms(axes)
+            label_logarithms(axes.yaxis)
             axes.legend()
         figure.suptitle(title)

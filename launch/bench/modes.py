@@ -7,7 +7,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from plots import BLUE, RED, number_table, picture, write_json
+from plots import COLORS, label_logarithms, number_table, picture, write_json
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -98,12 +98,13 @@ def draw(rows: list[Row], about: dict[str, Any], path: Path) -> None:
     shown = [row for row in rows if "cpu_ms" in row and row["name"] not in FLOORS]
     names, clock = [row["label"] for row in shown], about["clock"]
     medians, worst = ([row[clock][kind] for row in shown] for kind in ("median", "worst"))
-    colors = [RED if row["name"] in OURS else BLUE for row in shown]
+    colors = [COLORS.get(row["name"], "black") for row in shown]
     with picture(path, 1, 2, (13, 1.2 + 0.3 * len(shown)), sharey=True) as (figure, (times, states)):
         times.hlines(names, medians, worst, colors)
         times.scatter(medians, names, color=colors)
         times.set(xscale="log", xlabel=f"{'CPU' if clock == 'cpu_ms' else 'elapsed'} ms of a step, median to worst")
         times.invert_yaxis()
+        label_logarithms(times.xaxis)
         states.barh(names, [row["state_bytes_per_parameter"] for row in shown], color=colors)
         states.set_xlabel("bytes of optimizer state per parameter")
         threads = f", {about['threads']} thread{'s' if about['threads'] > 1 else ''}" if clock == "cpu_ms" else ""

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from plots import SERIES, label_logarithms, number_table, picture
+from plots import COLORS, label_logarithms, number_table, picture, told_seeds
 from rich.console import Console
 
 from .optimizers import RIVALS, Rival, state_bytes
@@ -186,7 +186,7 @@ def compare(names: Sequence[str], tasks: Sequence[str], seeds: Sequence[int], fo
         found = {task: {name: started[task, name].result() for name in names} for task in tasks}
     for task in tasks:
         print_table(TASKS[task], found[task])
-    draw(found, folder / "rivals.png")
+    draw(found, seeds, folder / "rivals.png")
     print(f"picture  {folder / 'rivals.png'}")
 
 
@@ -219,27 +219,28 @@ def _mean_and_all(values: list[float]) -> str:
     return f"{statistics.mean(values):.4f} ({each})" if len(values) > 1 else each
 
 
-def draw(found: dict[str, dict[str, tuple[float, list[Result]]]], path: Path) -> None:
-    """Training loss over steps, means over seeds, a panel for each task; and the state, in the same colors."""
-    colors = dict(zip(RIVALS, (*SERIES[:2], *SERIES[3:6], SERIES[2], SERIES[6], SERIES[8]), strict=True))
+def draw(found: dict[str, dict[str, tuple[float, list[Result]]]], seeds: Sequence[int], path: Path) -> None:
+    """Draw training loss over steps, means over seeds, a panel for each task; and the state, in the same colors."""
     widths = [3.0] * len(found) + [2.0]
-    with picture(path, columns=len(widths), size=(2 * sum(widths), 5), width_ratios=widths) as (_, panels):
+    with picture(path, columns=len(widths), size=(2 * sum(widths), 5.4), width_ratios=widths) as (figure, panels):
         for panel, (task, by_name) in zip(panels, found.items(), strict=False):
             for name, (_, results) in by_name.items():
                 mean = torch.tensor([result["losses"] for result in results]).mean(0)
                 width = max(1, len(mean) // 60)
                 smooth = mean[: len(mean) // width * width].view(-1, width).mean(1)
                 steps = [(index + 0.5) * width for index in range(len(smooth))]
-                panel.plot(steps, smooth.tolist(), color=colors[name], label=RIVALS[name].label)
+                panel.plot(steps, smooth.tolist(), color=COLORS[name], label=RIVALS[name].label)
             drawn = [line.get_ydata() for line in panel.get_lines()]
             panel.set(title=TASKS[task].title.replace(", ", "\n"), xlabel="step", ylabel="training loss", yscale="log")
             panel.set_ylim(top=max(losses[len(losses) // 10] for losses in drawn))  # of the time after the warm-up
-            label_logarithms(panel)
+            label_logarithms(panel.yaxis)
+            panel.legend(fontsize="x-small")
         last, bars = list(found.values())[-1], panels[-1]
         held = {name: results[0]["state bytes"] / results[0]["parameters"] for name, (_, results) in last.items()}
         labels = [textwrap.fill(RIVALS[name].label, 26, break_on_hyphens=False) for name in held]
-        bars.barh(labels, list(held.values()), color=[colors[name] for name in held])
+        bars.barh(labels, list(held.values()), color=[COLORS[name] for name in held])
         bars.invert_yaxis()
         bars.tick_params(axis="y", labelsize="small")
         model = TASKS[next(reversed(found))].title.partition(" of ")[0]
         bars.set(title=f"optimizer state\n{model}", xlabel="bytes per parameter")
+        figure.suptitle(told_seeds(seeds))

@@ -13,11 +13,11 @@ from typing import Any
 
 import yaml
 from transformers import HfArgumentParser
-
-from sharded_shampoo4.arguments import Shampoo4Arguments
 from vit.augment import AUGMENTATIONS
 from vit.model import PRESETS
 from vit.optim import OPTIMIZERS, is_soap
+
+from sharded_shampoo4.arguments import Shampoo4Arguments
 
 # Defaults by data set. "other" is for color images of an ordinary size.
 _BY_DATA_SET: dict[str, dict[str, Any]] = {
@@ -51,6 +51,17 @@ _RANGES: dict[str, tuple[float, float]] = {
     "num_warmup_steps": (0, math.inf),
     "warmup_ratio": (0, 1),
     "max_grad_norm": (0, math.inf),
+}
+# What an option of the command line replaces in a recipe, beside the option itself.
+_ABOUT_DATA = ("dataset_config_name", "validation_split", "image_column_name", "label_column_name")
+_REPLACED: dict[str, tuple[str, ...]] = {
+    "dataset_name": ("dataset_path", "train_dir", "validation_dir", *_ABOUT_DATA),
+    "dataset_path": ("dataset_name", "train_dir", "validation_dir"),  # a copy of that data set has its columns
+    "train_dir": ("dataset_name", "dataset_path", "validation_dir", *_ABOUT_DATA),
+    "model": ("model_name_or_path",),
+    "model_name_or_path": ("model",),
+    "num_train_epochs": ("max_train_steps",),
+    "warmup_ratio": ("num_warmup_steps",),
 }
 # Those of transformers that need no arguments of their own.
 SCHEDULES = (
@@ -219,7 +230,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Arguments:
     given = list(sys.argv[1:] if argv is None else argv)
     try:
         typed = vars(parser.parse_args(given))
-        given = [*_flags(Path(typed["recipe"])), *given] if typed["recipe"] else given
+        given = [*_flags(_recipe(typed, given)), *given] if typed["recipe"] else given
         parser.set_defaults(**_defaults(vars(parser.parse_args(given))))
         data, model, training, shampoo = parser.parse_args_into_dataclasses(given, look_for_args_file=False)
         arguments = Arguments(data, model, training, _shampoo_options(training.optimizer, shampoo.given()))
@@ -252,11 +263,23 @@ def _warn_of_unused(optimizer: str, typed: dict[str, Any]) -> None:
         warnings.warn(f"--optimizer {optimizer} does not use --{', --'.join(unused)}", stacklevel=3)
 
 
-def _flags(file: Path) -> list[str]:
-    """Read a YAML file of names and values as command-line flags."""
+def _recipe(typed: dict[str, Any], given: Sequence[str]) -> dict[str, Any]:
+    """Read the YAML file of names and values, without what the words of the command line replace."""
+    file = Path(typed["recipe"])
     recipe = yaml.safe_load(file.read_text())
     if not isinstance(recipe, dict):
         raise ValueError(f"--recipe {file} has no lines such as 'learning_rate: 1e-3'")
+    names = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in given if word.startswith("--")}
+    gone = names.union(*(_REPLACED.get(name, ()) for name in names))
+    if "optimizer" in names:
+        gone |= OPTIMIZERS[typed["optimizer"]].keys()
+    if "dataset_path" in names and recipe.get("dataset_name") == "fashion-mnist":  # which a folder of it leaves valid
+        gone -= {"dataset_name"} - names
+    return {name: value for name, value in recipe.items() if str(name).replace("-", "_") not in gone}
+
+
+def _flags(recipe: dict[str, Any]) -> list[str]:
+    """Return names and values as command-line flags."""
     values = {name: value if isinstance(value, list) else [value] for name, value in recipe.items()}
     return [word for name in values for word in (f"--{name}", *map(str, values[name]))]
 

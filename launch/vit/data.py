@@ -14,7 +14,6 @@ from PIL import Image as Pillow
 from PIL import ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
-
 from vit.sources import ImageData
 
 if TYPE_CHECKING:

@@ -12,10 +12,10 @@ import transformers
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from transformers import PreTrainedModel
+from vit.model import LAYERS
 
 from sharded_shampoo4.integrations.accelerate import PortableAccelerator
 from sharded_shampoo4.integrations.rehearsal import rehearse_on_cpu
-from vit.model import LAYERS
 
 if TYPE_CHECKING:
     from vit.args import TrainingArguments

@@ -9,11 +9,11 @@ import torch
 from accelerate.utils import DummyOptim
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
+from vit.model import decays
 
 from sharded_shampoo4 import Shampoo4, estimate_memory
 from sharded_shampoo4.options import DEFAULTS
 from sharded_shampoo4.presets import apply_preset
-from vit.model import decays
 
 if TYPE_CHECKING:
     from vit.args import Arguments, TrainingArguments

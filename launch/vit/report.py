@@ -93,17 +93,24 @@ def print_tables(results: dict[str, Any]) -> None:
 
 
 def title(results: dict[str, Any]) -> str:
-    """Name the model, the data set and the optimizer, which DeepSpeed's configuration may name."""
+    """Name the model, the data set, the optimizer, which DeepSpeed's configuration may name, and the seed."""
     options, by_deepspeed = results["options"], results["deepspeed_optimizer"]
     name = f"{by_deepspeed['type']} of DeepSpeed's configuration" if by_deepspeed else options["optimizer"]
-    return f"{subject(results)}, {name}"
+    return f"{subject(results)}, {name}, seed {options['seed']}"
 
 
 def subject(results: dict[str, Any]) -> str:
-    """Name the model and the data set."""
+    """Name the model, and the data set that was read: a folder's name where one was given.
+
+    >>> subject({"options": {"model": "vit-small", "dataset_path": "/data/cifar/", "dataset_name": "uoft-cs/cifar100"}})
+    'vit-small on cifar'
+    """
     options = results["options"]
-    source = options["dataset_name"] or options["dataset_path"] or options["train_dir"]
-    return f"{options['model'] or 'model'} on {Path(source).name if Path(source).is_dir() else source}"
+    folder = options.get("dataset_path") or options.get("train_dir")
+    parts = Path(folder).parts[-2:] if folder else ()
+    source = "/".join(parts[-1:] if parts[-1] != "train" else parts) if parts else folder or options["dataset_name"]
+    trained = options.get("model_name_or_path")
+    return f"{options['model'] or (Path(trained).name if trained else 'model')} on {source}"
 
 
 def whole_intervals(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -129,7 +136,7 @@ def plot_curves(lines: list[dict[str, Any]], path: Path, title: str) -> None:
         losses = [line["loss"] for line in train] + [line["eval_loss"] for line in evals]
         if losses and min(losses) > 0 and max(losses) > 20 * min(losses):
             loss.set_yscale("log")
-            label_logarithms(loss)
+            label_logarithms(loss.yaxis)
         loss.legend()
         _draw(accuracy, evals, "eval_accuracy", "", RED)
         accuracy.set_title("evaluation accuracy")

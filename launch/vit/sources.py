@@ -82,10 +82,18 @@ def _load_splits(args: DataArguments) -> DatasetDict:
         return _load_path(Path(args.dataset_path))
     if args.dataset_name == "digits":
         return _load_digits()
-    splits = load_dataset(args.dataset_name, args.dataset_config_name)
+    splits = _load_hub(args.dataset_name, args.dataset_config_name)
     if not isinstance(splits, DatasetDict):
         raise ValueError(f"--dataset_name {args.dataset_name} is streamed or has no splits; a plain data set is needed")
     return splits
+
+
+def _load_hub(name: str, config: str | None) -> object:
+    try:
+        return load_dataset(name, config)
+    except Exception as error:  # no network, no such data set, no access: each has a type of its own
+        said = next(iter(str(error).splitlines()), type(error).__name__)
+        raise FileNotFoundError(f"--dataset_name {name} cannot be loaded from the hub: {said}") from error
 
 
 def _check_folder(option: str, root: Path) -> None:

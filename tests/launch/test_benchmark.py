@@ -172,7 +172,8 @@ def test_what_compiles_slowly_is_eager_on_a_cpu() -> None:
 def test_wrong_flags(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         benchmark.parse(flags)
-    assert message in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 2, said
 
 
 # -- peers -------------------------------------------------------------------------------------------------------------

@@ -85,10 +85,12 @@ def test_the_sbatch_file_asks_for_what_a_requeued_job_needs() -> None:
     assert not any("#SBATCH" in line for line in lines[first_command:]), "Slurm reads none after the first command"
 
 
-def test_a_job_needs_a_configuration(cluster: Path) -> None:
-    env = job_environment(cluster)
-    failed = subprocess.run(["bash", JOB], cwd=cluster, env=env, capture_output=True, text=True, timeout=30)
-    assert failed.returncode != 0 and "which file of launch/configs" in failed.stderr
+def test_a_job_needs_a_configuration_that_is_there(cluster: Path) -> None:
+    env = job_environment(cluster, SLURM_NODEID=0, MASTER_ADDR="127.0.0.1", MASTER_PORT=1)
+    for script in (JOB, "launch/node.sh"):
+        command = ["bash", script, "fsdp3"]
+        failed = subprocess.run(command, cwd=cluster, env=env, capture_output=True, text=True, timeout=30)
+        assert failed.returncode == 2 and "there is no launch/configs/fsdp3.yaml" in failed.stderr
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -115,6 +117,22 @@ def test_each_node_launches_its_own_part(config: str, cluster: Path) -> None:
             assert option(arguments, "--parallelism_config_dp_replicate_size") == "2"
             assert option(arguments, "--parallelism_config_dp_shard_size") == "8"
         assert ("standard" in arguments) == (config == "zero3")
+
+
+@pytest.mark.parametrize("config", [None, "zero3"])
+def test_a_script_of_ones_own_gets_its_own_flags_only(config: str | None, cluster: Path) -> None:
+    """Also where launch/ lies elsewhere, as in a package that is installed."""
+    launches = recorded_launches(cluster)
+    next(launches)
+    (cluster / "launch").rename(cluster / "elsewhere")
+    command = ["bash", str(cluster / "elsewhere/slurm/train.sbatch"), *filter(None, [config]), "--my_flag", "3", "last"]
+    env = job_environment(cluster, SCRIPT="my.py", LAUNCH="elsewhere")
+    subprocess.run(command, cwd=cluster, env=env, check=True, timeout=30)
+    nodes = list(launches)
+    assert len(nodes) == 2
+    for arguments in nodes:
+        assert arguments[-4:] == ["my.py", "--my_flag", "3", "last"]
+        assert option(arguments, "--config_file") == f"elsewhere/configs/{config or 'fsdp2'}.yaml"
 
 
 def test_a_job_that_fails_is_not_requeued(cluster: Path) -> None:
@@ -270,6 +288,13 @@ def test_each_pod_launches_its_own_part(manifest: str, cluster: Path) -> None:
     from vit.args import parse_args  # takes a while: it imports transformers
 
     assert parse_args(flags).training.output_dir.startswith("/runs/")  # the volume's
+
+    ours = [word.replace("launch/train_vit.py", "my.py") for word in command if not word.startswith("--")]
+    for file in cluster.glob("said-*"):
+        file.unlink()
+    subprocess.run([*ours, "--my_flag"], cwd=cluster, env=env, check=True, timeout=30)
+    (file,) = cluster.glob("said-*")
+    assert file.read_text().split("\0")[-3:-1] == ["my.py", "--my_flag"]
 
 
 def pod_environment(rank: int, processes: int, port: int) -> dict[str, str]:

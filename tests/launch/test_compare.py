@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from matplotlib.colors import to_rgba
 from support import forked
 from support.launching import LAUNCH  # finds launch/
 
 # isort: split
 import compare
 import plots
-from vit import report
+from vit import report, side_by_side
 from vit.args import parse_args
 from vit.optim import build_optimizer  # all found through launching
 
@@ -220,16 +223,84 @@ def test_an_optimizer_keeps_its_color() -> None:
     labels = ["AdamW", "32-bit Shampoo", "4-bit Shampoo", "4-bit Shampoo, naive", "SGD"]
     ours = "Shampoo4"
     every = {label: {0: made(label)} for label in [*labels, ours]}
-    colors = dict(zip(every, compare.colors_of(every), strict=True))
+    colors = dict(zip(every, side_by_side.colors_of(every), strict=True))
     assert len(set(colors.values())) == len(colors) and colors[ours] == plots.RED
     for chosen in (["AdamW", ours], [ours, "4-bit Shampoo"]):
-        assert compare.colors_of({label: every[label] for label in chosen}) == [colors[label] for label in chosen]
+        assert side_by_side.colors_of({label: every[label] for label in chosen}) == [colors[label] for label in chosen]
 
 
 def test_the_picture_says_what_it_is_of() -> None:
     both = {label: {seed: made(label, seed) for seed in (0, 3)} for label in ("AdamW", "SGD")}
-    assert compare.heading(both) == "vit-digits on digits (mean and range of seeds 0, 3)"
-    assert compare.heading({"AdamW": {2: made("AdamW", 2)}}) == "vit-digits on digits (seed 2)"
+    assert side_by_side.heading(both) == "vit-digits on digits (mean and range of seeds 0, 3)"
+    assert side_by_side.heading({"AdamW": {2: made("AdamW", 2)}}) == "vit-digits on digits (seed 2)"
+
+
+def test_a_title_names_the_data_that_were_read() -> None:
+    options = {"model": "vit-small", "dataset_name": "uoft-cs/cifar100", "seed": 3}
+    for folder, name in (
+        ({}, "uoft-cs/cifar100"),
+        ({"dataset_path": "/data/copy/"}, "copy"),
+        ({"train_dir": "birds/train", "dataset_path": None}, "birds/train"),
+        ({"train_dir": "birds"}, "birds"),
+        ({"train_dir": "."}, "."),
+    ):
+        results = {"options": {**options, **folder}, "deepspeed_optimizer": {"type": "AdamW"}}
+        assert report.subject(results) == f"vit-small on {name}"
+        assert report.title(results) == f"vit-small on {name}, AdamW of DeepSpeed's configuration, seed 3"
+
+
+@pytest.mark.parametrize("given", [["--nothing"], ["/no/such/folder"], ["--output_dir", "/proc/no/such"]])
+def test_an_expected_error_takes_two_lines(given: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        compare.main(given)
+    captured = capsys.readouterr()
+    said = captured.out + captured.err + ("" if isinstance(ended.value.code, int) else f"{ended.value.code}\n")
+    assert ended.value.code != 0 and 1 <= said.count("\n") <= 2, said
+    assert given[-1] in said
+
+
+def shown(runs: dict[str, dict[int, dict[str, Any]]], capsys: pytest.CaptureFixture[str]) -> str:
+    side_by_side.print_table(runs)
+    return capsys.readouterr().out
+
+
+def test_the_table_says_whose_state_it_shows(capsys: pytest.CaptureFixture[str]) -> None:
+    """The column "kept" is there with 32-bit Shampoo only, and bytes per parameter are those of all processes."""
+    held = [{"preconditioner": 30, "base": 90}, {"preconditioner": 10, "base": 70}]
+    run = {"train_loss": 1.0, "eval_accuracy": 0.5, "total_seconds": 1.0, "parameters": 40}
+    alone = {**run, "state_bytes": held[0], "state_bytes_per_process": held[:1]}
+    both = {**run, "state_bytes": held[0], "state_bytes_per_process": held}
+    text = shown({"AdamW": {0: alone}, "Shampoo4": {0: alone}}, capsys)
+    assert "all state" in text and "120 B" in text and "3.00" in text and "kept" not in text
+    text = shown({"AdamW": {0: both}, "Shampoo4": {0: both}}, capsys)
+    assert "all state" not in text and "state of a" in text and "of all" in text
+    assert "120 B" in text and "200 B" in text and "5.00" in text
+    runs = {label: {0: {**alone, "train_loss": loss}} for label, loss in (("AdamW", 2.0), ("32-bit Shampoo", 1.0))}
+    assert "kept" in shown(runs, capsys)
+
+
+def test_a_bar_has_the_color_of_its_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also AdamW's, which is all of the base; else the base's part is pale."""
+    panels: list[Any] = []
+    picture = side_by_side.picture
+
+    @contextmanager
+    def kept(*given: Any, **options: Any) -> Iterator[Any]:
+        with picture(*given, **options) as drawn:
+            panels.extend(drawn[1].flat)
+            yield drawn
+
+    monkeypatch.setattr(side_by_side, "picture", kept)
+    finish(tmp_path / "adamw", "--optimizer", "adamw", loss_steps=(10, 20))
+    finish(tmp_path / "sgd", "--optimizer", "sgd", loss_steps=(10, 20))
+    runs = compare.read_runs([tmp_path / "adamw", tmp_path / "sgd"])
+    runs["SGD"][0]["state_bytes"] = {"base": 4, "preconditioner": 4}
+    side_by_side.draw(runs, tmp_path / "x.png")
+    lines = [line.get_color() for line in panels[0].get_lines()]
+    assert lines == [plots.COLORS["adamw"], plots.COLORS["sgd"]]
+    adamw, _, pale, full = (bar.get_facecolor() for bar in panels[3].patches)
+    assert adamw == to_rgba(plots.COLORS["adamw"]) and full == to_rgba(plots.COLORS["sgd"]) and pale[3] < 1
+    assert "pale: of its base" in panels[3].get_xlabel()
 
 
 def test_a_mean_over_fewer_steps_is_left_out() -> None:
@@ -245,7 +316,7 @@ def test_logarithmic_axes_have_a_few_labels(tmp_path: Path, bottom: float, top: 
     with plots.picture(tmp_path / "x.png") as (figure, panel):
         panel.plot([0, 1], [bottom, bottom * top])
         panel.set_yscale("log")
-        plots.label_logarithms(panel)
+        plots.label_logarithms(panel.yaxis)
         figure.canvas.draw()
         low, high = panel.get_ylim()
         labels = [

@@ -13,7 +13,8 @@ import transformers
 from datasets import Array2D, Dataset, DatasetDict, Features, Value
 from datasets import Image as ImageColumn
 from PIL import Image
-from support.launching import LAUNCH
+from support import forked
+from support.launching import LAUNCH, train
 
 # isort: split
 from vit.args import SCHEDULES, parse_args  # found through launching, as the others are
@@ -159,6 +160,18 @@ def test_folders_are_found_or_said_to_be_missing(tmp_path: Path, load: Load) -> 
         with pytest.raises(FileNotFoundError) as caught:
             load(*flags)
         assert said in str(caught.value)
+
+
+def test_the_script_says_what_is_missing_in_a_line(tmp_path: Path) -> None:
+    """Folders, data sets of the hub, here without a network, and flags."""
+    for flags, said in (
+        (("--train_dir", tmp_path / "none"), "there is no such folder"),
+        (("--dataset_name", "nobody/nothing"), "--dataset_name nobody/nothing cannot be loaded from the hub: "),
+        (("--model_name_or_path", tmp_path / "none"), "none"),
+    ):
+        ended = train(tmp_path / "run", *flags, run=forked.run)
+        assert ended.returncode == 1 and ended.stderr.startswith("train_vit.py: error: "), ended.stderr
+        assert said in ended.stderr and "Traceback" not in ended.stderr and ended.stderr.count("\n") <= 3, ended.stderr
 
 
 @pytest.mark.parametrize("cache", [1e9, 0])

@@ -249,12 +249,14 @@ def test_report_writes_tables_and_figures(tmp_path: Path, capsys: pytest.Capture
         (["--largest", "1.5", "24"], "a number of GPUs"),
         (["--world_sizes", "0"], "positive integers"),
         (["--models", "vit-unknown"], "invalid choice: 'vit-unknown'"),
+        (["--nothing"], "unrecognized arguments: --nothing"),
     ],
 )
 def test_wrong_flags(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         memory_report.main(flags)
-    assert message in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 2, said
 
 
 # -- the largest that fits ---------------------------------------------------------------------------------------------

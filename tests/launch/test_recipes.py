@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -68,6 +69,43 @@ def test_a_recipe_trains_and_keeps_the_papers_bytes(name: str) -> None:
     mebibytes = estimate_memory(joined(shapes), **settings).preconditioner[0] / 2**20
     # Swin's windows are smaller than the paper's, and so are the tables of its relative positions.
     assert mebibytes == pytest.approx(published, rel=5e-3 if "swin" in name else 3e-3)
+
+
+def options_of(recipe: str, *flags: str) -> dict[str, Any]:
+    return parse_args(["--recipe", str(LAUNCH / "recipes" / f"{recipe}.yaml"), *flags]).flat()
+
+
+def test_data_of_the_command_line_replace_a_recipes(tmp_path: Path) -> None:
+    """Columns and splits go with the data set, unless a folder is given that may hold a copy of it."""
+    cifar = ("dataset_name", "dataset_path", "train_dir", "label_column_name")
+    for flags, kept in (
+        (("--train_dir", "/images"), (None, None, "/images", None)),
+        (("--train-dir=/images",), (None, None, "/images", None)),
+        (("--train_dir", "/images", "--label_column_name", "own"), (None, None, "/images", "own")),
+        (("--dataset_path", "/cifar"), (None, "/cifar", None, "fine_label")),
+        (("--dataset_name", "digits"), ("digits", None, None, None)),
+        (("--seed", "1"), ("uoft-cs/cifar100", None, None, "fine_label")),
+    ):
+        found = options_of("cifar100-vit-small", *flags)
+        assert tuple(found[name] for name in cifar) == kept
+        assert (found["model"], found["num_train_epochs"]) == ("vit-small", 100)
+    assert options_of("tiny-imagenet-vit-small", "--train_dir", "/images")["validation_split"] is None
+    file = tmp_path / "own.yaml"
+    file.write_text("train_dir: /images\nvalidation_dir: /others\n")
+    found = parse_args(["--recipe", str(file), "--dataset_name", "digits"]).flat()
+    assert (found["dataset_name"], found["train_dir"], found["validation_dir"]) == ("digits", None, None)
+    file.write_text("dataset_name: fashion-mnist\n")
+    found = parse_args(["--recipe", str(file), "--dataset_path", "/fashion"]).flat()
+    assert (found["dataset_name"], found["dataset_path"]) == ("fashion-mnist", "/fashion"), "idx files of that name"
+
+
+def test_a_flag_wins_over_what_a_recipe_says_in_other_words(tmp_path: Path) -> None:
+    file = tmp_path / "own.yaml"
+    file.write_text("model: vit-tiny\nmax_train_steps: 7\nnum_warmup_steps: 3\npreset: paper\n")
+    flags = ("--model_name_or_path", "own", "--num_train_epochs", "2", "--warmup_ratio", "0.2")
+    found = parse_args(["--recipe", str(file), *flags, "--optimizer", "shampoo4-compact"]).flat()
+    assert (found["model"], found["model_name_or_path"]) == (None, "own")
+    assert (found["max_train_steps"], found["num_warmup_steps"], found["preset"]) == (None, None, "compact")
 
 
 def test_the_command_line_overrides_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""What is published: both packages in the wheel, with torch as the only requirement, and all files in the sdist."""
+"""What is published: library and launch scripts in the wheel, torch as the only requirement, all files in the sdist."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ import torch
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
+from support.marks import slow_except
 
 import sharded_shampoo4
 
@@ -30,6 +31,9 @@ CONSTRAINTS = {
     "pinned": ROOT / "constraints.txt",
     "newest": ROOT / "tests" / "versions" / "newest.txt",
 }
+# Extras of programs that ask for other versions of what the tests need: `make test-peers` installs them by themselves.
+BY_THEMSELVES = {"axolotl", "timm", "torchtitan"}
+SCRIPTS = ("train_vit", "compare", "memory_report", "benchmark")
 
 
 FOLDERS = ("sharded_shampoo4", "integrations", "launch", "tests", ".ci", ".github")
@@ -68,6 +72,23 @@ def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     subprocess.run([sys.executable, "-m", "pip", "wheel", *options, str(sdist)], check=True, cwd=folder)
     (wheel,) = folder.glob("*.whl")
     return wheel
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what is in the wheel."""
+    folder = tmp_path_factory.mktemp("installed")
+    options = ["--quiet", "--no-deps", "--target", str(folder)]
+    subprocess.run([sys.executable, "-m", "pip", "install", *options, str(wheel)], check=True)
+    return folder
+
+
+def run_module(installed: Path, cwd: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    """Run ``python -m`` with the wheel's files, in a folder without any of ours."""
+    paths = os.pathsep.join([str(installed), *(path for path in sys.path if path.endswith("site-packages"))])
+    environment = {**os.environ, "PYTHONPATH": paths}
+    command = (sys.executable, "-m", *command)
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
 
 
 def test_the_sdist_has_all_files(source: Path, sdist: Path) -> None:
@@ -125,34 +146,72 @@ def test_the_wheel(wheel: Path) -> None:
     modules = {name for name in names if name.endswith(".py")}
     expected = {str(path.relative_to(ROOT)) for path in (ROOT / "sharded_shampoo4").rglob("*.py")}
     expected |= {f"sharded_shampoo4/integrations/{path.name}" for path in (ROOT / "integrations").glob("*.py")}
+    scripts = [path for path in files_of("launch") if path.suffix == ".py" and path.parts[1] != "docs"]
+    expected |= {f"sharded_shampoo4/{path}" for path in scripts}
     assert modules == expected and "sharded_shampoo4/py.typed" in names
+    for folder in ("configs", "kubernetes", "recipes", "slurm"):
+        assert {f"sharded_shampoo4/{path}" for path in files_of(f"launch/{folder}")} <= set(names)
+    assert {f"sharded_shampoo4/launch/{name}" for name in ("node.sh", "hostfile.example")} <= set(names)
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"sharded_shampoo4"}
 
 
-def test_the_memory_of_a_configuration_from_the_wheel(wheel: Path, tmp_path: Path) -> None:
-    """As users of the wheel run it, who have no launch scripts."""
+def files_of(folder: str) -> list[Path]:
+    """Paths below the root of the files in a folder, without those that runs and Python leave behind."""
+    files = (path.relative_to(ROOT) for path in (ROOT / folder).rglob("*") if path.is_file())
+    return [path for path in files if not {"runs", "__pycache__"} & set(path.parts)]
+
+
+@pytest.mark.parametrize("script", slow_except(["train_vit"], SCRIPTS))
+def test_a_script_runs_from_the_wheel(script: str, installed: Path, tmp_path: Path) -> None:
+    pytest.importorskip("kornia")  # of the extra `launch`
+    (tmp_path / "plots.py").write_text("raise RuntimeError('of the user')")
+    module = f"sharded_shampoo4.launch.{script}"
+    launcher = ("accelerate.commands.launch", "--cpu", "--num_processes", "1", "-m") if script == "train_vit" else ()
+    found = run_module(installed, tmp_path, *launcher, module, "--help")
+    assert found.returncode == 0 and found.stdout.startswith("usage: "), found.stderr
+
+
+def test_a_script_of_the_wheel_starts_the_others(installed: Path, tmp_path: Path) -> None:
+    flags = ("--max_train_steps", "2", "--max_train_samples", "96", "--max_eval_samples", "32")
+    command = ("--output_dir", "made", "--optimizers", "adamw", "--", *flags)
+    found = run_module(installed, tmp_path, "sharded_shampoo4.launch.compare", *command)
+    assert found.returncode == 0, found.stderr
+    assert (tmp_path / "made/adamw-seed0/all_results.json").exists() and (tmp_path / "made/comparison.png").exists()
+
+
+def test_the_memory_of_a_configuration_from_the_wheel(installed: Path, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.ViTConfig(hidden_size=96, num_hidden_layers=1, architectures=["ViTForImageClassification"])
     config.save_pretrained(tmp_path)
-    installed = tmp_path / "installed"
-    subprocess.run(
-        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(installed), str(wheel)],
-        check=True,
-    )
-    command = [sys.executable, "-m", "sharded_shampoo4.integrations.memory", str(tmp_path)]
 
     def run(*options: str) -> subprocess.CompletedProcess[str]:
-        environment = {**os.environ, "PYTHONPATH": str(installed)}
-        return subprocess.run([*command, *options], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        return run_module(installed, tmp_path, "sharded_shampoo4.integrations.memory", *options)
 
-    found = run("--world_size", "2", "preset=compact", "--host", "zero3")
+    found = run(str(tmp_path), "--world_size", "2", "preset=compact", "--host", "zero3")
     assert found.returncode == 0, found.stderr
     with torch.device("meta"):
         model = transformers.ViTForImageClassification(config)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     assert str(sharded_shampoo4.estimate_memory(shapes, 2, host="zero3", preset="compact")) in found.stdout
-    wrong = run("bit=3")
+    wrong = run(str(tmp_path), "bit=3")
     assert wrong.returncode == 2 and "did you mean 'bits'?" in wrong.stderr
+
+
+def test_what_the_memory_command_cannot_read_is_said_in_a_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("transformers")
+    memory = importlib.import_module("sharded_shampoo4.integrations.memory")
+    for wrong, said in (
+        ((str(tmp_path), "--nothing"), "unrecognized arguments: --nothing"),
+        ((str(tmp_path / "none"),), f"there is no folder or file {tmp_path / 'none'}"),
+        ((str(tmp_path),), "config.json"),
+        (("nobody/no-model",), "nobody/no-model: "),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            memory.main(wrong)
+        printed = capsys.readouterr().err
+        assert ended.value.code == 2 and said in printed and printed.count("\n") == 2, printed
 
 
 def declared() -> dict[str, SpecifierSet]:
@@ -164,6 +223,8 @@ def declared() -> dict[str, SpecifierSet]:
     for requirement in (Requirement(line) for line in "\n".join(lines).splitlines() if line):
         same = ranges.setdefault(requirement.name, requirement.specifier)
         assert same == requirement.specifier, f"two ranges of {requirement.name}"
+    for name in BY_THEMSELVES:
+        assert pins(CONSTRAINTS["pinned"])[name] in ranges.pop(name), name
     return ranges
 
 
@@ -189,6 +250,17 @@ def test_the_readme_has_the_versions_that_are_tested() -> None:
     assert shown.keys() == {"torch", "accelerate", "transformers", "deepspeed"}
     for name, row in shown.items():
         assert row == [column[name] for column in versions], name
+
+
+def test_the_workflow_runs_every_kind_of_test() -> None:
+    yaml = pytest.importorskip("yaml")
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "tests.yml").read_text())
+    run = {job["steps"][-1]["run"] for job in workflow["jobs"].values()}
+    targets = [target for job in workflow["jobs"].values() for target in job["strategy"]["matrix"].get("target", [])]
+    assert run == {".ci/run test", ".ci/run ${{ matrix.target }}"}
+    made = (ROOT / "Makefile").read_text()
+    assert {"lint", "docs", "test-slow", "test-peers", "test-minimum", "test-newest"} == set(targets)
+    assert all(re.search(rf"^\.PHONY:.* {target}\b", made, re.M) for target in targets)
 
 
 def imported(path: Path) -> Iterator[str]:
