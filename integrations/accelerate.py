@@ -31,6 +31,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.hooks import RemovableHandle
 
 from sharded_shampoo4 import Shampoo4, checkpoint
+from sharded_shampoo4.hosts import reshard
 from sharded_shampoo4.report import warn
 
 from .fsdp import bind
@@ -72,7 +73,7 @@ class PortableAccelerator(Accelerator):  # type: ignore[misc]
         self._frozen = frozen
 
     def prepare(self, *args: Any, **kwargs: Any) -> Any:
-        """As in ``Accelerator``; a Shampoo4 is bound to the FSDP1 model that it is prepared with.
+        """Prepare as in ``Accelerator``; a Shampoo4 is bound to the FSDP1 model that it is prepared with.
 
         Raises:
             ValueError: what ``fsdp.bind`` says of the model; or ``save_state()`` could not save what is prepared: a
@@ -97,7 +98,7 @@ class PortableAccelerator(Accelerator):  # type: ignore[misc]
         return prepared
 
     def save_state(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> str:
-        """As in ``Accelerator``; every process must call it.
+        """Save as in ``Accelerator``; every process must call it.
 
         A state that is in the folder already stops counting at once; the new one counts when it is complete.
 
@@ -118,7 +119,7 @@ class PortableAccelerator(Accelerator):  # type: ignore[misc]
         return str(folder)
 
     def load_state(self, input_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
-        """As in ``Accelerator``; every process must call it.
+        """Load as in ``Accelerator``; every process must call it.
 
         Without a folder, but with automatic naming, the newest complete state is loaded.
 
@@ -176,12 +177,17 @@ class PortableAccelerator(Accelerator):  # type: ignore[misc]
     def _portable_pairs(self) -> list[_Pair]:
         """Every Shampoo4 with the models that have its parameters.
 
+        Under FSDP2 a model that was evaluated last has whole weights in place of these parameters: they are given up.
+
         Raises:
             ValueError: there are none, or portable checkpoints cannot tell the parameters by name.
+            RuntimeError: inside ``FSDP.summon_full_params()``.
         """
         if self.distributed_type == DistributedType.DEEPSPEED:
             engines = [model for model in self._models if isinstance(getattr(model, "basic_optimizer", None), Shampoo4)]
             return [_Pair(_folder(index), engine, engine, [engine]) for index, engine in enumerate(engines)]
+        for model in self._models:
+            reshard(model)
         pairs: list[_Pair] = []
         for handle in self._optimizers:
             optimizer = getattr(handle, "optimizer", None)

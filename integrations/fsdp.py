@@ -8,6 +8,7 @@ parameters are DTensors (:mod:`sharded_shampoo4.placement`).
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -43,12 +44,18 @@ class Place(NamedTuple):
 
 
 class FSDP1Host(Host):
-    """FSDP1. ``places`` are those of its parameters, which :func:`bind` reads off the model."""
+    """FSDP1. ``places`` are those of the parameters of a ``model``, which :func:`bind` reads off it."""
 
     name_parts = ("_fsdp_wrapped_module",)
 
-    def __init__(self, places: Mapping[Tensor, Place]) -> None:
+    def __init__(self, places: Mapping[Tensor, Place], model: nn.Module | None = None) -> None:
         self.places = dict(places)
+        self._units = [] if model is None else [weakref.ref(unit) for unit in _units_of(model)]
+
+    @property
+    def units(self) -> list[nn.Module]:
+        """The FSDP1 modules of the model that was bound, as long as they exist."""
+        return [unit for reference in self._units if (unit := reference()) is not None]
 
     @classmethod
     def find(cls, optimizer: Optimizer | None, parameters: Sequence[Tensor]) -> Host | None:
@@ -133,7 +140,7 @@ def bind(optimizer: Any, model: nn.Module) -> None:
         optimizer = optimizer.optimizer
     if not hasattr(optimizer, "use_host"):
         raise TypeError(f"bind needs a Shampoo4 optimizer, not {type(optimizer).__name__}")
-    optimizer.use_host(FSDP1Host(_places(model, getattr(optimizer, "process_group", None))))
+    optimizer.use_host(FSDP1Host(_places(model, getattr(optimizer, "process_group", None)), model))
 
 
 def _is_of_fsdp1(parameter: Tensor) -> bool:
@@ -160,9 +167,7 @@ def _refuse_unbound(name: str, parameter: Tensor) -> None:
 
 def _places(model: nn.Module, chosen: dist.ProcessGroup | str | None) -> dict[Tensor, Place]:
     """The places of all parameters that FSDP1 shards in ``model``, among the ``chosen`` ranks or all."""
-    from torch.distributed.fsdp import FullyShardedDataParallel
-
-    units = FullyShardedDataParallel.fsdp_modules(model)
+    units = _units_of(model)
     if not units:
         raise ValueError("the model has no FullyShardedDataParallel (FSDP1) module: only under FSDP1 is bind needed")
     found: dict[Tensor, Place] = {}
@@ -170,6 +175,13 @@ def _places(model: nn.Module, chosen: dist.ProcessGroup | str | None) -> dict[Te
         if unit._handle is not None:  # None: it has no parameters of its own
             found.update(_unit_places(unit, chosen))
     return found
+
+
+def _units_of(model: nn.Module) -> list[Any]:
+    """The FSDP1 modules in ``model``."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    return list(FullyShardedDataParallel.fsdp_modules(model))
 
 
 def _unit_places(unit: Any, chosen: dist.ProcessGroup | str | None) -> Iterator[tuple[Tensor, Place]]:

@@ -140,7 +140,7 @@ def whole_models(accelerator: Accelerator) -> Iterator[None]:
 
 
 def inner_optimizer(accelerator: Accelerator, model: nn.Module, optimizer: Any) -> Optimizer:
-    """The optimizer in what ``prepare()`` gave back as ``optimizer``; DeepSpeed's own if its configuration named it."""
+    """Return the optimizer in what ``prepare()`` gave back; DeepSpeed's own if its configuration named it."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         optimizer = model.basic_optimizer
     found: Optimizer = getattr(optimizer, "optimizer", optimizer)
@@ -183,14 +183,14 @@ def check_distribution(accelerator: Accelerator, model: nn.Module, optimizer: An
 
 
 def describe_distribution(accelerator: Accelerator, model: nn.Module) -> str:
-    """What runs, in words such as ``FSDP2 on 2 processes``; read off the prepared model, not off the configuration."""
+    """Tell what runs, in words such as ``FSDP2 on 2 processes``, by the prepared model, not by the configuration."""
     return _in_words(_kind(accelerator, model), accelerator.num_processes)
 
 
 def full_state_dict(accelerator: Accelerator, model: nn.Module) -> dict[str, Any]:
-    """The whole model's state, at least on the main process: ``accelerator.get_state_dict(model)``. Collective.
+    """Collect the whole model's state, at least on the main process: ``accelerator.get_state_dict(model)``. Collective.
 
-    But for FSDP1 on the CPU, where Accelerate's way ends in a segmentation fault (torch 2.13).
+    FSDP1 on the CPU takes another way: Accelerate's ends in a segmentation fault there (torch 2.13).
     """
     state: dict[str, Any]
     if isinstance(model, FullyShardedDataParallel) and accelerator.device.type == "cpu":

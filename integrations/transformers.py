@@ -45,8 +45,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 from sharded_shampoo4 import Shampoo4, checkpoint
 from sharded_shampoo4.base_options import base_class
 from sharded_shampoo4.names import plain_name
-from sharded_shampoo4.report import shorten
-from sharded_shampoo4.values import to_boolean
+from sharded_shampoo4.options import DEFAULTS
+from sharded_shampoo4.presets import apply_preset
+from sharded_shampoo4.report import shorten, warn
+from sharded_shampoo4.values import to_boolean, to_word
 
 from .accelerate import consolidate, keep_offloaded, numbered, unwrapped
 from .trainer_logs import LogOptimizer as LogOptimizer
@@ -55,18 +57,21 @@ from .views import grouped, matched, views_of
 logger = logging.getLogger(__name__)
 
 _REPLACED = ("_save_optimizer_and_scheduler", "_load_from_checkpoint", "_prepare_for_training", "_load_best_model")
+# Options of Adam, and what a matrix has instead.
+_OF_SOAP = {"adam_beta1": "soap_betas", "adam_beta2": "soap_betas", "adam_epsilon": "soap_eps"}
 # Names that the Trainer does not decay, beside everything in a LayerNorm (Trainer.get_decay_parameter_names).
 _NOT_DECAYED = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
 
 
 def shampoo4(args: TrainingArguments | None = None, **options: Any) -> tuple[type[Shampoo4Factory], dict[str, Any]]:
-    """What ``Trainer(optimizer_cls_and_kwargs=...)`` takes to train with ``Shampoo4``.
+    """Make what ``Trainer(optimizer_cls_and_kwargs=...)`` takes to train with ``Shampoo4``.
 
     Args:
         args: the Trainer's arguments. They are read when the Trainer makes the optimizer, so in each trial of a search.
             Learning rate, weight decay and, where the base optimizer has ``betas``, these and ``eps`` (``adam_beta1``,
-            ``adam_beta2``, ``adam_epsilon``) are taken from them unless ``options`` give them; ``total_steps`` from
-            ``max_steps``, if it is set; any option from ``optim_args``, such as
+            ``adam_beta2``, ``adam_epsilon``) are taken from them unless ``options`` give them; matrices have
+            ``soap_betas`` and ``soap_eps`` instead, and a warning says so. ``total_steps`` is taken from ``max_steps``,
+            if it is set; any option from ``optim_args``, such as
             ``"preset=compact, rectify_steps=(1, 2), exclude=[embed, lm_head]"``.
         **options: of :class:`Shampoo4`. They win over ``args``. ``weight_decay`` acts on the parameters that the
             Trainer itself would decay. ``split_fused=True`` gives the parts of fused projections factors of their own:
@@ -127,11 +132,26 @@ def _adam_options(args: TrainingArguments, options: Mapping[str, Any]) -> dict[s
     return {name: value for name, value in found.items() if name in known} if "betas" in known else {}
 
 
+def _warn_of_adam(args: TrainingArguments, options: Mapping[str, Any]) -> None:
+    """Warn of options of Adam in ``args`` that do not reach matrices, since method="soap" has its own."""
+    chosen = apply_preset(options)
+    if to_word(chosen.get("method", DEFAULTS["method"])) != "soap" or to_boolean(chosen.get("precondition")) is False:
+        return
+    unused = {name: own for name, own in _OF_SOAP.items() if own not in chosen}
+    changed = {name: own for name, own in unused.items() if getattr(args, name) != getattr(TrainingArguments, name)}
+    if changed:
+        warn(
+            f"{', '.join(f'{name}={getattr(args, name)!r}' for name in changed)} of TrainingArguments do not reach "
+            "matrices, which method='soap' trains: for these give "
+            f"{' and '.join(dict.fromkeys(changed.values()))}, in optim_args or to shampoo4()"
+        )
+
+
 class Shampoo4Factory:
     """Builds the optimizer once the Trainer has its model; under FSDP1 that is the sharded one."""
 
     def __call__(self, model: nn.Module, *, args: TrainingArguments | None = None, **options: Any) -> Shampoo4:
-        """``Shampoo4`` over the parameters that require gradients, in a group with decay and one without.
+        """Make ``Shampoo4`` over the parameters that require gradients, in a group with decay and one without.
 
         Raises:
             ValueError: a part of ``exclude`` matches no parameter, or all of it every matrix; ``split_fused`` is no
@@ -140,6 +160,7 @@ class Shampoo4Factory:
         keep_offloaded(AcceleratorState().deepspeed_plugin if AcceleratorState._shared_state else None)
         if args is not None:
             options = _with_args(options, args)
+            _warn_of_adam(args, options)
         weight_decay = options.pop("weight_decay", 0.0)
         split_fused = to_boolean(options.pop("split_fused", False))
         if split_fused not in (True, False):
@@ -204,7 +225,7 @@ class PortableStates:
             raise TypeError(f"this version of transformers has no Trainer.{missing[0]}(): PortableStates knows 5.x")
 
     def train(self: Any, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """As in ``Trainer``; True goes on with the newest complete checkpoint and warns of others that it passes over.
+        """Train as in ``Trainer``; True goes on with the newest complete checkpoint and warns of those passed over.
 
         Raises:
             ValueError: True, and there is none.
@@ -285,17 +306,17 @@ class ConsolidateStates(TrainerCallback):
             inner._saving_is_arranged = True
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Before a checkpoint at this step."""
+        """Consolidate before a checkpoint at this step."""
         _consolidate_if(control.should_save, kwargs["optimizer"])
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Before a checkpoint after this epoch."""
+        """Consolidate before a checkpoint after this epoch."""
         _consolidate_if(control.should_save, kwargs["optimizer"])
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Before a checkpoint that the Trainer may decide on by this evaluation."""
+        """Consolidate before a checkpoint that the Trainer may decide on by this evaluation."""
         if kwargs["optimizer"] is not None:  # None: evaluated without training
             _consolidate_if(args.save_strategy == SaveStrategy.BEST, kwargs["optimizer"])
 

@@ -96,8 +96,9 @@ def views_of(model: nn.Module, heads: bool = False) -> dict[str, dict[str, Any]]
 
     - ``split_rows`` for joined queries, keys and values, joined gate and up projections, in experts too, and the gates
       of LSTMs and GRUs; with ``heads`` for each head, where the attention module tells the size of its heads. Joined
-      projections whose parts are columns, as in GPT-2, or alternate, as in the experts of GPT-OSS, stay as they are,
-      and so do those whose parts neither the module nor a configuration explains.
+      projections whose parts are columns, as in GPT-2, or alternate, as in the experts of GPT-OSS, stay as they are.
+      So do those whose rows do not agree with what is known of the heads. Where nothing is known, three times as many
+      rows as columns are three parts.
     - ``batch_dims=0`` for convolutions whose shape or name alone looks like a stack of matrices.
 
     Modules are asked first, and then the configuration of the nearest module around them that has one.
@@ -147,11 +148,13 @@ class _Heads:
         """The ``split_rows`` of joined queries, keys and values; empty if numbers do not confirm what they are."""
         size = self.size or self.config.get("size", 0)
         count = self.count or self.config.get("count", 0)
-        for shared in (self.shared or self.config.get("shared", 0), self.shared or count):
-            if 0 < size * (count + 2 * shared) == rows:
+        own = bool(self.size and self.count)
+        counts = [(rows // size - count) // 2] if own else [self.config.get("shared", 0), count]
+        for shared in [self.shared] if self.shared else counts:
+            if shared <= count and 0 < size * (count + 2 * shared) == rows and shared > 0:
                 equal = (3,) if shared == count else (size * count, size * shared, size * shared)
                 return (count + 2 * shared,) if heads else equal
-        if self.shared or rows != 3 * columns:
+        if own or self.shared or rows != 3 * columns:
             return ()
         size = self.size or (columns // self.count if self.count else 0)
         return (rows // size,) if heads and size and columns % size == 0 else (3,)
@@ -163,21 +166,21 @@ def _view(module: nn.Module, name: str, parameter: Tensor, known: _Heads, heads:
         return {"batch_dims": 0} if is_stack(shape, name) else {}
     kind = _kind(name)
     if kind in _GATED:
-        return _equal(2, shape[-2]) if _is_by_rows(module, kind, shape) else {}
+        return _equal_parts(2, shape[-2]) if _is_by_rows(module, kind, shape) else {}
     if len(shape) != 2:
         return {}
     rows, columns = shape
     if kind.startswith(("weight_ih", "weight_hh")):
-        return next((_equal(count, rows) for kind_of, count in _GATES.items() if isinstance(module, kind_of)), {})
+        return next((_equal_parts(count, rows) for cell, count in _GATES.items() if isinstance(module, cell)), {})
     if not isinstance(module, (nn.Linear, nn.MultiheadAttention)):
         return {}
     if kind in _BY_HEADS or (kind in _JOINED and known.is_by_heads):
-        return _of_size(known.size or known.config.get("size", 0), rows)
+        return _parts_of_size(known.size or known.config.get("size", 0), rows)
     if kind in _JOINED:
         parts = known.joined(rows, columns, heads)
         return {"split_rows": parts} if parts else {}
     size = known.size if kind in _QUERIES_AND_KEYS else known.value_size if kind in _VALUES else 0
-    return _of_size(size, rows) if heads else {}
+    return _parts_of_size(size, rows) if heads else {}
 
 
 def _kind(name: str) -> str:
@@ -194,7 +197,10 @@ def _is_by_rows(module: nn.Module, kind: str, shape: Sequence[int]) -> bool:
     if len(shape) != 3 or not isinstance(down, Tensor):
         return False
     _, rows, columns = shape
-    return _shape(down)[1:] == (columns, rows // 2)  # of fewer experts in LongCat, where some are the identity
+    return _shape(down)[1:] == (
+        columns,
+        rows // 2,
+    )  # the number of experts may differ: some of LongCat's have no weights
 
 
 def _shape(parameter: Tensor) -> tuple[int, ...]:
@@ -202,24 +208,27 @@ def _shape(parameter: Tensor) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def _equal(count: int, rows: int) -> dict[str, Any]:
+def _equal_parts(count: int, rows: int) -> dict[str, Any]:
     return {"split_rows": (count,)} if rows % count == 0 and rows > count else {}
 
 
-def _of_size(size: int, rows: int) -> dict[str, Any]:
+def _parts_of_size(size: int, rows: int) -> dict[str, Any]:
     return {"split_rows": (rows // size,)} if size and rows % size == 0 and rows > size else {}
 
 
 def _first(module: nn.Module, names: Iterable[str]) -> int:
     """The first of the attributes called ``names`` that is a number, not a list of those of several layers; or 0."""
-    values = (getattr(module, name, None) for name in names)
-    return next((value for value in values if type(value) is int and value > 0), 0)
+    return next((value for name in names if (value := _number(getattr(module, name, None)))), 0)
+
+
+def _number(value: Any) -> int:
+    return value if type(value) is int and value > 0 else 0
 
 
 def _counts(config: Any) -> dict[str, int]:
     """The rows of a head, and the numbers of heads of queries and of keys, as far as a configuration tells them.
 
-    Empty for what is no configuration of a model, so that the one around it counts.
+    Empty for other objects: then the configuration of the module around counts.
     """
     try:
         hidden, count = getattr(config, "hidden_size", None), getattr(config, "num_attention_heads", None)
@@ -228,6 +237,7 @@ def _counts(config: Any) -> dict[str, int]:
         return {"count": 0}
     if not isinstance(hidden, int):
         return {}
-    if not isinstance(count, int) or count < 1:
+    heads = _number(count)
+    if not heads:
         return {"count": 0}
-    return {"size": size or hidden // count, "count": count, "shared": shared or count}
+    return {"size": _number(size) or hidden // heads, "count": heads, "shared": _number(shared) or heads}

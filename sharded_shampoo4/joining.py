@@ -36,7 +36,7 @@ class SteppingTogether(Optimizer, Joinable):
 
     @staticmethod
     def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
-        """What torch makes of ``step``, with its hooks; ranks that wait are told why this one has left it."""
+        """Wrap ``step`` as torch does, with its hooks; ranks that wait are told why this one has left it."""
         hooked = Optimizer.profile_hook_step(func)
 
         @functools.wraps(hooked)
@@ -47,7 +47,7 @@ class SteppingTogether(Optimizer, Joinable):
         return step
 
     def join_hook(self, **kwargs: Any) -> JoinHook:
-        """For ``torch.distributed.algorithms.Join``: where a rank runs out of inputs, every rank raises."""
+        """Return what ``torch.distributed.algorithms.Join`` calls: if a rank runs out of inputs, every rank raises."""
         return Refusal(self)
 
     @property

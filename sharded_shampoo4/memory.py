@@ -64,7 +64,7 @@ def estimate_memory(
     weight_decay: float = 0.0,
     **shampoo4_options: Any,
 ) -> MemoryEstimate:
-    """Bytes of the optimizer's states on every rank, and of what it sends, from shapes only.
+    """Compute the bytes of the optimizer's states on every rank, and of what it sends, from shapes only.
 
     Args:
         named_shapes: names and shapes (or tensors, whose shapes are taken) of the parameters that are trained, in the
@@ -114,7 +114,7 @@ def estimate_memory(
 
 
 def copies_of(host: str, world_size: int, replicas: int | None) -> int:
-    """How many complete copies of the model a host keeps on ``world_size`` ranks."""
+    """Return how many complete copies of the model a host keeps on ``world_size`` ranks."""
     if host not in _HOSTS:
         raise ValueError(f"host must be one of {', '.join(map(repr, _HOSTS))}, got {host!r}")
     for name, value in (("world_size", world_size), ("replicas", 1 if replicas is None else replicas)):
@@ -139,7 +139,7 @@ class Sharding(NamedTuple):
 
 
 def shard_all(host: str, shapes: list[torch.Size], world_size: int, copies: int) -> Sharding:
-    """How a host spreads parameters of these shapes; ``copies`` as :func:`copies_of` tells it."""
+    """Spread parameters of these shapes as a host does; ``copies`` as :func:`copies_of` tells it."""
     if host in ("zero1", "zero2"):
         return _shard_in_a_row(shapes, world_size)
     if host == "zero3":

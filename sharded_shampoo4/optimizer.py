@@ -40,7 +40,8 @@ from .options import (
     SecondMomentDtype,
     Split,
 )
-from .placement import check_process_group, local_tensor
+from .placeholders import is_nonzero
+from .placement import check_process_group
 from .presets import PRESETS, takes_preset
 from .saving import SavedStates
 from .session import Session
@@ -70,8 +71,9 @@ class Shampoo4(SavedStates):
     Parameters without a matrix view are the base optimizer's: AdamW trains them as ``torch.optim.AdamW`` does.
 
     Args:
-        params: Tensors, parameter groups, or ``model.named_parameters()``, whose names then stand in messages. A group
-            may give every option below itself, except ``base``, ``total_steps`` and ``process_group``.
+        params: Tensors, parameter groups, or ``model.named_parameters()``, whose names then stand in messages, tell
+            stacks of experts and their biases (``batch_dims``), and go into states. A group may give every option below
+            itself, except ``base``, ``total_steps`` and ``process_group``.
         lr: Learning rate of all parameters. (default: 1e-3)
         base: ``"adamw"``, ``"sgd"``, ``"adagrad"``, or an elementwise torch optimizer class. Low-bit ones are among
             them, such as torchao's ``AdamW8bit`` and ``AdamW4bit`` and bitsandbytes' ``AdamW8bit``. They round their
@@ -233,7 +235,7 @@ class Shampoo4(SavedStates):
 
     @staticmethod
     def paper_settings() -> dict[str, Any]:
-        """Options of 4-bit Shampoo as published: ``Shampoo4(params, **Shampoo4.paper_settings())``."""
+        """Return the options of 4-bit Shampoo as published: ``Shampoo4(params, **Shampoo4.paper_settings())``."""
         return dict(PRESETS["paper"])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -244,6 +246,11 @@ class Shampoo4(SavedStates):
             )
         if "total_steps" in param_group:
             raise TypeError("total_steps is of the whole optimizer: give a param group root_interval instead")
+        if "base" in param_group:
+            raise TypeError(
+                "base belongs to the whole optimizer, not to a param group: make one for each base, or give the group "
+                "precondition=False"
+            )
         given = set(param_group)
         expand_preset(param_group, len(self.param_groups), self.defaults["method"])
         super().add_param_group(param_group)
@@ -272,8 +279,16 @@ class Shampoo4(SavedStates):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Replace gradients by directions and let the base optimizer take its step.
 
+        What Shampoo4 itself raises is raised on every rank alike, before any parameter has changed.
+
         Args:
             closure: reevaluates the model and returns the loss; called once, before anything else.
+
+        Raises:
+            RuntimeError: no parameter has a gradient, gradients of copies differ, ranks make different calls, or
+                ``max_failures`` updates of a factor have failed.
+            TypeError: a gradient that is sparse or complex.
+            ValueError: parameters that have changed, or that this host cannot train, or not the same on all ranks.
         """
         notify(self)
         loss = None
@@ -331,8 +346,8 @@ class Shampoo4(SavedStates):
         if not distributor.matrices or any(matrix.step for matrix in distributor.matrices) or self._members.partitioned:
             return False
         with distributor.ranks.together():
-            gradients = [local_tensor(p.grad) for p in self._current() if p.grad is not None]
-            in_earnest = any(self.state.values()) or any(bool(gradient.any()) for gradient in gradients)
+            entries = self._members.entries(self.param_groups)
+            in_earnest = any(self.state.values()) or any(is_nonzero(e.name, e.holder.grad) for e in entries)
         return not distributor.ranks.any([in_earnest])[0]
 
     @property
@@ -359,7 +374,7 @@ class Shampoo4(SavedStates):
     # -- reports -------------------------------------------------------------------------------------------------------
 
     def state_bytes(self) -> dict[str, int]:
-        """Bytes of the states on this rank, measured: ``{"preconditioner": int, "base": int}``."""
+        """Measure the bytes of the states on this rank: ``{"preconditioner": int, "base": int}``."""
         return {"preconditioner": self._session.nbytes, "base": tensor_bytes(self.state.values())}
 
     def traffic_bytes(self) -> int:
@@ -374,7 +389,7 @@ class Shampoo4(SavedStates):
 
     @own_arithmetic()
     def health(self) -> dict[str, dict[str, float]]:
-        """How the factors of each preconditioned parameter are, by its name; collective, and not for every step.
+        """Measure the factors of each preconditioned parameter, by its name; collective, and not for every step.
 
         ``orthogonality_error``: of the worst eigenbasis V, ||V^T V - I||_F / sqrt(order), as it is stored;
         ``rectified_error``: the same as it is used, after rectification (both NaN where no eigenbasis is stored);
@@ -386,7 +401,7 @@ class Shampoo4(SavedStates):
         return report.health(self._session)
 
     def describe(self) -> str:
-        """A table: each parameter, whether it is preconditioned or why not, its blocks, their owners and bytes.
+        """Write a table: each parameter, whether it is preconditioned or why not, its blocks, their owners and bytes.
 
         The owners are known once a step has been made, on several ranks. The last line says when preconditioning
         begins, or how far it has come.

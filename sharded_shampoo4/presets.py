@@ -68,13 +68,14 @@ def apply_preset(given: Mapping[str, Any], method: str = DEFAULTS["method"]) -> 
     {'rectify_steps': (1, 1), 'protect': True, 'bits': 4}
 
     Raises:
-        ValueError: there is no such preset.
+        ValueError: there is no such preset, or it is for another method than the one that is given.
     """
     options = dict(given)
     preset = to_word(options.pop("preset", None))
     if preset is not None:
         refuse_auto("preset", preset, "compact")
         choose("preset", preset, get_args(Preset))
+        _check_method(preset, to_word(options.get("method")))
         options = {**PRESETS[preset], **options}
     chosen = to_word(options.get("method", method))
     defaults: dict[str, Any] = {}
@@ -84,6 +85,16 @@ def apply_preset(given: Mapping[str, Any], method: str = DEFAULTS["method"]) -> 
     if chosen == "soap" and isinstance(bits, int):
         defaults |= {"rectify_steps": (1, 1) if bits < 8 else (0, 0), "protect": bits < 8}
     return {**defaults, **options}
+
+
+def _check_method(preset: str, given: Any) -> None:
+    """Raise ValueError if another method is ``given`` than that of a preset."""
+    own = PRESETS[preset]["method"]
+    if given in METHODS and given != own:
+        others = " or ".join(repr(name) for name, options in PRESETS.items() if options["method"] == given)
+        raise ValueError(
+            f"preset={preset!r} is for method={own!r}, got method={given!r}: leave method out, or give preset={others}"
+        )
 
 
 _Constructor = TypeVar("_Constructor", bound=Callable[..., None])

@@ -14,11 +14,12 @@ from .context import own_arithmetic
 from .held import HeldParameter
 from .hosts import Host, find_host
 from .joining import Joinable, SteppingTogether
+from .marks import without_marks
 from .members import Members
 from .options import PreconditionerOptions
 from .packing import PackedState
 from .session import Session
-from .state_dict import PIECES_KEY, all_factors, held_back, join, own_pieces, packed_factors, read, without_marks
+from .state_dict import PIECES_KEY, all_factors, held_back, join, own_pieces, packed_factors, read
 
 
 class SavedStates(SteppingTogether):
@@ -56,7 +57,7 @@ class SavedStates(SteppingTogether):
         return self._session, self._session.attach_all(self.param_groups, self.state, self, calling, model)
 
     def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's states and, for each preconditioned parameter, its factors as one uint8 vector.
+        """Return the base optimizer's states and, for each preconditioned parameter, its factors as one uint8 vector.
 
         ``["state"][i]["preconditioner"]`` is a copy; the base's tensors are the live ones, as in torch. Everything
         loads with ``torch.load(weights_only=True)``. Under DeepSpeed's ZeRO 1, 2 and 3, which save every rank's state,

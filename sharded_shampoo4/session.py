@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import Hashable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import packing
@@ -28,16 +28,17 @@ from .comm.groups import leave_word
 from .comm.ranks import DeferredErrors, Ranks, has_waited
 from .distributor import Distributor
 from .held import HeldParameter, Signature
-from .hosts import Host
+from .hosts import Host, reshard
+from .marks import Marks
 from .members import Members
 from .numerics.matrix import Matrix
 from .numerics.preconditioner import worse
 from .options import PreconditionerOptions
+from .placeholders import refuse_freed
 from .placement import process_group
 from .planning.loads import Work
 from .planning.schedule import Phases
-from .report import shorten, warn
-from .state_dict import Loaded, Marks
+from .state_dict import Loaded
 from .updates import Updates
 
 
@@ -152,6 +153,7 @@ class Session:
         for entry in entries:
             entry.check(entry.holder.grad)
         refuse_shared_gradients(entries)
+        refuse_freed(entries)
         return entries
 
     def mark_stepped(self, state: MutableMapping[Tensor, Any]) -> None:
@@ -189,14 +191,19 @@ class Session:
         with ranks.together():
             self.members.follow(groups)
             if model is not None:
+                if not isinstance(model, nn.Module):
+                    raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+                reshard(model)
                 self.members.name_by(model)
             calls = self.members.calls(groups)
-            for entry in (entry for call in calls for entry in call):
+            everything = [entry for call in calls for entry in call]
+            for entry in everything:
                 entry.check(None)
+            refuse_freed(everything)
             self.let_go(groups, state)
         for entries in calls:
             self._find(ranks, entries, state, None)
-        return [entry for entries in calls for entry in entries]
+        return everything
 
     def let_go(self, groups: Sequence[dict[str, Any]], state: MutableMapping[Tensor, Any]) -> None:
         """Forget the states of parameters that stand in no group any more.
@@ -341,6 +348,8 @@ class Session:
         old = self._by_key.get(key)
         places = {parameter: index for index, parameter in enumerate(old.parameters)} if old else {}
         self._seen = {}
+        if old is not None:  # they were the same when it was made
+            check_groups(ranks, self.base, self.members.groups)
         with ranks.together():
             chosen, matrices = _matrices(entries, self.members.schedule())
             self.members.check(entries, self.chosen)
@@ -372,23 +381,8 @@ class Session:
     def _reset(
         self, ranks: Ranks, entries: Sequence[HeldParameter], state: Mapping[Tensor, Any], cleared: set[Tensor]
     ) -> None:
-        """Begin anew with the factors of parameters whose states were cleared; collective.
-
-        Raises ValueError, on every rank alike, if they were cleared on some ranks only.
-        """
-        known = [entry for entry in entries if entry.parameter in self.marks.parameters]
-        gone = {entry.name for entry in known if entry.parameter in cleared}
-        replaced = [entry.name for entry in known if entry.name in gone and state.get(entry.parameter)]
-        everyone = ranks.gather((gone, {entry.name for entry in known} - gone))
-        names = set().union(*(gone for gone, _ in everyone))
-        for rank, (_, intact) in enumerate(everyone):
-            if names & intact:
-                raise ValueError(f"optimizer.state of {min(names & intact)} was cleared, but not on rank {rank}")
-        if replaced:
-            warn(
-                f"optimizer.state of {shorten(replaced)} was replaced "
-                "without the factors, which begin anew: use optimizer.load_state_dict()"
-            )
+        """Begin anew with the factors of parameters whose states were cleared; collective."""
+        names = self.marks.agree_on_cleared(ranks, entries, state, cleared)
         for entry in entries:
             if entry.name in names:
                 self.loaded.pop(entry.parameter, None)

@@ -1,16 +1,16 @@
-"""What ``state_dict()`` holds: the base's states, the factors as bytes, and marks in ``optimizer.state`` for them."""
+"""What ``state_dict()`` holds: the base's states and the factors as bytes."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .comm.ranks import DeferredErrors
-from .held import HeldParameter
+from .marks import STATE_KEY as STATE_KEY
 from .names import match_names
 from .numerics.matrix import Matrix
 from .options import PreconditionerOptions
@@ -23,75 +23,12 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 2  # 1: the code book "normal" had other levels, none of them zero
 VERSION_KEY = "preconditioner_format"  # in each parameter group
-STATE_KEY = "preconditioner"  # in state_dict()["state"][i]: one uint8 vector for each preconditioned parameter
 PIECES_KEY = "preconditioner_pieces"  # in state_dict(), where flat tensors have replaced the parameters (ZeRO)
 
 Loaded = PackedState | PackedPieces  # of parameters that no distributor has (yet)
 _NOT_OPTIONS = ("params", "param_names")
+_UNNAMED = "or one of the two optimizers was made without names, which tell stacked biases"
 _FORMER_OPTIONS = {"compile"}  # which earlier versions wrote into parameter groups
-
-
-class _Mark:
-    """Stands in ``optimizer.state[p]["preconditioner"]`` for the factors of ``p``, which are kept elsewhere.
-
-    Whoever asks ``optimizer.state`` what a parameter has finds the key; ``state_dict()`` puts the factors in its place.
-    """
-
-    def __repr__(self) -> str:
-        return "<kept by Shampoo4: see state_dict()>"
-
-    def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        raise TypeError(
-            "optimizer.state does not hold the factors of Shampoo4, so a copy of it would lose them: copy or save "
-            "optimizer.state_dict(), or use sharded_shampoo4.checkpoint"
-        )
-
-
-MARK = _Mark()
-
-
-class Marks:
-    """The parameters for whose factors a mark stands in ``optimizer.state``.
-
-    If a mark is gone, somebody has cleared the parameter's states, and its factors must begin anew.
-    """
-
-    def __init__(self) -> None:
-        self.parameters: set[Tensor] = set()
-
-    def put(self, state: MutableMapping[Tensor, Any], parameters: Iterable[Tensor]) -> None:
-        """Put marks into ``state``, beside the base's states of ``parameters``."""
-        for parameter in parameters:
-            state[parameter][STATE_KEY] = MARK
-            self.parameters.add(parameter)
-
-    def missing(self, state: Mapping[Tensor, Any]) -> set[Tensor]:
-        """Return the parameters whose marks somebody has taken out of ``state``."""
-        return {p for p in self.parameters if state.get(p, {}).get(STATE_KEY) is not MARK}
-
-    def hand_over(self, state: MutableMapping[Tensor, Any], entries: Iterable[HeldParameter]) -> None:
-        """Leave in ``state`` what belongs to who steps on each parameter now: the base, or soap's own steps."""
-        for entry in entries:
-            own = state.get(entry.parameter)
-            if not own or entry.flat:
-                continue
-            marks = {STATE_KEY: MARK} if own.get(STATE_KEY) is MARK else {}
-            if entry.is_soap:
-                state[entry.parameter] = marks
-            elif own == marks and (entry.trained or not entry.options.precondition):
-                # The base would take the mark for states of its own.
-                del state[entry.parameter]
-                self.parameters.discard(entry.parameter)
-
-    def keep(self, parameters: Collection[Tensor]) -> None:
-        """Forget all others than ``parameters``."""
-        self.parameters.intersection_update(parameters)
-
-
-def without_marks(state: Mapping[Any, Any]) -> dict[Any, Any]:
-    """States of the base alone; parameters for which nothing is left are left out."""
-    plain = {key: {name: v for name, v in entry.items() if v is not MARK} for key, entry in state.items()}
-    return {key: entry for key, entry in plain.items() if entry or not state[key]}
 
 
 @contextlib.contextmanager
@@ -331,11 +268,15 @@ def check_loadable(
             PackedState(option, data).check(matrix)
         elif matrix and key in plain["state"]:
             raise ValueError(
-                f"the state_dict has a state of {name}, but no preconditioner: it is of another optimizer, or was "
-                "collected from optimizer.state. Save optimizer.state_dict(), or use sharded_shampoo4.checkpoint"
+                f"the state_dict has a state of {name}, but no preconditioner: it is of another optimizer, was "
+                f"collected from optimizer.state, {_UNNAMED}. Save optimizer.state_dict(), or use "
+                "sharded_shampoo4.checkpoint"
             )
         elif data is not None:
-            raise ValueError(f"the state_dict has a preconditioner of {name}, which is not preconditioned here")
+            raise ValueError(
+                f"the state_dict has a preconditioner of {name}, which is not preconditioned here: its options differ, "
+                f"{_UNNAMED}"
+            )
 
 
 def _keys(state_dict: dict[str, Any]) -> list[Any]:

@@ -136,12 +136,16 @@ second moment of new bases: numerics/moments.py
 + (moment, turn, turn.rotation.abs())
 
 rotation of moments: numerics/eigenbasis.py
-- rotation, seen = linalg.matmul(rows, old.mT),
-+ rotation, seen = linalg.matmul(old, rows.mT),
+- rotation, absorbed = linalg.matmul(rows, old.mT),
++ rotation, absorbed = linalg.matmul(old, rows.mT),
 
 basis that did not change: numerics/factors.py
-- torch.where(changed, rotation, still)
-+ rotation
+- torch.where(changed, turned, identity, out=rotation)
++ rotation.copy_(turned)
+
+side without a factor that is due: numerics/batches.py
+- if due[side]:
++ if True:
 
 soap's step: updates.py
 - alpha=-lr)

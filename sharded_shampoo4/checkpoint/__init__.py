@@ -65,7 +65,7 @@ def save(
     subject = Subject(optimizer, model, frozen, "checkpoint.save()")
     _wait_for_background(subject.optimizer)
     manifest, tensors = collect(subject)
-    data = files.new_data_folder(Path(directory), subject.ranks)
+    data = files.new_data_folder(directory, subject.ranks)
     files.write(data, manifest, tensors, subject.ranks)
 
 
@@ -90,7 +90,7 @@ def async_save(
     manifest, tensors = collect(subject)
     with subject.ranks.together():
         tensors = {key: on_host(tensor) for key, tensor in tensors.items()}
-    data = files.new_data_folder(Path(directory), subject.ranks)
+    data = files.new_data_folder(directory, subject.ranks)
     background.pending = background.thread.submit(files.write, data, manifest, tensors, background.ranks)
     return background.pending
 
@@ -102,7 +102,8 @@ def load(
     """Restore what :func:`save` wrote, under this host and on this number of ranks; collective.
 
     The values of the trained parameters are restored with the states; frozen parameters and buffers if ``model`` is
-    given, as it was to ``save``. Names are compared without what wrappers put into them.
+    given, as it was to ``save``. Names are compared without what wrappers put into them. Whole weights that an
+    evaluation under FSDP1 or FSDP2 has left in use are given up, with or without ``model``.
 
     Other layers may be frozen than when it was saved, and a warning names them. What was trained then and is frozen now
     gets its value (``model`` must be given, unless it stands in the optimizer's groups). What was frozen then, saved
@@ -126,7 +127,10 @@ def load(
     """
     subject = Subject(optimizer, model, frozen, "checkpoint.load()")
     _wait_for_background(subject.optimizer)
-    ranks, folder = subject.ranks, Path(directory)
+    ranks = subject.ranks
+    with ranks.together():
+        folder = Path(directory)
+        subject.give_up_whole_weights()
     manifest, share = _read_together(subject, folder)
     data = folder / manifest["data"]
     with ranks.together():

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ..held import HeldParameter
+from ..marks import MARK
 from ..numerics.matrix import Matrix
 from ..placement import local_tensor
 from ..planning.shards import Shard
-from ..state_dict import MARK
 from ..tensors import floats, is_low_bit
 from .consistency import check_arguments, check_trained
 from .subject import Subject

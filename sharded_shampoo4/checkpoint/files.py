@@ -40,7 +40,7 @@ _STARTED = time.monotonic()
 # -- writing -----------------------------------------------------------------------------------------------------------
 
 
-def new_data_folder(directory: Path, ranks: Ranks) -> Path:
+def new_data_folder(directory: str | os.PathLike[str], ranks: Ranks) -> Path:
     """Make a new folder for DCP's files in ``directory``, the same for all ranks; collective.
 
     Raises:
@@ -49,7 +49,8 @@ def new_data_folder(directory: Path, ranks: Ranks) -> Path:
     """
     of_some = "" if ranks.first is None else f"rank{ranks.first}-"
     name: str = ranks.gather(f"data-{of_some}{uuid.uuid4().hex}")[0]
-    data = directory / name
+    with ranks.together():
+        data = Path(directory) / name
     with _discarding(data):
         with ranks.together():
             data.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
@@ -40,8 +41,6 @@ class Subject:
         self.optimizer = _unwrap(optimizer)
         engine = self.optimizer.host.engine
         self.model = model if engine is None else engine
-        if self.model is not None:
-            reshard(self.model)
         self._session, self._entries = self.optimizer.attach(calling, self.model)
         self.host = self.optimizer.host
         assert self._session.ranks is not None
@@ -52,6 +51,11 @@ class Subject:
     def arguments(self) -> Arguments:
         """What the call was given; an engine brings its model."""
         return Arguments(self.model is not None, self.frozen)
+
+    def give_up_whole_weights(self) -> None:
+        """Have the model's next pass begin with its shards, also where no model was given but FSDP has one."""
+        for module in _of_fsdp(self.host) if self.model is None else ():  # attach() has seen to a given one
+            reshard(module)
 
     @cached_property
     def names(self) -> dict[str, str]:
@@ -121,7 +125,7 @@ class Subject:
         self._session.mark_loaded(self.optimizer.state)
 
     def is_elementwise(self, entry: HeldParameter, kind: str, value: Any) -> bool:
-        """Whether a state of the base has an element for each element of a parameter.
+        """Return whether a state of the base has an element for each element of a parameter.
 
         The count of steps of a scalar parameter has its shape too: there the states of a vector tell.
         """
@@ -147,6 +151,12 @@ class Subject:
             made = self.optimizer.base.meta_states([elements], dtype, self.groups[group])
             self._imagined[key] = made[0] if made else {}
         return self._imagined[key]
+
+
+def _of_fsdp(host: Host) -> list[nn.Module]:
+    """The modules that FSDP shards in this process: FSDP1's that were bound, and all of FSDP2's."""
+    states = sys.modules.get("torch.distributed._composable_state")
+    return [*getattr(host, "units", ()), *getattr(states, "_module_state_mapping", ())]
 
 
 def _unwrap(optimizer: Any) -> Shampoo4:

@@ -72,34 +72,42 @@ class BlockBatch:
         returned then.
         """
         found = self._due(chosen, due)
-        seen = _some(gradients, due[0]), _some(gradients, due[1]).mT  # a factor's own side first
+        own = _some(gradients, due[0]), _some(gradients, due[1]).mT  # a factor's own side first
         if self.moments is not None:
-            return self._turn(self.moments, chosen, due, seen)
+            return self._turn(self.moments, chosen, due, found, own)
         if self._is_shared:
             where = torch.cat([places for _, places in found.values()])
-            found[0][0].absorb(where, torch.cat(seen), with_roots=with_roots)
+            found[0][0].absorb(where, torch.cat(own), with_roots=with_roots)
         else:
             for side, (pool, where) in found.items():
-                pool.absorb(where, seen[side], with_roots=with_roots)
+                pool.absorb(where, own[side], with_roots=with_roots)
         return None
 
-    def _turn(self, moments: MomentPool, chosen: Sequence[int], due: Sides, seen: tuple[Tensor, Tensor]) -> Refreshed:
-        """:meth:`absorb` with moments. ``seen`` are the gradients that each side absorbs."""
-        found, dtype = self._due(chosen, due), seen[0].dtype
+    def _turn(
+        self,
+        moments: MomentPool,
+        chosen: Sequence[int],
+        due: Sides,
+        found: dict[int, tuple[FactorPool, Tensor]],
+        gradients: tuple[Tensor, Tensor],
+    ) -> Refreshed:
+        """:meth:`absorb` with moments. ``gradients`` are those that each side absorbs, its own dimension first."""
+        dtype = gradients[0].dtype
         bases = {side: basis for side, basis in enumerate(self.bases(chosen, dtype)) if basis is not None}
-        before = {side: _some(basis, due[side]) for side, basis in bases.items()}
+        turned = {side: _some(basis, due[side]) for side, basis in bases.items()}
         if self._is_shared:
-            where = torch.cat([places for _, places in found.values()])
-            both = found[0][0].turn(where, torch.cat(seen), torch.cat([before[0], before[1]]))
-            left, right = zip(*(part.split([len(due[0]), len(due[1])]) for part in both), strict=True)
-            turned = {0: left, 1: right}
+            where, both = torch.cat([places for _, places in found.values()]), torch.cat([turned[0], turned[1]])
+            each = [len(due[0]), len(due[1])]
+            rotations = dict(enumerate(found[0][0].turn(where, torch.cat(gradients), both).split(each)))
+            turned = dict(enumerate(both.split(each)))
         else:
-            turned = {side: pool.turn(where, seen[side], before[side]) for side, (pool, where) in found.items()}
+            rotations = {side: pool.turn(where, gradients[side], turned[side]) for side, (pool, where) in found.items()}
         turns = []
-        for side, (after, rotation) in turned.items():
-            places = index_tensor(due[side], self._device)
-            bases[side] = after if len(places) == len(chosen) else bases[side].index_copy_(0, places, after)
-            turns.append(Turn(side, places, rotation))
+        for side, rotation in rotations.items():
+            if due[side]:
+                places, is_whole = index_tensor(due[side], self._device), len(due[side]) == len(chosen)
+                bases[side] = turned[side] if is_whole else bases[side].index_copy_(0, places, turned[side])
+                turns.append(Turn(side, places, rotation))
         return Refreshed(bases.get(0), bases.get(1), moments.rotate(self._run(chosen), turns, dtype))
 
     def invert(self, chosen: Sequence[int], due: Sides) -> None:

@@ -69,27 +69,24 @@ class Turned(NamedTuple):
     rotation: Tensor
 
 
-def turn(
-    eigenvalues: Tensor, rows: Tensor, statistic: Tensor, beta: float, ridge: float, iterations: int = 1
-) -> Turned:
-    """Absorb a statistic as :func:`refresh` does, and tell how the basis has turned.
+def turn(eigenvalues: Tensor, rows: Tensor, statistic: Tensor, ridge: float, iterations: int = 1) -> Turned:
+    """Absorb a statistic as :func:`refresh` does, but without decays: A = V diag(eigenvalues) V^T + statistic.
 
-    The old basis is taken for orthogonal, so that A V = beta V diag(eigenvalues) + (1 - beta) statistic V, and A itself
-    is not needed.
+    The old basis is taken for orthogonal, so that A V = V diag(eigenvalues) + statistic V, and A itself is not needed.
 
-    The iteration is that of A + ridge max(beta eigenvalues + (1 - beta) diag(statistic)) I, which has the same
-    eigenvectors: those of eigenvalues far below the ridge stay as they are, instead of following rounding errors. The
-    maximum is within a factor of 2 of the largest of both.
+    The iteration is that of A + ridge max(eigenvalues + diag(statistic)) I, which has the same eigenvectors: those of
+    eigenvalues far below the ridge stay as they are, instead of following rounding errors. This maximum lies between
+    the larger one of the eigenvalues and the diagonal and twice that.
     """
-    old, values = rows, (beta / (1 - beta) * eigenvalues).unsqueeze(-2)  # all in units of 1 - beta
+    old, values = rows, eigenvalues.unsqueeze(-2)
     shift = ridge * (values + statistic.diagonal(dim1=-2, dim2=-1).unsqueeze(-2)).amax(-1, keepdim=True)
     image = linalg.add_product(1.0, rows * (values.mT + shift), 1.0, rows, statistic)
     for number in range(1, iterations + 1):
         rows = linalg.qr(image.mT, rows.mT).mT
-        rotation, seen = linalg.matmul(rows, old.mT), linalg.matmul(rows, statistic)
+        rotation, absorbed = linalg.matmul(rows, old.mT), linalg.matmul(rows, statistic)
         if number < iterations:
-            image = linalg.add_product(1.0, seen, 1.0, rotation * values, old) + shift * rows
-    return Turned((1 - beta) * (rotation.square().mul_(values)).add_(rows * seen).sum(-1), rows, rotation)
+            image = linalg.add_product(1.0, absorbed, 1.0, rotation * values, old) + shift * rows
+    return Turned(rotation.square().mul_(values).add_(rows * absorbed).sum(-1), rows, rotation)
 
 
 def inverse_root(eigenvalues: Tensor, rows: Tensor, matrix_eps: float, root: int = 4) -> Tensor:

@@ -204,35 +204,34 @@ class FactorPool(Pool):
                 values = torch.where(changed.view(-1, 1), new_values, values)
                 self._commit_roots(chunk, values, torch.where(changed.view(-1, 1, 1), new_rows, rows))
 
-    def turn(self, where: Tensor, gradients: Tensor, bases: Tensor) -> tuple[Tensor, Tensor]:
+    def turn(self, where: Tensor, gradients: Tensor, bases: Tensor) -> Tensor:
         """Absorb ``gradients`` as :meth:`absorb` does, into factors with method="soap".
 
         Args:
             where: the factors.
             gradients: of each, (k, n, any).
-            bases: what :meth:`basis` gives for them, (k, n, n).
+            bases: what :meth:`basis` gives for them, (k, n, n). The new ones, before they are quantized, take their
+                place.
 
         Returns:
-            the new bases, before they are quantized, and the rotations V_new^T V_old from ``bases`` to them.
+            the rotations V_new^T V_old, (k, n, n); the identity for factors that have not changed.
         """
-        options, found = self.options, []
+        options, rotations, size = self.options, torch.empty_like(bases), self._chunk_size()
         alike = (self._rectify_steps[0], self.refresh_dtype) == (self._rectify_steps[1], bases.dtype)
-        known = bases.split(self._chunk_size())
-        for (chunk, gradient), before in zip(self._gradients(where, gradients), known, strict=True):
-            values = self.tensors["eigenvalues"][chunk].to(self.refresh_dtype)
-            rows = before if alike else self._eigenbasis(chunk, self._rectify_steps[0])[1]
-            statistic = linalg.matmul(gradient, gradient.mT)
-            new = eigenbasis.turn(
-                values, rows, statistic, options.shampoo_beta, options.matrix_eps, options.refresh_iterations
-            )
+        identity = torch.eye(self.order, dtype=bases.dtype, device=bases.device)
+        parts = zip(self._gradients(where, gradients), bases.split(size), rotations.split(size), strict=True)
+        for (chunk, gradient), rows, rotation in parts:
+            values = options.shampoo_beta * self.tensors["eigenvalues"][chunk].to(self.refresh_dtype)
+            old = rows if alike else self._eigenbasis(chunk, self._rectify_steps[0])[1]
+            statistic = linalg.matmul(gradient, gradient.mT).mul_(1 - options.shampoo_beta)
+            new = eigenbasis.turn(values, old, statistic, options.matrix_eps, options.refresh_iterations)
             encoded = self._encoded(new.eigenvalues, new.rows)
             changed = self._commit(chunk, encoded, _STATISTICS, gradient.flatten(1).any(1)).view(-1, 1, 1)
-            after = torch.where(changed, new.rows.to(bases.dtype), before)
-            rotation = new.rotation if alike else linalg.matmul(after, before.mT)
-            still = torch.eye(self.order, dtype=rotation.dtype, device=rotation.device)
-            found.append((after, torch.where(changed, rotation, still)))
-        after, rotations = (torch.cat(parts) if len(found) > 1 else parts[0] for parts in zip(*found, strict=True))
-        return after, rotations
+            new_rows = new.rows.to(rows.dtype)
+            turned = new.rotation if alike else linalg.matmul(new_rows, rows.mT)
+            torch.where(changed, turned, identity, out=rotation)
+            torch.where(changed, new_rows, rows, out=rows)
+        return rotations
 
     def _gradients(self, where: Tensor, gradients: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """``where`` and ``gradients`` in parts, as many factors at a time as scratch memory is for."""

@@ -194,7 +194,7 @@ class Matrix:
         """
         device = self.device if len(shards) == 1 else self.device.type
         kind = (self.options, self.dtype, device)
-        # With moments a refresh has the bases of before and after in hand.
+        # With moments a refresh has the bases of all blocks and their rotations in hand.
         scratch = self.options.scratch_on(self.device)
         scratch = max(1, scratch * 3 // 4) if self.is_soap else scratch
         return PlannedMatrix(self.name, self.shape, tuple(self.blocks), tuple(shards), kind, scratch, self.phases)

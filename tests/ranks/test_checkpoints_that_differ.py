@@ -16,6 +16,7 @@ from support import zero_worlds as zero
 from support.training import Training
 from support.worlds import said
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from sharded_shampoo4 import Shampoo4, checkpoint
 from sharded_shampoo4.checkpoint import files
@@ -133,6 +134,37 @@ def test_arguments_and_trained_parameters_are_the_same_on_every_rank(host: str, 
             assert frozen.startswith("ValueError: frozen= is True on rank(s) 0, but False on rank(s) 1:"), frozen
         assert told["trained"].startswith("ValueError: head.bias is trained on rank(s) 1, but not on rank(s) 0:")
     assert not list(tmp_path.glob("wrong/*"))
+
+
+def give_what_is_wrong(rank: int, host: str, folder: str) -> dict[str, str]:
+    """Give rank 1 something that no call can begin with."""
+    training, told = Training(host), dict[str, str]()
+    training.train(range(2))
+    training.save(f"{folder}/right")
+    own = training.model if rank == 0 else "no model"
+    for call in (checkpoint.save, checkpoint.async_save, checkpoint.load):
+        told[f"{call.__name__} model"] = said(lambda: call(training.handle, f"{folder}/right", model=own))  # noqa: B023
+        told[f"{call.__name__} directory"] = said(lambda: call(training.handle, None if rank else f"{folder}/right"))  # noqa: B023
+        if host == "fsdp1":
+            with FullyShardedDataParallel.summon_full_params(training.model, writeback=False):
+                told[f"{call.__name__} whole"] = said(
+                    lambda: call(training.handle, f"{folder}/right", model=None if rank else training.model)  # noqa: B023
+                )
+    training.load(f"{folder}/right")
+    return told
+
+
+@pytest.mark.parametrize("host", ["ddp", "fsdp1", "fsdp2"])
+def test_what_one_rank_was_given_in_vain_is_raised_on_every_rank(host: str, tmp_path: Path) -> None:
+    for rank, told in enumerate(hosts.run_ranks(2, give_what_is_wrong, host, str(tmp_path))):
+        of = "" if rank else "rank 1: "
+        for call in ("save", "async_save", "load"):
+            assert told[f"{call} model"] == f"TypeError: {of}model must be a torch.nn.Module, not str", told
+            assert told[f"{call} directory"].startswith(f"TypeError: {of}"), told
+            assert "NoneType" in told[f"{call} directory"], told
+            if host == "fsdp1":
+                assert "inside FSDP.summon_full_params()" in told[f"{call} whole"] or rank, told
+                assert told[f"{call} whole"] != "nothing was raised", told
 
 
 # -- saves that fail ---------------------------------------------------------------------------------------------------

@@ -60,7 +60,7 @@ PLACES: dict[str, tuple[Any, str, int]] = {
     "scaling": (Grafting, "_scale", 0),
     "a gradient's view": (Distributor, "_gradient_shard", 0),
     "failures": (Preconditioner, "failure", 0),
-    "soap, statistics": (FactorPool, "absorb", -1),
+    "soap, statistics": (FactorPool, "turn", -1),
     "soap, momentum": (MomentPool, "rotate", 0),
     "soap, directions": (MomentPool, "direct", -1),
 }

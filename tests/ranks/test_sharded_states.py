@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -208,6 +209,23 @@ def disagreements(rank: int) -> dict[str, str]:
         "copy": said(lambda: copy.deepcopy(optimizer)),
         "well": said(lambda: step({})),
     }
+
+
+def disagree_later(rank: int) -> list[str]:
+    """Give the ranks different learning rates after some steps, and then all another option."""
+    model, optimizer = make("ddp")
+    advance(model, "ddp", optimizer, range(2))
+    optimizer.param_groups[0]["lr"] *= 1 + rank
+    optimizer.param_groups[0]["shampoo_beta"] = 0.8
+    told = [said(lambda: advance(model, "ddp", optimizer, range(2, 3)))]
+    optimizer.param_groups[0]["lr"] /= 1 + rank
+    return [*told, said(lambda: advance(model, "ddp", optimizer, range(2, 3)))]
+
+
+def test_groups_are_compared_again_when_options_have_changed() -> None:
+    for first, second in hosts.run_ranks(2, disagree_later):
+        assert re.match(r"ValueError: lr of param group 0 is \S+ on rank 0 and \S+ on rank 1", first), first
+        assert second == "nothing was raised"
 
 
 def test_ranks_fail_together_and_say_why() -> None:

@@ -82,3 +82,14 @@ def test_equal_orders_share_a_pool() -> None:
     run.step(replayed([(64, 64), (64, 64), (64, 96), (96, 64)], 1)[0])
     pools = {pool.order: pool.count for pool in run.optimizer._session.last.preconditioner.pools}
     assert pools == {64: 6, 96: 2}
+
+
+@pytest.mark.parametrize("threads", [1, 2], indirect=True)
+@pytest.mark.parametrize("order", [10, 64])
+def test_staggered_steps_in_which_one_side_is_due(threads: int, order: int) -> None:
+    """Products of orders that do not fill cache lines, or on several threads, are computed one by one."""
+    options = {"method": "soap", "refresh": "staggered", "statistics_interval": 4}
+    fast = Directions([(order, order)], **options)
+    for gradients in replayed([(order, order)], 9):
+        (direction,) = fast.step(gradients)
+        assert direction is not None and direction.isfinite().all()

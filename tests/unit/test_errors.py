@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 from sharded_shampoo4 import Shampoo4, checkpoint, estimate_memory
 
@@ -97,6 +98,35 @@ def test_a_misspelt_option_in_a_group_and_notes_of_others() -> None:
     with pytest.raises(TypeError, match="in param group 1"):
         optimizer.add_param_group({"params": [matrix()], "graftin": "none"})
     assert len(optimizer.param_groups) == 1
+
+
+def test_a_base_is_not_for_one_group() -> None:
+    for groups in (
+        [{"params": [matrix()], "base": "sgd"}],
+        [{"params": [matrix()]}, {"params": [matrix()], "base": 1}],
+    ):
+        with pytest.raises(TypeError, match="base belongs to the whole optimizer, not to a param group"):
+            Shampoo4(groups)
+    optimizer = Shampoo4([matrix()])
+    with pytest.raises(TypeError, match="base belongs to the whole optimizer"):
+        optimizer.add_param_group({"params": [matrix()], "base": "adamw"})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_tensors_without_data_are_named() -> None:
+    on_meta = [("bias", nn.Parameter(torch.zeros(6, device="meta"))), ("weight", nn.Parameter(matrix().to("meta")))]
+    with FakeTensorMode():
+        fake = [("bias", nn.Parameter(torch.zeros(6))), ("weight", matrix())]
+        sparse = [("weight", matrix())]
+    for named, first in ((on_meta, "bias"), (fake, "bias"), (sparse, "weight")):
+        optimizer = Shampoo4(named)
+        for _, parameter in named:
+            parameter.grad = torch.empty_like(parameter)
+        with pytest.raises(
+            RuntimeError, match=rf"{first} is a meta or fake tensor.* estimate_memory\(\) tells the bytes"
+        ):
+            optimizer.step()
+    Shampoo4(on_meta[:1]).step()  # the base's, for which values make no difference
 
 
 def test_parameters_that_are_not_tensors() -> None:
@@ -216,6 +246,22 @@ def test_checkpoints_that_do_not_fit() -> None:
     newer["param_groups"][0]["preconditioner_format"] = 99
     with pytest.raises(ValueError, match="has format 99, this version of Shampoo4 reads up to 2"):
         Shampoo4([parameter]).load_state_dict(newer)
+
+
+def test_states_of_an_optimizer_with_other_names_say_so() -> None:
+    """Names tell stacked biases, which are left to the base."""
+    names = ("experts.down_proj", "experts.down_proj_bias")
+    parameters = [matrix(8, 16, 24), matrix(8, 24)]
+    named, unnamed = Shampoo4(list(zip(names, parameters, strict=True))), Shampoo4(parameters)
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    for first, second, expected in (
+        (named, unnamed, "a state of parameter 1 of group 0, but no preconditioner: .* was made without names"),
+        (unnamed, named, "a preconditioner of experts.down_proj_bias, which is not .* was made without names"),
+    ):
+        first.step()
+        with pytest.raises(ValueError, match=expected):
+            second.load_state_dict(copy.deepcopy(first.state_dict()))
 
 
 def test_loading_warns_of_factors_that_are_missing() -> None:

@@ -264,6 +264,29 @@ def test_a_misspelt_preset_is_an_error() -> None:
         Shampoo4([{"params": [matrix()], "presets": "compact"}])
 
 
+@pytest.mark.parametrize(
+    ("preset", "method", "others"),
+    [
+        ("compact", "shampoo", "'paper' or 'shampoo-compact'"),
+        ("paper", "soap", "'compact'"),
+        ("shampoo-compact", "SOAP", "'compact'"),
+    ],
+)
+def test_a_preset_is_for_its_own_method(preset: str, method: str, others: str) -> None:
+    own = PRESETS[preset]["method"]
+    message = f"preset='{preset}' is for method='{own}', got method='{method.lower()}': .* give preset={others}"
+    for make in (Shampoo4, lambda given, **options: Shampoo4([{"params": given, **options}])):
+        with pytest.raises(ValueError, match=message):
+            make([matrix()], preset=preset, method=method)
+        assert resolved(make([matrix()], preset=preset, method=own)) == resolved(Shampoo4([matrix()], preset=preset))
+    with pytest.raises(ValueError, match=message):
+        estimate_memory({"w": (8, 6)}, preset=preset, method=method)
+    with pytest.raises(ValueError, match="method must be one of"):
+        Shampoo4([matrix()], preset=preset, method="adam")
+    group = {"params": [matrix()], "preset": preset}
+    assert Shampoo4([group], method="shampoo" if own == "soap" else "soap").param_groups[0]["method"] == own
+
+
 def test_the_settings_of_presets() -> None:
     assert Shampoo4.paper_settings() == PRESETS["paper"]
     for preset, settings in PRESETS.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -162,6 +163,8 @@ def test_parts_of_a_wrapped_layer() -> None:
     (48, {"num_heads": 8, "n_kv_heads": 2, "embed_dim": 32}, (32, 8, 8), (12,)),
     (48, {"num_heads": 8, "num_key_value_groups": 4, "head_dim": 4}, (32, 8, 8), (12,)),
     (96, {"num_key_value_heads": 2}, None, None),  # perhaps (64, 16, 16): nothing tells
+    (96, {"num_heads": 8, "head_dim": 8}, (64, 16, 16), (12,)),  # no thirds, though rows are 3 times the columns
+    (96, {"num_heads": 12, "head_dim": 8}, None, None),  # no keys would be left
 ])  # fmt: skip
 def test_joined_projections_without_a_configuration(
     rows: int, attributes: dict[str, Any], parts: tuple[int, ...] | None, heads: tuple[int, ...] | None
@@ -169,6 +172,12 @@ def test_joined_projections_without_a_configuration(
     model = Attention({"qkv_proj": rows}, **attributes)
     for wanted, found in ((parts, views_of(model)), (heads, views_of(model, heads=True))):
         assert by_end(found) == ({"qkv_proj": wanted} if wanted else {})
+
+
+def test_numbers_that_differ_from_layer_to_layer_say_nothing() -> None:
+    model: Any = Wrapper(Attention({"qkv_proj": 96}))
+    model.config = SimpleNamespace(hidden_size=32, num_attention_heads=4, num_key_value_heads=[2, 4])
+    assert by_end(views_of(model)) == {"model.qkv_proj": (3,)}
 
 
 def test_heads_are_as_long_as_their_attention_module_says() -> None:

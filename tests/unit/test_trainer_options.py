@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
+import warnings
 from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
@@ -110,6 +112,32 @@ def test_a_base_without_betas_gets_none_of_it(tmp_path: Path, base: Any, eps: fl
     group = made(arguments(tmp_path), base=base).param_groups[0]
     assert "betas" not in group and group.get("eps") == eps
     assert group["lr"] == 2e-3 and group["weight_decay"] == 0.1
+
+
+@pytest.mark.parametrize(
+    ("changed", "options", "said"),
+    [
+        ({"adam_beta1": 0.8}, {}, "adam_beta1=0.8 of TrainingArguments do not reach matrices.* give soap_betas, in"),
+        ({"adam_epsilon": 1e-6}, {"preset": "compact"}, "adam_epsilon=1e-06 of .* give soap_eps, in optim_args"),
+        (ADAM, {}, "adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-06 of .* give soap_betas and soap_eps, in"),
+        (ADAM, {"soap_betas": (0.8, 0.95)}, "^adam_epsilon=1e-06 of .* give soap_eps, in"),
+        (ADAM, {"soap_betas": (0.8, 0.95), "soap_eps": 1e-6}, ""),
+        (ADAM, {"method": "shampoo"}, ""),
+        (ADAM, {"preset": "paper"}, ""),
+        (ADAM, {"precondition": False}, ""),
+        ({}, {}, ""),
+    ],
+)
+def test_options_of_adam_that_do_not_reach_matrices_are_warned_of(
+    changed: dict[str, float], options: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], **changed)
+    for given, args.optim_args in ((options, ""), ({}, ", ".join(f"{k}={v}" for k, v in options.items()))):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            made(args, **given)
+        found = [str(warning.message) for warning in caught if "TrainingArguments" in str(warning.message)]
+        assert len(found) == bool(said) and all(re.search(said, message) for message in found), found
 
 
 class Named(nn.Sequential):
