@@ -136,8 +136,8 @@ second moment of new bases: numerics/moments.py
 + (moment, turn, turn.rotation.abs())
 
 rotation of moments: numerics/eigenbasis.py
-- rotation, absorbed = linalg.matmul(rows, old.mT),
-+ rotation, absorbed = linalg.matmul(old, rows.mT),
+- rotation, image = linalg.matmul(rows, old.mT),
++ rotation, image = linalg.matmul(old, rows.mT),
 
 basis that did not change: numerics/factors.py
 - torch.where(changed, turned, identity, out=rotation)

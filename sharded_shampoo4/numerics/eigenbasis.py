@@ -83,10 +83,10 @@ def turn(eigenvalues: Tensor, rows: Tensor, statistic: Tensor, ridge: float, ite
     image = linalg.add_product(1.0, rows * (values.mT + shift), 1.0, rows, statistic)
     for number in range(1, iterations + 1):
         rows = linalg.qr(image.mT, rows.mT).mT
-        rotation, absorbed = linalg.matmul(rows, old.mT), linalg.matmul(rows, statistic)
+        rotation, image = linalg.matmul(rows, old.mT), linalg.matmul(rows, statistic)
         if number < iterations:
-            image = linalg.add_product(1.0, absorbed, 1.0, rotation * values, old) + shift * rows
-    return Turned(rotation.square().mul_(values).add_(rows * absorbed).sum(-1), rows, rotation)
+            image = linalg.add_product(1.0, image, 1.0, rotation * values, old) + shift * rows
+    return Turned(rotation.square().mul_(values).add_(image.mul_(rows)).sum(-1), rows, rotation)
 
 
 def inverse_root(eigenvalues: Tensor, rows: Tensor, matrix_eps: float, root: int = 4) -> Tensor:

@@ -225,6 +225,7 @@ class FactorPool(Pool):
             old = rows if alike else self._eigenbasis(chunk, self._rectify_steps[0])[1]
             statistic = linalg.matmul(gradient, gradient.mT).mul_(1 - options.shampoo_beta)
             new = eigenbasis.turn(values, old, statistic, options.matrix_eps, options.refresh_iterations)
+            del statistic  # before the codes take memory
             encoded = self._encoded(new.eigenvalues, new.rows)
             changed = self._commit(chunk, encoded, _STATISTICS, gradient.flatten(1).any(1)).view(-1, 1, 1)
             new_rows = new.rows.to(rows.dtype)
