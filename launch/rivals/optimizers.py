@@ -93,7 +93,7 @@ RIVALS = {
     "adamw": Rival("AdamW", _adamw),
     "muon": Rival("Muon", _muon, 2, _newton_schulz_in_float32),
     "soap": Rival("SOAP, float32 (pytorch_optimizer)", _soap(10), 2),
-    "soap-5": Rival("the same, new bases every 5 steps", _soap(5), 2),
+    "soap-5": Rival("SOAP, new bases every 5 steps", _soap(5), 2),
     "shampoo4-paper": Rival("Shampoo4, the paper's rule", _ours(method="shampoo")),
     "shampoo4": Rival("Shampoo4", _ours(), 2),
     "shampoo4-compact": Rival("Shampoo4, compact", _ours(preset="compact"), 2),
