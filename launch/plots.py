@@ -92,14 +92,14 @@ def format_bytes(count: float) -> str:
     return f"{count / 1000**power:.{2 if power else 0}f} {units[power]}"
 
 
-def told_seeds(seeds: Sequence[int]) -> str:
-    """Say in a title what the curves are of.
+def told_seeds(seeds: Sequence[int], of: str = "mean") -> str:
+    """Say in a title what the curves are: one seed's, or what they show ``of`` several.
 
     >>> told_seeds([2]), told_seeds([0, 1])
     ('seed 2', 'mean of seeds 0, 1')
     """
     listed = ", ".join(map(str, dict.fromkeys(seeds)))
-    return f"mean of seeds {listed}" if "," in listed else f"seed {listed}"
+    return f"{of} of seeds {listed}" if "," in listed else f"seed {listed}"
 
 
 def label_logarithms(axis: Any) -> None:

@@ -36,7 +36,7 @@ MARK = _Mark()
 class Marks:
     """The parameters for whose factors a mark stands in ``optimizer.state``.
 
-    If a mark is gone, somebody has cleared the parameter's states, and its factors must begin anew.
+    A mark that is missing means that a program has cleared the parameter's states. Its factors are reset then.
     """
 
     def __init__(self) -> None:
@@ -79,7 +79,7 @@ class Marks:
             ranks: that must agree.
             entries: of this step.
             state: of the base.
-            cleared: those that this rank misses.
+            cleared: the parameters whose marks are missing on this rank.
 
         Raises:
             ValueError: on every rank alike, if some ranks still have states of them.
@@ -95,7 +95,7 @@ class Marks:
         if replaced:
             warn(
                 f"optimizer.state of {shorten(replaced)} was replaced "
-                "without the factors, which begin anew: use optimizer.load_state_dict()"
+                "without the factors, which are reset: use optimizer.load_state_dict()"
             )
         return names
 

@@ -381,7 +381,7 @@ class Session:
     def _reset(
         self, ranks: Ranks, entries: Sequence[HeldParameter], state: Mapping[Tensor, Any], cleared: set[Tensor]
     ) -> None:
-        """Begin anew with the factors of parameters whose states were cleared; collective."""
+        """Reset the factors of parameters whose states were cleared; collective."""
         names = self.marks.agree_on_cleared(ranks, entries, state, cleared)
         for entry in entries:
             if entry.name in names:

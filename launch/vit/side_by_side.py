@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from plots import COLORS, VARIANTS, format_bytes, label_logarithms, number_table, picture
+from plots import COLORS, VARIANTS, format_bytes, label_logarithms, number_table, picture, told_seeds
 from rich.console import Console
 from vit.optim import OPTIMIZERS
 from vit.report import read_lines, subject, whole_intervals
@@ -176,8 +176,7 @@ def heading(runs: Runs) -> str:
     """Name data set, model and seeds of all runs."""
     subjects = list(dict.fromkeys(map(subject, _all(runs))))
     seeds = sorted({seed for seeds in runs.values() for seed in seeds})
-    said = f"mean and range of seeds {', '.join(map(str, seeds))}" if seeds[1:] else f"seed {seeds[0]}"
-    return f"{'; '.join(subjects)} ({said})"
+    return f"{'; '.join(subjects)} ({told_seeds(seeds, 'mean and range')})"
 
 
 def _together(logs: Sequence[list[dict[str, Any]]], key: str, value: str) -> tuple[list[float], list[list[float]]]:

@@ -91,7 +91,10 @@ class BlockBatch:
         found: dict[int, tuple[FactorPool, Tensor]],
         gradients: tuple[Tensor, Tensor],
     ) -> Refreshed:
-        """:meth:`absorb` with moments. ``gradients`` are those that each side absorbs, its own dimension first."""
+        """Absorb gradients into blocks that have moments, and express these in the new bases.
+
+        ``gradients`` has one tensor for each side, (k, n, any), where n is the order of that side's factors.
+        """
         dtype = gradients[0].dtype
         bases = {side: basis for side, basis in enumerate(self.bases(chosen, dtype)) if basis is not None}
         turned = {side: _some(basis, due[side]) for side, basis in bases.items()}

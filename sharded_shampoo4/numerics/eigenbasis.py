@@ -113,8 +113,7 @@ def inverse_root_of(matrices: Tensor, matrix_eps: float, root: int = 4) -> Tenso
     A coordinate whose off-diagonal elements are all zero, as that of a row that never had a gradient, has zeros there
     in the root too. eigh alone would leave rounding errors, which a base optimizer that normalizes makes large.
     """
-    values, vectors = linalg.eigh(matrices)
-    found = inverse_root(values, vectors.mT, matrix_eps, root)
+    found = inverse_root(*linalg.eigh(matrices), matrix_eps, root)
     diagonal = torch.diag_embed(found.diagonal(dim1=-2, dim2=-1))
     connected = (matrices != 0).sum(-1) > (matrices.diagonal(dim1=-2, dim2=-1) != 0)
     return torch.where(connected.unsqueeze(-1) & connected.unsqueeze(-2), found, diagonal)

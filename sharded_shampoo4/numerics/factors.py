@@ -236,8 +236,7 @@ class FactorPool(Pool):
 
     def _gradients(self, where: Tensor, gradients: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """``where`` and ``gradients`` in parts, as many factors at a time as scratch memory is for."""
-        size = self._chunk_size()
-        for chunk, gradient in zip(where.split(size), gradients.split(size), strict=True):
+        for chunk, gradient in zip(self._chunks(where), gradients.split(self._chunk_size()), strict=True):
             yield chunk, gradient.to(self.refresh_dtype)
 
     def _encoded(self, eigenvalues: Tensor, rows: Tensor) -> dict[str, Tensor]:

@@ -107,9 +107,9 @@ def _orthogonal_factors(matrices: Tensor) -> Tensor:
 
 
 def eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (B, n) and eigenvectors (B, n, n) of symmetric matrices; NaN where LAPACK fails."""
+    """Eigenvalues (B, n) of symmetric matrices, and eigenvectors as rows (B, n, n); NaN where LAPACK fails."""
     rows, values = _factorize(_decompose, matrices)
-    return values, rows.mT
+    return values, rows
 
 
 def _decompose(matrices: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +11,7 @@ import pytest
 import torch
 from matplotlib.colors import to_rgba
 from support import forked
+from support.drawn import Drawn
 from support.launching import LAUNCH  # finds launch/
 
 # isort: split
@@ -281,21 +280,13 @@ def test_the_table_says_whose_state_it_shows(capsys: pytest.CaptureFixture[str])
 
 def test_a_bar_has_the_color_of_its_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also AdamW's, which is all of the base; else the base's part is pale."""
-    panels: list[Any] = []
-    picture = side_by_side.picture
-
-    @contextmanager
-    def kept(*given: Any, **options: Any) -> Iterator[Any]:
-        with picture(*given, **options) as drawn:
-            panels.extend(drawn[1].flat)
-            yield drawn
-
-    monkeypatch.setattr(side_by_side, "picture", kept)
+    drawn = Drawn(monkeypatch, side_by_side)
     finish(tmp_path / "adamw", "--optimizer", "adamw", loss_steps=(10, 20))
     finish(tmp_path / "sgd", "--optimizer", "sgd", loss_steps=(10, 20))
     runs = compare.read_runs([tmp_path / "adamw", tmp_path / "sgd"])
     runs["SGD"][0]["state_bytes"] = {"base": 4, "preconditioner": 4}
     side_by_side.draw(runs, tmp_path / "x.png")
+    panels = drawn.figure.axes
     lines = [line.get_color() for line in panels[0].get_lines()]
     assert lines == [plots.COLORS["adamw"], plots.COLORS["sgd"]]
     adamw, _, pale, full = (bar.get_facecolor() for bar in panels[3].patches)

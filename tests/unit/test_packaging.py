@@ -156,7 +156,7 @@ def test_the_wheel(wheel: Path) -> None:
 
 
 def files_of(folder: str) -> list[Path]:
-    """Paths below the root of the files in a folder, without those that runs and Python leave behind."""
+    """List the files in a folder, relative to the root, without outputs of runs and Python's caches."""
     files = (path.relative_to(ROOT) for path in (ROOT / folder).rglob("*") if path.is_file())
     return [path for path in files if not {"runs", "__pycache__"} & set(path.parts)]
 

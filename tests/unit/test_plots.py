@@ -14,6 +14,7 @@ pytest.importorskip("transformers")
 
 from matplotlib.colors import to_rgb
 from support import launching  # noqa: F401  finds launch/
+from support.drawn import Drawn
 
 # isort: split
 import plots
@@ -23,27 +24,6 @@ from rivals import contest
 from rivals.optimizers import RIVALS
 from rivals.tasks import TASKS
 from vit.optim import OPTIMIZERS
-
-
-class Drawn:
-    """Stands in for ``plots.picture`` and keeps the figure."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, module: Any) -> None:
-        self.figure: Any = None
-        picture = module.picture
-
-        def keep(*given: Any, **options: Any) -> Any:
-            self.context = picture(*given, **options)
-            return self
-
-        monkeypatch.setattr(module, "picture", keep)
-
-    def __enter__(self) -> tuple[Any, Any]:
-        self.figure, axes = self.context.__enter__()
-        return self.figure, axes
-
-    def __exit__(self, *error: Any) -> None:
-        self.context.__exit__(*error)
 
 
 def test_every_optimizer_has_a_color_of_its_own() -> None:
